@@ -1,0 +1,7 @@
+"""Llama 4, opened up: exact, readable, and every value inside it named."""
+
+from llama4_lab.config import BEHEMOTH_ESTIMATE, MAVERICK, SCOUT, Llama4Config, RopeScaling, VisionConfig
+from llama4_lab.model import Llama4
+from llama4_lab.points import points
+
+__all__ = ["BEHEMOTH_ESTIMATE", "MAVERICK", "SCOUT", "Llama4", "Llama4Config", "RopeScaling", "VisionConfig", "points"]

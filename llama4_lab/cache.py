@@ -1,0 +1,84 @@
+"""Keys and values of the tokens seen so far.
+
+A RoPE layer attends inside its chunk only, so its buffer holds one chunk, the live part is a
+prefix, and it starts over when the chunk is full. A NoPE layer keeps everything. Both grow on
+demand. Positions here count a row's real tokens; left padding is never stored.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llama4_lab.config import Llama4Config
+
+Rows = slice | list[int]
+
+
+class KVCache:
+    """What a model needs to go on from where it stopped: ``model(new_ids, cache=cache)``.
+
+    `slots` counts positions fed so far, padding included; `pad` is the left padding of each row.
+    After an interrupted forward pass the cache is stale: make a new one.
+    """
+
+    def __init__(
+        self,
+        config: Llama4Config,
+        batch_size: int = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        heads, width = config.num_key_value_heads, config.head_dim
+        empty = torch.empty(2, batch_size, heads, 0, width, dtype=dtype, device=device)
+        self.layers = [
+            LayerCache(empty, config.attention_chunk(i)) for i in range(config.num_hidden_layers)
+        ]
+        self.batch_size = batch_size
+        self.slots = 0
+        self.pad = [0] * batch_size
+
+    def bytes(self) -> int:
+        """Bytes held by all buffers."""
+        return sum(layer.buffer.nbytes for layer in self.layers)
+
+
+class LayerCache:
+    """One layer's keys and values, ``[2, b, k, s, dh]``; with `chunk`, at most one chunk of them."""
+
+    def __init__(self, empty: Tensor, chunk: int | None):
+        self.buffer = empty
+        self.chunk = chunk
+
+    def live(
+        self, rows: Rows, start: int
+    ) -> tuple[Float[Tensor, "b k s dh"], Float[Tensor, "b k s dh"]]:
+        """Return the keys and values that a token at position `start` can still see."""
+        count = start if self.chunk is None else start % self.chunk
+        keys, values = self.buffer[:, rows, :, :count]
+        return keys, values
+
+    def write(
+        self, rows: Rows, start: int, k: Float[Tensor, "b k t dh"], v: Float[Tensor, "b k t dh"]
+    ) -> None:
+        """Store the keys and values of positions ``start``, ``start + 1``, …"""
+        end = start + k.shape[2]
+        first = start
+        if self.chunk is not None:
+            if end // self.chunk > start // self.chunk:  # a chunk is complete: only its rest lives on
+                first = end - end % self.chunk
+            k, v = k[:, :, first - start :], v[:, :, first - start :]
+            first, end = first % self.chunk, first % self.chunk + k.shape[2]
+        self._reserve(end)
+        self.buffer[0, rows, :, first:end] = k
+        self.buffer[1, rows, :, first:end] = v
+
+    def _reserve(self, count: int) -> None:
+        size = self.buffer.shape[3]
+        if count <= size:
+            return
+        size = max(count, 2 * size, 64)
+        size = size if self.chunk is None else min(size, self.chunk)
+        grown = self.buffer.new_zeros(*self.buffer.shape[:3], size, self.buffer.shape[4])
+        grown[:, :, :, : self.buffer.shape[3]] = self.buffer
+        self.buffer = grown

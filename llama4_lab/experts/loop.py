@@ -1,0 +1,36 @@
+"""The readable backend: one expert after the other. Every other backend must equal it."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llama4_lab.points import NO_TAP, Tap
+
+
+def apply(
+    x: Float[Tensor, "n d"],
+    order: Int[Tensor, " m"],
+    offsets: Int[Tensor, " ends"],
+    score: Float[Tensor, "n topk"],
+    gate_up: Float[Tensor, "e f2 d"],
+    down: Float[Tensor, "e d f"],
+    record: Tap = NO_TAP,
+) -> Float[Tensor, "n d"]:
+    """Run each token through its chosen experts and sum over the choices.
+
+    The score multiplies the expert's *input*: with a nonlinear expert that is not the same as
+    scaling its output.
+    """
+    load = offsets.diff().tolist()
+    inverse = order.argsort()
+
+    def per_expert(rows: Tensor, weights: Tensor) -> Tensor:
+        blocks = rows.flatten(0, 1)[order].split(load)
+        done = [F.linear(block, w) for block, w in zip(blocks, weights.unbind(0), strict=True) if len(block)]
+        return torch.cat(done)[inverse].unflatten(0, score.shape)
+
+    inputs = record("experts.in", x[:, None] * score[..., None])
+    gate, up = per_expert(inputs, gate_up).chunk(2, dim=-1)
+    hidden = record("experts.hidden", F.silu(gate) * up)
+    return record("experts.out", per_expert(hidden, down)).sum(1)

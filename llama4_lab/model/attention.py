@@ -1,0 +1,88 @@
+"""Causal attention inside chunks (RoPE layers) or over the whole past (NoPE layers)."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from llama4_lab.points import Tap
+
+
+def attend(
+    q: Float[Tensor, "b h t dh"],
+    k: Float[Tensor, "b k t dh"],
+    v: Float[Tensor, "b k t dh"],
+    past_k: Float[Tensor, "b k p dh"],
+    past_v: Float[Tensor, "b k p dh"],
+    chunk: int | None = None,
+) -> Float[Tensor, "b h t dh"]:
+    """Attend causally, inside chunks of `chunk` tokens if it is given, without ever making a mask.
+
+    The new tokens first complete the chunk that the past began. Whole chunks behind it are folded
+    into the batch, because no chunk sees another, and the tail is a batch of its own.
+    """
+    t, seen = k.shape[2], past_k.shape[2]
+    if seen:
+        k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+    if chunk is None or seen + t <= chunk:
+        return causal(q, k, v)
+    parts = []
+    if seen:
+        head = chunk - seen
+        parts.append(causal(q[:, :, :head], k[:, :, :chunk], v[:, :, :chunk]))
+        q, k, v = q[:, :, head:], k[:, :, chunk:], v[:, :, chunk:]
+    if whole := q.shape[2] // chunk * chunk:
+        folded = (
+            rearrange(x[:, :, :whole], "b h (n c) dh -> (b n) h c dh", c=chunk) for x in (q, k, v)
+        )
+        parts.append(rearrange(causal(*folded), "(b n) h c dh -> b h (n c) dh", b=len(q)))
+    if whole < q.shape[2]:
+        parts.append(causal(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:]))
+    return torch.cat(parts, dim=2)
+
+
+def causal(
+    q: Float[Tensor, "b h t dh"], k: Float[Tensor, "b k s dh"], v: Float[Tensor, "b k s dh"]
+) -> Float[Tensor, "b h t dh"]:
+    """Attend from the last t of s positions to all positions up to their own."""
+    t, s = q.shape[2], k.shape[2]
+    k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
+    mask = causal_lower_right(t, s) if 1 < t < s else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == s > 1)
+
+
+def expand_heads(x: Float[Tensor, "b k s dh"], heads: int) -> Float[Tensor, "b h s dh"]:
+    """Repeat key/value head j for the query heads j·h/k … (j+1)·h/k − 1."""
+    groups = heads // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def visible(
+    q_position: Int[Tensor, "b t"], k_position: Int[Tensor, "b s"], chunk: int | None
+) -> Bool[Tensor, "b t s"]:
+    """Say which key each query may see; positions count real tokens, padding is negative."""
+    q, k = q_position[:, :, None], k_position[:, None, :]
+    seen = (k <= q) & (k >= 0)
+    return seen if chunk is None else seen & (k // chunk == q // chunk)
+
+
+def observed(
+    q: Float[Tensor, "b h t dh"],
+    k: Float[Tensor, "b k s dh"],
+    v: Float[Tensor, "b k s dh"],
+    mask: Bool[Tensor, "b t s"] | None,
+    tap: Tap,
+) -> Float[Tensor, "b h t dh"]:
+    """Attend with explicit scores and pattern, so that they can be watched and changed.
+
+    Needs memory for ``b h t s`` numbers. A query that sees nothing (padding) gets zeros.
+    """
+    k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
+    scores = torch.einsum("bhtx,bhsx->bhts", q, k) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    scores = tap("attn.scores", scores)
+    pattern = tap("attn.pattern", scores.softmax(dim=-1).nan_to_num(0.0))
+    return pattern @ v

@@ -1,0 +1,173 @@
+"""The whole model: embed text and pictures into one stream, run the layers, read out logits."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llama4_lab.cache import KVCache
+from llama4_lab.config import Llama4Config
+from llama4_lab.model.text import DecoderLayer, RMSNorm, Step, rope_frequencies
+from llama4_lab.model.vision import VisionModel
+from llama4_lab.points import NO_TAP, Tap
+
+
+class Llama4(nn.Module):
+    """Llama 4 as `config` says; parameters are uninitialised until loaded or seeded.
+
+    `backend` chooses how experts are computed (`llama4_lab.experts.BACKENDS`, or ``"auto"``).
+    `tap` sees every named value; `llama4_lab.trace` sets it.
+    """
+
+    def __init__(self, config: Llama4Config):
+        super().__init__()
+        self.config = config
+        self.backend = "auto"
+        self.tap: Tap = NO_TAP
+        self.build_prompt: Callable[..., Any] | None = None
+        self.tokenizer: Any = None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        if (vision := config.vision_config) is not None:
+            self.vision_model = VisionModel(vision)
+            self.multi_modal_projector = nn.ModuleDict(
+                {"linear_1": nn.Linear(vision.vision_output_dim, config.hidden_size, bias=False)}
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def prompt(self, text: Any, images: Sequence[Any] = (), **options: Any) -> Any:
+        """Turn a text, several texts, or chat messages (with images) into ``model(**prompt)``.
+
+        Raises:
+            ValueError: the model came without a tokenizer.
+        """
+        if self.build_prompt is None:
+            raise ValueError(
+                "this model has no tokenizer: load it from a folder that holds tokenizer.json or "
+                "tokenizer.model, or pass input_ids"
+            )
+        return self.build_prompt(text, images, **options)
+
+    def new_cache(self, batch_size: int = 1) -> KVCache:
+        """Return an empty cache of this model's dtype and device."""
+        return KVCache(self.config, batch_size, dtype=self.dtype, device=self.device)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        pixel_values: Float[Tensor, "tiles c height width"] | None = None,
+        attention_mask: Int[Tensor, "b slots"] | None = None,
+        cache: KVCache | None = None,
+        keep_last: int | None = None,
+    ) -> Float[Tensor, "b kept v"]:
+        """Return next-token logits for every position, or for the `keep_last` last ones.
+
+        Args:
+            pixel_values: all tiles of all images, in prompt order; their features replace the
+                ``image_token_index`` tokens, whose number must fit exactly.
+            attention_mask: 0 on left padding; it may cover the cached slots too.
+            cache: keys and values of what came before; this call adds its own.
+
+        Raises:
+            ValueError: ids, tiles or a mask that do not fit the model or each other.
+        """
+        x = self.hidden(input_ids, pixel_values, attention_mask, cache)
+        if keep_last is not None:
+            x = x[:, -keep_last:]
+        return self.tap("logits", self.lm_head(x))
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        pixel_values: Float[Tensor, "tiles c height width"] | None = None,
+        attention_mask: Int[Tensor, "b slots"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Return the final norm's output; `forward` without the read-out."""
+        b, t = input_ids.shape
+        if t == 0:
+            raise ValueError("input_ids holds no token")
+        if cache is not None and cache.batch_size != b:
+            raise ValueError(f"a cache for {cache.batch_size} rows was given {b} rows of input_ids")
+        if attention_mask is not None or cache is None:
+            pad = left_padding(attention_mask, b, t, cache)
+        else:
+            pad = cache.pad
+        x = self.tap("embed", self.embed(input_ids, pixel_values))
+        freq = rope_frequencies(self.config).to(x.device)
+        step = Step.begin(self.config, freq, b, t, pad, cache)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, step, self.tap.scope(f"layers.{i}."), self.backend)
+        if cache is not None:
+            cache.slots, cache.pad = cache.slots + t, pad
+        return self.tap("final_norm", self.norm(x))
+
+    def embed(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        pixel_values: Float[Tensor, "tiles c height width"] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Look up token embeddings and put image features where the patch tokens are."""
+        top = self.config.vocab_size - 1
+        if input_ids.device.type != "meta" and (input_ids.min() < 0 or input_ids.max() > top):
+            raise ValueError(
+                f"input_ids hold {int(input_ids.min())} to {int(input_ids.max())}; "
+                f"this vocabulary has ids 0 to {top}"
+            )
+        x = self.embed_tokens(input_ids)
+        if pixel_values is None:
+            return x
+        if (vision := self.config.vision_config) is None:
+            raise ValueError("this model has no vision encoder; leave pixel_values out")
+        expected = (vision.num_channels, vision.image_size, vision.image_size)
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"tiles of shape {tuple(pixel_values.shape[1:])} do not fit this model, "
+                f"which takes {expected}"
+            )
+        slots = input_ids == self.config.image_token_index
+        needed = len(pixel_values) * vision.tokens_per_tile
+        if slots.sum() != needed:
+            raise ValueError(
+                f"{len(pixel_values)} tiles make {needed} image tokens, but input_ids hold "
+                f"{int(slots.sum())} tokens with id {self.config.image_token_index} to put them on"
+            )
+        features = self.vision_model(pixel_values.to(x.dtype), self.tap.scope("vision."))
+        features = self.tap("projector.out", self.multi_modal_projector["linear_1"](features))
+        return x.masked_scatter(slots[..., None], features)
+
+
+def left_padding(mask: Tensor | None, b: int, t: int, cache: KVCache | None) -> list[int]:
+    """Count the padding before each row's first token; zeros behind it are refused."""
+    if mask is None:
+        return [0] * b
+    first = cache.slots if cache is not None else 0
+    if mask.shape not in ((b, first + t), (b, t)):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} does not fit {b} rows of {t} new and "
+            f"{first} cached slots"
+        )
+    pad = (mask == 0).sum(dim=1).tolist()
+    if mask.shape[1] < first + t:
+        assert cache is not None
+        pad = [old if old < first else first + new for old, new in zip(cache.pad, pad, strict=True)]
+    zeros = [(row == 0).sum() == (row.cumsum(0) == 0).sum() for row in mask.long()]
+    if not all(zeros):
+        raise ValueError(
+            "attention_mask has a 0 behind a 1: only left padding is supported; "
+            "put the padding in front, or leave the mask out for right padding (it changes nothing)"
+        )
+    return pad

@@ -1,0 +1,273 @@
+"""The text decoder's parts, in reading order: norm, RoPE, attention, MLP, experts, layer.
+
+Parameters carry the names of Hugging Face's checkpoints. Formulas follow Meta's release of
+Llama 4 as transformers runs it; a comment says where the two differ.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llama4_lab import experts
+from llama4_lab.cache import KVCache, Rows
+from llama4_lab.config import Llama4Config
+from llama4_lab.model.attention import attend, observed, visible
+from llama4_lab.points import Tap
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a weight (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return unit_rms(x, self.eps) * self.weight
+
+
+def unit_rms(x: Float[Tensor, "*batch d"], eps: float) -> Float[Tensor, "*batch d"]:
+    """Scale the last axis to a root mean square of one, in float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def rope_frequencies(config: Llama4Config) -> Float[Tensor, " half"]:
+    """Return radians per position of each pair of a head (Su et al. 2021, eq. 15).
+
+    With scaling, wavelengths beyond the original context are stretched by `factor`, those well
+    inside are kept, and a zone between ``original/high`` and ``original/low`` is interpolated.
+    Scout has low = high: no zone.
+    """
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    freq = 1.0 / config.rope_theta ** (half / config.head_dim)
+    if (scaling := config.rope_scaling) is None:
+        return freq
+    turns = scaling.original_max_position_embeddings * freq / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low == high:
+        kept = (turns > low).float()
+    else:
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * freq + (1 - kept) * freq / scaling.factor
+
+
+def rotate(
+    x: Float[Tensor, "b t heads dh"], angle: Float[Tensor, "t half"]
+) -> Float[Tensor, "b t heads dh"]:
+    """Rotate neighbouring pairs ``(x[2m], x[2m+1])`` by ``angle[t, m]`` radians, in float32."""
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers share in one forward pass over t slots.
+
+    `groups` are the batch rows with equal left padding: (rows, number of padding slots at the
+    start of this step, position of the first real token of this step).
+    """
+
+    angle: Float[Tensor, "t half"]
+    temperature: Float[Tensor, " t"]
+    position: Int[Tensor, "b t"]  # of the real tokens of a row, from 0; negative on padding
+    groups: list[tuple[Rows, int, int]]
+    cache: KVCache | None
+
+    @classmethod
+    def begin(
+        cls, config: Llama4Config, freq: Tensor, b: int, t: int, pad: list[int], cache: KVCache | None
+    ) -> "Step":
+        first = cache.slots if cache is not None else 0
+        slot = torch.arange(first, first + t, device=freq.device)
+        # The temperature counts slots, padding included, as transformers does (vLLM counts tokens).
+        # It is 1 below floor_scale, so only left-padded batches longer than that can tell.
+        steps = ((slot.float() + 1.0) / config.floor_scale).floor()
+        temperature = 1.0 + config.attn_scale * steps.log1p()
+        groups: dict[int, list[int]] = {}
+        for row, count in enumerate(pad):
+            groups.setdefault(count, []).append(row)
+        return cls(
+            angle=slot.float()[:, None] * freq,
+            temperature=temperature if config.attn_temperature_tuning else torch.ones_like(temperature),
+            position=slot - torch.tensor(pad, device=freq.device)[:, None],
+            groups=[
+                (slice(None) if len(rows) == b else rows, min(max(count - first, 0), t), max(first - count, 0))
+                for count, rows in groups.items()
+            ],
+            cache=cache,
+        )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: rotated and chunked, or without positions and with a temperature."""
+
+    def __init__(self, config: Llama4Config, layer: int):
+        super().__init__()
+        d, dh, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(d, config.num_attention_heads * dh, bias=bias)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * dh, bias=bias)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * dh, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * dh, d, bias=bias)
+        self.layer = layer
+        self.head_dim = dh
+        self.uses_rope = config.uses_rope(layer)
+        self.chunk = config.attention_chunk(layer)
+        self.use_qk_norm = config.use_qk_norm and self.uses_rope  # never on NoPE layers
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Float[Tensor, "b t d"], step: Step, tap: Tap) -> Float[Tensor, "b t d"]:
+        q, k, v = (
+            rearrange(project(x), "b t (h dh) -> b t h dh", dh=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k, v = tap("attn.q", q), tap("attn.k", k), tap("attn.v", v)
+        if self.uses_rope:
+            q, k = rotate(q, step.angle), rotate(k, step.angle)
+            if self.use_qk_norm:  # after the rotation, without weights, each head by itself
+                q, k = unit_rms(q, self.eps), unit_rms(k, self.eps)
+        else:
+            q = (q * step.temperature[:, None, None]).to(q.dtype)
+        q, k = tap("attn.rot_q", q), tap("attn.rot_k", k)
+        q, k, v = (rearrange(y, "b t h dh -> b h t dh") for y in (q, k, v))
+        watched = tap.watches("attn.scores") or tap.watches("attn.pattern")
+        z = self.attend_watched(q, k, v, step, tap) if watched else self.attend(q, k, v, step)
+        if step.cache is not None:
+            for rows, skip, start in step.groups:
+                step.cache.layers[self.layer].write(rows, start, k[rows, :, skip:], v[rows, :, skip:])
+        z = tap("attn.z", rearrange(z, "b h t dh -> b t h dh"))
+        return tap("attn.out", self.o_proj(rearrange(z, "b t h dh -> b t (h dh)")))
+
+    def past(self, k: Tensor, v: Tensor, step: Step, rows: Rows, start: int) -> tuple[Tensor, Tensor]:
+        if step.cache is None:
+            return k[rows, :, :0], v[rows, :, :0]
+        return step.cache.layers[self.layer].live(rows, start)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        if step.groups[0][:2] == (slice(None), 0):
+            return attend(q, k, v, *self.past(k, v, step, *step.groups[0][::2]), self.chunk)
+        z = torch.zeros_like(q)
+        for rows, skip, start in step.groups:
+            real = (y[rows, :, skip:] for y in (q, k, v))
+            z[rows, :, skip:] = attend(*real, *self.past(k, v, step, rows, start), self.chunk)
+        return z
+
+    def attend_watched(self, q: Tensor, k: Tensor, v: Tensor, step: Step, tap: Tap) -> Tensor:
+        """Attend through explicit scores; s ends with the step's own t slots."""
+        pasts = [self.past(k, v, step, rows, start) for rows, _, start in step.groups]
+        longest = max(past_k.shape[2] for past_k, _ in pasts)
+        all_k, all_v = (F.pad(y, (0, 0, longest, 0)) for y in (k, v))
+        before = torch.arange(-longest, 0, device=q.device) + step.position[:, :1]
+        mask = visible(step.position, torch.cat([before, step.position], dim=1), self.chunk)
+        for (rows, skip, _), (past_k, past_v) in zip(step.groups, pasts, strict=True):
+            # A row's past ends where its first real token begins; padding of this step stays unseen.
+            begin = longest + skip - past_k.shape[2]
+            all_k[rows, :, begin : longest + skip] = past_k
+            all_v[rows, :, begin : longest + skip] = past_v
+        return observed(q, all_k, all_v, mask, tap)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, eq. 6): ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def hidden(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch f"]:
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return self.down_proj(self.hidden(x))
+
+
+class DenseBlock(MLP):
+    """The feed-forward part of a dense layer."""
+
+    def forward(self, x: Float[Tensor, "b t d"], tap: Tap, backend: str) -> Float[Tensor, "b t d"]:
+        return tap("mlp.out", self.down_proj(tap("mlp.hidden", self.hidden(x))))
+
+
+class Router(nn.Module):
+    """Holds ``weight [e, d]``; the logits are ``x @ weight.T``."""
+
+    def __init__(self, num_experts: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+
+
+class Experts(nn.Module):
+    """The routed experts' weights; the checkpoint stores both matrices transposed."""
+
+    def __init__(self, num_experts: int, width: int, hidden: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden, width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, hidden))
+
+
+class MoEBlock(nn.Module):
+    """The feed-forward part of a MoE layer: the chosen experts plus the shared expert."""
+
+    def __init__(self, config: Llama4Config):
+        super().__init__()
+        d, f, e = config.hidden_size, config.intermediate_size, config.num_local_experts
+        self.router = Router(e, d)
+        self.experts = Experts(e, d, f)
+        self.shared_expert = MLP(d, f)
+        self.topk = config.num_experts_per_tok
+
+    def forward(self, x: Float[Tensor, "b t d"], tap: Tap, backend: str) -> Float[Tensor, "b t d"]:
+        out = experts.moe(
+            x.flatten(0, 1),
+            self.router.weight,
+            (self.experts.gate_up_proj, self.experts.down_proj),
+            self.shared_expert,
+            topk=self.topk,
+            backend=backend,
+            record=_PerToken(tap, x.shape[:2]),
+        )
+        return out.view_as(x)
+
+
+class _PerToken(Tap):
+    """Shows values of flattened tokens ``[n, …]`` to a tap as ``[b, t, …]``."""
+
+    def __init__(self, tap: Tap, shape: torch.Size):
+        self.tap = tap
+        self.shape = shape
+        self.watches = tap.watches
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        return self.tap(name, value.unflatten(0, self.shape)).flatten(0, 1)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each added to the residual stream after a norm of its input."""
+
+    def __init__(self, config: Llama4Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = (
+            MoEBlock(config)
+            if config.is_moe(layer)
+            else DenseBlock(config.hidden_size, config.intermediate_size_mlp)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], step: Step, tap: Tap, backend: str
+    ) -> Float[Tensor, "b t d"]:
+        x = tap("resid_pre", x)
+        x = tap("resid_mid", x + self.self_attn(self.input_layernorm(x), step, tap))
+        x = x + self.feed_forward(self.post_attention_layernorm(x), tap, backend)
+        return tap("resid_post", x)
