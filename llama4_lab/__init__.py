@@ -1,7 +1,31 @@
 """Llama 4, opened up: exact, readable, and every value inside it named."""
 
-from llama4_lab.config import BEHEMOTH_ESTIMATE, MAVERICK, SCOUT, Llama4Config, RopeScaling, VisionConfig
+from llama4_lab.cache import KVCache
+from llama4_lab.config import (
+    BEHEMOTH_ESTIMATE,
+    MAVERICK,
+    SCOUT,
+    Llama4Config,
+    RopeScaling,
+    VisionConfig,
+)
+from llama4_lab.generate import generate
 from llama4_lab.model import Llama4
+from llama4_lab.model.random import random
 from llama4_lab.points import points
+from llama4_lab.trace import trace
 
-__all__ = ["BEHEMOTH_ESTIMATE", "MAVERICK", "SCOUT", "Llama4", "Llama4Config", "RopeScaling", "VisionConfig", "points"]
+__all__ = [
+    "BEHEMOTH_ESTIMATE",
+    "MAVERICK",
+    "SCOUT",
+    "KVCache",
+    "Llama4",
+    "Llama4Config",
+    "RopeScaling",
+    "VisionConfig",
+    "generate",
+    "points",
+    "random",
+    "trace",
+]

@@ -44,7 +44,7 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's keys and values, ``[2, b, k, s, dh]``; with `chunk`, at most one chunk of them."""
+    """Keys and values of one layer, ``[2, b, k, s, dh]``; at most one `chunk` of them."""
 
     def __init__(self, empty: Tensor, chunk: int | None):
         self.buffer = empty
@@ -65,7 +65,9 @@ class LayerCache:
         end = start + k.shape[2]
         first = start
         if self.chunk is not None:
-            if end // self.chunk > start // self.chunk:  # a chunk is complete: only its rest lives on
+            if (
+                end // self.chunk > start // self.chunk
+            ):  # a chunk is complete: only its rest lives on
                 first = end - end % self.chunk
             k, v = k[:, :, first - start :], v[:, :, first - start :]
             first, end = first % self.chunk, first % self.chunk + k.shape[2]

@@ -6,7 +6,7 @@ Field names are those of Hugging Face's ``config.json``. Read `llama4_lab.model.
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class VisionConfig:
         _require(
             self.projector_input_dim == self.projector_output_dim == self.vision_output_dim,
             f"projector_input_dim {self.projector_input_dim}, projector_output_dim "
-            f"{self.projector_output_dim} and vision_output_dim {self.vision_output_dim} must agree",
+            f"{self.projector_output_dim} and vision_output_dim "
+            f"{self.vision_output_dim} must agree",
         )
 
     @property
@@ -126,7 +127,8 @@ class Llama4Config:
             f"num_key_value_heads {self.num_key_value_heads}",
         )
         _require(
-            self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: RoPE rotates pairs of numbers"
+            self.head_dim % 2 == 0,
+            f"head_dim {self.head_dim} is odd: RoPE rotates pairs of numbers",
         )
         _require(
             1 <= self.num_experts_per_tok <= self.num_local_experts,
@@ -135,7 +137,8 @@ class Llama4Config:
         )
         _require(
             self.attention_chunk_size is None or self.attention_chunk_size > 0,
-            f"attention_chunk_size {self.attention_chunk_size} must be positive, or None for no chunks",
+            f"attention_chunk_size {self.attention_chunk_size} must be positive, "
+            "or None for no chunks",
         )
         if self.no_rope_layers is not None:
             _require(
@@ -186,7 +189,7 @@ class Llama4Config:
 
     # ---- values in and out
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "Llama4Config":
         """Copy with some fields changed; an unknown name is refused with the closest known one."""
         known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
@@ -197,7 +200,7 @@ class Llama4Config:
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Self:
+    def from_dict(cls, raw: dict[str, Any]) -> "Llama4Config":
         """Read any published variant of ``config.json``, multimodal or text only.
 
         Both spellings of the RoPE settings are read (``rope_theta`` with ``rope_scaling``, and

@@ -57,13 +57,16 @@ def points(config: Llama4Config) -> dict[str, str]:
 
 def _block(prefix: str, feed_forward: dict[str, str]) -> dict[str, str]:
     stream = {"resid_pre": "b t d"} | _ATTENTION | {"resid_mid": "b t d"}
-    return {prefix + name: axes for name, axes in (stream | feed_forward | {"resid_post": "b t d"}).items()}
+    return {
+        prefix + name: axes
+        for name, axes in (stream | feed_forward | {"resid_post": "b t d"}).items()
+    }
 
 
 class Tap:
     """Receives each named value of a forward pass and returns the one to go on with.
 
-    This one watches nothing. A value that costs memory or speed is only made when `watches` says so.
+    This one watches nothing. A value that costs memory is only made when `watches` says so.
     """
 
     def watches(self, name: str) -> bool:

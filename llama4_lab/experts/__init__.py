@@ -45,7 +45,8 @@ def sort(
 ) -> tuple[Int[Tensor, " m"], Int[Tensor, " ends"]]:
     """Order the token slots by expert, stably.
 
-    Slot ``i * topk + j`` is token i's j-th choice. Expert e owns ``order[offsets[e]:offsets[e+1]]``.
+    Slot ``i * topk + j`` is token i's j-th choice; expert e owns
+    ``order[offsets[e]:offsets[e + 1]]``.
 
         >>> order, offsets = sort(torch.tensor([[1], [0], [1]]), 2)
         >>> order.tolist(), offsets.tolist()
@@ -60,7 +61,11 @@ def sort(
 
 def choose_backend(x: Tensor) -> str:
     """Return the backend that ``"auto"`` stands for: the fastest that runs on this tensor."""
-    fast = x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    fast = (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    )
     return "grouped" if fast else "loop"
 
 

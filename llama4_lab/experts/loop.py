@@ -27,7 +27,11 @@ def apply(
 
     def per_expert(rows: Tensor, weights: Tensor) -> Tensor:
         blocks = rows.flatten(0, 1)[order].split(load)
-        done = [F.linear(block, w) for block, w in zip(blocks, weights.unbind(0), strict=True) if len(block)]
+        done = [
+            F.linear(block, w)
+            for block, w in zip(blocks, weights.unbind(0), strict=True)
+            if len(block)
+        ]
         return torch.cat(done)[inverse].unflatten(0, score.shape)
 
     inputs = record("experts.in", x[:, None] * score[..., None])

@@ -29,16 +29,22 @@ class Llama4(nn.Module):
         self.build_prompt: Callable[..., Any] | None = None
         self.tokenizer: Any = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.tie_weights()
         if (vision := config.vision_config) is not None:
             self.vision_model = VisionModel(vision)
             self.multi_modal_projector = nn.ModuleDict(
                 {"linear_1": nn.Linear(vision.vision_output_dim, config.hidden_size, bias=False)}
             )
+
+    def tie_weights(self) -> None:
+        """Make read-out and embedding one tensor again, if the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     @property
     def device(self) -> torch.device:

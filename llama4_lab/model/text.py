@@ -83,7 +83,13 @@ class Step:
 
     @classmethod
     def begin(
-        cls, config: Llama4Config, freq: Tensor, b: int, t: int, pad: list[int], cache: KVCache | None
+        cls,
+        config: Llama4Config,
+        freq: Tensor,
+        b: int,
+        t: int,
+        pad: list[int],
+        cache: KVCache | None,
     ) -> "Step":
         first = cache.slots if cache is not None else 0
         slot = torch.arange(first, first + t, device=freq.device)
@@ -96,10 +102,16 @@ class Step:
             groups.setdefault(count, []).append(row)
         return cls(
             angle=slot.float()[:, None] * freq,
-            temperature=temperature if config.attn_temperature_tuning else torch.ones_like(temperature),
+            temperature=temperature
+            if config.attn_temperature_tuning
+            else torch.ones_like(temperature),
             position=slot - torch.tensor(pad, device=freq.device)[:, None],
             groups=[
-                (slice(None) if len(rows) == b else rows, min(max(count - first, 0), t), max(first - count, 0))
+                (
+                    slice(None) if len(rows) == b else rows,
+                    min(max(count - first, 0), t),
+                    max(first - count, 0),
+                )
                 for count, rows in groups.items()
             ],
             cache=cache,
@@ -141,11 +153,15 @@ class Attention(nn.Module):
         z = self.attend_watched(q, k, v, step, tap) if watched else self.attend(q, k, v, step)
         if step.cache is not None:
             for rows, skip, start in step.groups:
-                step.cache.layers[self.layer].write(rows, start, k[rows, :, skip:], v[rows, :, skip:])
+                step.cache.layers[self.layer].write(
+                    rows, start, k[rows, :, skip:], v[rows, :, skip:]
+                )
         z = tap("attn.z", rearrange(z, "b h t dh -> b t h dh"))
         return tap("attn.out", self.o_proj(rearrange(z, "b t h dh -> b t (h dh)")))
 
-    def past(self, k: Tensor, v: Tensor, step: Step, rows: Rows, start: int) -> tuple[Tensor, Tensor]:
+    def past(
+        self, k: Tensor, v: Tensor, step: Step, rows: Rows, start: int
+    ) -> tuple[Tensor, Tensor]:
         if step.cache is None:
             return k[rows, :, :0], v[rows, :, :0]
         return step.cache.layers[self.layer].live(rows, start)
@@ -167,7 +183,7 @@ class Attention(nn.Module):
         before = torch.arange(-longest, 0, device=q.device) + step.position[:, :1]
         mask = visible(step.position, torch.cat([before, step.position], dim=1), self.chunk)
         for (rows, skip, _), (past_k, past_v) in zip(step.groups, pasts, strict=True):
-            # A row's past ends where its first real token begins; padding of this step stays unseen.
+            # A row's past ends where its first real token begins; this step's padding is unseen.
             begin = longest + skip - past_k.shape[2]
             all_k[rows, :, begin : longest + skip] = past_k
             all_v[rows, :, begin : longest + skip] = past_v

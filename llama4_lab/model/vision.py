@@ -34,7 +34,12 @@ def pixel_shuffle(x: Float[Tensor, "b patches d"], block: int) -> Float[Tensor, 
     """Put each block of patches into the channels of one token: row in block, column, channel."""
     side = round(x.shape[1] ** 0.5)
     return rearrange(
-        x, "b (y dy x dx) d -> b (y x) (dy dx d)", y=side // block, x=side // block, dy=block, dx=block
+        x,
+        "b (y dy x dx) d -> b (y x) (dy dx d)",
+        y=side // block,
+        x=side // block,
+        dy=block,
+        dx=block,
     )
 
 
@@ -107,7 +112,9 @@ class Adapter(nn.Module):
         self.mlp = nn.ModuleDict(
             {
                 "fc1": nn.Linear(config.intermediate_size, config.projector_input_dim, bias=False),
-                "fc2": nn.Linear(config.projector_output_dim, config.projector_output_dim, bias=False),
+                "fc2": nn.Linear(
+                    config.projector_output_dim, config.projector_output_dim, bias=False
+                ),
             }
         )
 

@@ -1,0 +1,1 @@
+"""Arrays about a model: pure functions, figures are drawn elsewhere."""

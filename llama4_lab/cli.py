@@ -1,0 +1,134 @@
+"""``llama4-lab``: train, measure, convert and plan from the command line."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import llama4_lab as l4
+
+MODELS = Path(__file__).parent / "models"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a failure that a user can mend is one sentence, without a traceback."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"llama4-lab: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="llama4-lab", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("corpus", build_corpus, "fetch, clean and encode the training texts")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--licence", choices=("all", "strict"), default="all")
+    sub.add_argument("--allow-missing", action="store_true", help="go on without failed sources")
+    sub.add_argument("--tokenizer", type=Path, help="a tokenizer.json, instead of training one")
+
+    sub = command("train", train_model, "train a model by its recipe, or go on with it")
+    sub.add_argument("recipe", choices=("mini", "nano"))
+    sub.add_argument("--corpus", type=Path, default=Path("corpus"))
+    sub.add_argument("--out", type=Path, help="folder of the run (default runs/RECIPE)")
+    sub.add_argument("--steps", type=int, help="instead of the recipe's")
+    sub.add_argument("--budget-minutes", type=float, help="stop after this time, not after steps")
+    sub.add_argument("--device", default="cpu")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the layers")
+
+    sub = command("card", print_card, "measure a model as its card does, on held-out texts")
+    sub.add_argument("model", help="a shipped model's name, or a folder")
+    sub.add_argument("--corpus", type=Path, help="held-out texts of a corpus, not the shipped ones")
+    sub.add_argument("--json", type=Path, help="also write the figures to this file")
+
+    sub = command("convert", convert, "write any readable checkpoint as a Hugging Face folder")
+    sub.add_argument("source")
+    sub.add_argument("target", type=Path)
+
+    sub = command("plan", plan, "count parameters and bytes of a preset or a folder's config")
+    sub.add_argument("model", help="scout, maverick, behemoth, or a folder")
+    return top
+
+
+def build_corpus(options: argparse.Namespace) -> None:
+    from tokenizers import Tokenizer
+
+    from llama4_lab.train import corpus, dataset, scenes, tokenizer
+
+    corpus.build(options.folder, licence=options.licence, allow_missing=options.allow_missing)
+    path = options.folder / "tokenizer.json"
+    if options.tokenizer is None:
+        sample = tokenizer.balanced_sample(options.folder)
+        trained = tokenizer.train_tokenizer(sample, words=scenes.WORDS + tokenizer.ROLES)
+    else:
+        trained = Tokenizer.from_file(str(options.tokenizer))
+    trained.save(str(path))
+    for name, counts in dataset.encode(options.folder, trained)["files"].items():
+        print(f"{name:18} {counts['tokens']:>10,} tokens {counts['bytes']:>11,} bytes")
+
+
+def train_model(options: argparse.Namespace) -> None:
+    import shutil
+
+    from llama4_lab.train.loop import train
+    from llama4_lab.train.mixture import Mixture
+    from llama4_lab.train.recipes import RECIPES
+
+    recipe = RECIPES[options.recipe]
+    if options.steps is not None:
+        recipe = dataclasses.replace(recipe, steps=options.steps)
+    out = options.out or Path("runs") / recipe.name
+    model = train(
+        recipe,
+        Mixture(options.corpus, recipe.weights),
+        out,
+        budget_minutes=options.budget_minutes,
+        device=options.device,
+        compile=options.compile,
+    )
+    l4.save(model.bfloat16().cpu(), out / "model")
+    shutil.copy(options.corpus / "tokenizer.json", out / "model" / "tokenizer.json")
+    print(f"saved to {out / 'model'}; measure it with: llama4-lab card {out / 'model'}")
+
+
+def print_card(options: argparse.Namespace) -> None:
+    from llama4_lab.train import card
+
+    model = l4.load(options.model, dtype="float32")
+    texts = card.held_out_texts(options.corpus or card.HELD_OUT)
+    measured = card.measure(model, texts)
+    print(card.markdown(measured))
+    if options.json:
+        content = json.dumps(dataclasses.asdict(measured), ensure_ascii=False, indent=1)
+        options.json.write_text(content + "\n", encoding="utf-8")
+
+
+def convert(options: argparse.Namespace) -> None:
+    l4.save(l4.load(options.source), options.target)
+    print(f"saved to {options.target}")
+
+
+def plan(options: argparse.Namespace) -> None:
+    presets = {"scout": l4.SCOUT, "maverick": l4.MAVERICK, "behemoth": l4.BEHEMOTH_ESTIMATE}
+    if options.model.lower() in presets:
+        config = presets[options.model.lower()]
+    else:
+        config = l4.Llama4Config.from_dict(json.loads(Path(options.model, "config.json").read_text()))
+    if config.is_estimate:
+        print("AN ESTIMATE: this model was never released, its sizes are invented")
+    for part, count in config.parameter_counts().items():
+        print(f"{part:16} {count:>22,} {2 * count / 1e9:>10.2f} GB in bfloat16")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Decoding: one token after the other from a cache, sampled, streamed, interruptible."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from llama4_lab.model import Llama4
+
+
+def generate(
+    model: Llama4,
+    prompt: Any,
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int | None = None,
+    stop: tuple[int, ...] | None = None,
+    stream: bool = False,
+    progress: bool = True,
+) -> Any:
+    """Continue a prompt and return the new text; a list of texts for a batch.
+
+    `prompt` is what ``model.prompt`` returns, or a text or chat messages for it. With `stream`,
+    return an iterator over pieces of text instead. Generation ends at a stop token (the config's,
+    unless `stop` names others) or after `max_new_tokens`. Ctrl-C ends it early and keeps the text
+    so far. A progress bar shows when it takes more than half a second.
+
+    Args:
+        temperature: 0 always takes the likeliest token.
+        top_p: sample among the likeliest tokens that together hold this share of probability
+            (Holtzman et al. 2020).
+        seed: the same seed gives the same text.
+    """
+    if not hasattr(prompt, "keys"):
+        prompt = model.prompt(prompt)
+    rows = len(prompt["input_ids"])
+    if stream and rows > 1:
+        raise ValueError(
+            f"stream=True takes one prompt, this is a batch of {rows}; call it for each"
+        )
+    steps = tokens(
+        model, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+    )
+    stops = model.config.stop_token_ids if stop is None else stop
+    if stream:
+        ids = (int(step[0]) for step in steps)
+        return model.tokenizer.stream(idx for idx in ids if idx not in stops)
+    written: list[list[int]] = [[] for _ in range(rows)]
+    ended = [False] * rows
+    bar = tqdm(
+        steps,
+        total=max_new_tokens,
+        desc="generate",
+        unit="token",
+        delay=0.5,
+        leave=False,
+        disable=not progress,
+    )
+    try:
+        for step in bar:
+            for row, idx in enumerate(step.tolist()):
+                ended[row] |= idx in stops
+                if not ended[row]:
+                    written[row].append(idx)
+    except KeyboardInterrupt:
+        bar.close()
+    texts = [model.tokenizer.decode(ids) for ids in written]
+    return texts if rows > 1 else texts[0]
+
+
+def tokens(
+    model: Llama4,
+    prompt: Any,
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    seed: int | None = None,
+    stop: tuple[int, ...] | None = None,
+) -> Iterator[Int[Tensor, " b"]]:
+    """Yield the next token of every row until all rows have met a stop token.
+
+    What a row yields after its stop token means nothing.
+
+    Raises:
+        ValueError: a temperature below zero, a top_p outside (0, 1], or no tokens to make.
+    """
+    if temperature < 0:
+        raise ValueError(
+            f"temperature {temperature} is negative: use 0 for the likeliest token, or more"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is outside (0, 1]: 1 keeps every token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} makes no token: ask for at least 1")
+    return _tokens(model, prompt, max_new_tokens, temperature, top_p, seed, stop)
+
+
+@torch.no_grad()
+def _tokens(
+    model: Llama4, prompt, max_new_tokens, temperature, top_p, seed, stop
+) -> Iterator[Tensor]:
+    given = {
+        key: None if prompt[key] is None else prompt[key].to(model.device) for key in prompt.keys()
+    }
+    stops = torch.tensor(model.config.stop_token_ids if stop is None else stop, device=model.device)
+    generator = torch.Generator(device=model.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    cache = model.new_cache(len(given["input_ids"]))
+    logits = model(**given, cache=cache, keep_last=1)
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=model.device)
+    for count in range(1, max_new_tokens + 1):
+        chosen = sample(logits[:, -1], temperature, top_p, generator)
+        yield chosen
+        ended |= torch.isin(chosen, stops)
+        if ended.all() or count == max_new_tokens:
+            return
+        logits = model(chosen[:, None], cache=cache, keep_last=1)
+
+
+def sample(
+    logits: Float[Tensor, "b v"],
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " b"]:
+    """Draw one token from each row's nucleus.
+
+    >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0, top_p=1).tolist()
+    [1]
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probability, token = (
+        (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    )
+    before = probability.cumsum(dim=-1) - probability
+    kept = probability.masked_fill(before >= top_p, 0.0)
+    place = torch.multinomial(kept, 1, generator=generator)
+    return token.gather(-1, place)[:, 0]

@@ -1,0 +1,40 @@
+"""Seeded weights of the right shapes, for tests, benchmarks and training from nothing."""
+
+import torch
+from torch import nn
+
+from llama4_lab.config import Llama4Config
+from llama4_lab.model.llama4 import Llama4
+
+
+@torch.no_grad()
+def random(
+    config: Llama4Config,
+    seed: int = 0,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Llama4:
+    """Return a model with seeded weights, scaled so that every layer keeps its input's size.
+
+    Matrices are normal with variance 1/inputs (those that write to the residual stream smaller by
+    ``sqrt(2 * layers)``, as in GPT-2), embeddings have unit variance, norms are one.
+    """
+    with torch.device("meta"):
+        model = Llama4(config)
+    model = model.to_empty(device=device).to(dtype)
+    model.tie_weights()
+    generator = torch.Generator(device=device).manual_seed(seed)
+    depth = (2 * config.num_hidden_layers) ** -0.5
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+            std = parameter.shape[-1] ** -0.5 * (depth if writes else 1.0)
+            if name == "embed_tokens.weight":
+                std = 1.0
+            nn.init.normal_(parameter, std=std, generator=generator)
+    return model

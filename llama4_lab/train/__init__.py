@@ -1,0 +1,1 @@
+"""Train the shipped models: data, curriculum, loop."""

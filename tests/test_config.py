@@ -1,0 +1,160 @@
+"""Sizes, per-layer rules, published variants of config.json."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import CONFIG, VISION
+
+import llama4_lab as l4
+from llama4_lab.model.text import rope_frequencies
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"),
+    [
+        (l4.SCOUT, 108_641_793_536, 17_172_894_720),
+        (l4.MAVERICK, 401_583_781_376, 17_184_691_200),
+        (l4.BEHEMOTH_ESTIMATE, 1_979_736_447_488, 287_683_393_536),
+    ],
+)
+def test_parameter_counts_are_metas_and_those_of_the_model(preset, total, active):
+    counts = preset.parameter_counts()
+    assert (counts["total"], counts["active"]) == (total, active)
+    with torch.device("meta"):
+        model = l4.Llama4(preset)
+    assert sum(p.numel() for p in model.parameters()) == total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": True, "vision_config": None},
+        {"tie_word_embeddings": True},
+        {"moe_layers": ()},
+    ],
+)
+def test_parameter_counts_follow_every_switch(changes):
+    config = CONFIG.replace(**changes)
+    counted = sum(p.numel() for p in l4.random(config).parameters())
+    assert config.parameter_counts()["total"] == counted
+
+
+def test_layers_of_scout_and_maverick():
+    assert [i for i in range(48) if not l4.SCOUT.uses_rope(i)] == list(range(3, 48, 4))
+    assert all(l4.SCOUT.is_moe(i) for i in range(48))
+    assert [i for i in range(48) if l4.MAVERICK.is_moe(i)] == list(range(1, 48, 2))
+    assert l4.SCOUT.attention_chunk(3) is None
+    assert l4.SCOUT.attention_chunk(4) == 8192
+
+
+def test_the_estimate_is_marked_as_one():
+    assert l4.BEHEMOTH_ESTIMATE.is_estimate
+    assert not l4.SCOUT.is_estimate
+
+
+def test_no_rope_layers_are_named_backwards():
+    config = CONFIG.replace(no_rope_layers=(1, 0, 1, 1, 1, 0))
+    assert [config.uses_rope(i) for i in range(6)] == [True, False, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, CONFIG.replace(vision_config=None), l4.SCOUT, l4.MAVERICK]
+)
+def test_a_config_survives_its_file(config):
+    again = l4.Llama4Config.from_dict(config.to_dict())
+    rules = [(again.uses_rope(i), again.is_moe(i)) for i in range(again.num_hidden_layers)]
+    assert rules == [
+        (config.uses_rope(i), config.is_moe(i)) for i in range(config.num_hidden_layers)
+    ]
+    derived = {"no_rope_layers": None, "moe_layers": None}
+    if config.vision_config is None:  # a text-only file has no place for it
+        derived["image_token_index"] = 0
+    assert again.replace(**derived) == config.replace(**derived)
+
+
+def test_both_spellings_of_the_rope_settings_and_the_launch_traps():
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    text = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    old = {"rope_theta": 5000.0, "rope_scaling": scaling, "attn_temperature_tuning": 4}
+    new = {"rope_parameters": scaling | {"rope_theta": 5000.0}, "attn_temperature_tuning": True}
+    a, b = (
+        l4.Llama4Config.from_dict(
+            {"model_type": "llama4", "text_config": text | rope | {"no_rope_layers": []}}
+        )
+        for rope in (old, new)
+    )
+    assert a == b
+    assert a.rope_theta == 5000.0
+    assert a.rope_scaling == l4.RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert a.attn_temperature_tuning is True
+    assert not a.uses_rope(3)
+
+
+def test_scouts_frequencies_have_no_zone_in_between():
+    freq = rope_frequencies(l4.SCOUT)
+    plain = rope_frequencies(l4.SCOUT.replace(rope_scaling=None))
+    assert torch.equal(freq[:35], plain[:35])
+    torch.testing.assert_close(freq[35:], plain[35:] / 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"num_key_value_heads": 4},
+            "num_attention_heads 6 is not a multiple of num_key_value_heads 4",
+        ),
+        ({"head_dim": 15}, "head_dim 15 is odd: RoPE rotates pairs of numbers"),
+        ({"num_experts_per_tok": 6}, "must lie between 1 and num_local_experts 5"),
+        ({"attention_chunk_size": 0}, "must be positive, or None for no chunks"),
+        ({"no_rope_layers": (1, 0)}, "no_rope_layers has 2 entries for 6 layers"),
+        ({"moe_layers": (9,)}, "moe_layers names layer 9; this model has layers 0 to 5"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        CONFIG.replace(**change)
+
+
+def test_other_refusals():
+    with pytest.raises(TypeError, match="no field 'num_layers'; did you mean"):
+        CONFIG.replace(num_layers=3)
+    with pytest.raises(
+        ValueError, match=r"layer 61 is out of range: this model has 48 layers \(0 to 47\)"
+    ):
+        l4.SCOUT.is_moe(61)
+    with pytest.raises(ValueError, match="model_type 'llama' is not a Llama 4"):
+        l4.Llama4Config.from_dict({"model_type": "llama"})
+    with pytest.raises(ValueError, match="rope_type 'yarn' is not supported"):
+        l4.Llama4Config.from_dict(
+            {"model_type": "llama4_text", "rope_scaling": {"rope_type": "yarn"}}
+        )
+    with pytest.raises(ValueError, match="rope_type 'llama3' without factor"):
+        l4.Llama4Config.from_dict(
+            {"model_type": "llama4_text", "rope_scaling": {"rope_type": "llama3"}}
+        )
+    with pytest.raises(ValueError, match="hidden_act 'gelu' is not supported"):
+        l4.Llama4Config.from_dict({"model_type": "llama4_text", "hidden_act": "gelu"})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"patch_size": 5}, "image_size 24 is not a multiple of patch_size 5"),
+        ({"pixel_shuffle_ratio": 0.3}, "does not divide a grid of 6x6 patches"),
+        ({"num_attention_heads": 5}, "divisible by 4"),
+        ({"intermediate_size": 100}, "must be hidden_size / pixel_shuffle_ratio"),
+        ({"projector_input_dim": 21}, "must agree"),
+    ],
+)
+def test_vision_sizes_that_contradict_each_other_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(VISION, **change)

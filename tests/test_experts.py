@@ -1,0 +1,120 @@
+"""Every backend equals the readable loop, whatever the routing."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama4_lab import experts
+from llama4_lab.experts import grouped, loop
+
+D, FF = 16, 24
+
+
+def weights(num_experts, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(num_experts, 2 * FF, D, generator=generator) / 4
+    down = torch.randn(num_experts, D, FF, generator=generator) / 4
+    return gate_up.to(dtype), down.to(dtype)
+
+
+ROUTINGS = {
+    "random": lambda n, e, k: torch.rand(n, e).topk(k, dim=-1).indices,
+    "all_to_the_last": lambda n, e, k: torch.arange(e - k, e).flip(0).expand(n, k),
+    "some_experts_unused": lambda n, e, k: torch.rand(n, e // 2 + k).topk(k, dim=-1).indices,
+}
+
+
+@pytest.mark.parametrize("backend", [name for name in experts.BACKENDS if name != "loop"])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 16, 1), (7, 4, 1), (33, 16, 2), (50, 128, 1), (20, 3, 3)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_backend_equals_the_loop(backend, routing, shape, dtype):
+    n, e, topk = shape
+    chosen = ROUTINGS[routing](n, e, topk) % e
+    order, offsets = experts.sort(chosen, e)
+    arguments = (
+        torch.randn(n, D).to(dtype),
+        order,
+        offsets,
+        torch.rand(n, topk).to(dtype),
+        *weights(e, dtype),
+    )
+    expected = loop.apply(*arguments)
+    # bfloat16 keeps 8 bits; sums of outputs of order 1 may be rounded in another order.
+    torch.testing.assert_close(
+        experts.BACKENDS[backend](*arguments),
+        expected,
+        atol=1e-5 if dtype == torch.float32 else 0.05,
+        rtol=0.02,
+    )
+
+
+@pytest.mark.parametrize("backend", experts.BACKENDS)
+def test_gradients_equal_those_of_the_dense_formula(backend):
+    gate_up, down = (w.requires_grad_() for w in weights(4))
+    x = torch.randn(9, D, requires_grad=True)
+    router = torch.randn(4, D, requires_grad=True)
+    shared = torch.nn.Linear(D, D)
+    leaves = (x, router, gate_up, down)
+
+    def dense():
+        logits = x @ router.T
+        top = logits.topk(2)
+        kept = torch.full_like(logits, -torch.inf).scatter(1, top.indices, top.values).sigmoid()
+        gate, up = torch.einsum("ne,nd,efd->enf", kept, x, gate_up).chunk(2, dim=-1)
+        return torch.einsum("enf,edf->nd", F.silu(gate) * up, down) + shared(x)
+
+    ours = experts.moe(x, router, (gate_up, down), shared, topk=2, backend=backend)
+    torch.testing.assert_close(ours, dense(), atol=1e-5, rtol=1e-5)
+    target = torch.randn(9, D)
+    expected = torch.autograd.grad((dense() * target).sum(), leaves)
+    actual = torch.autograd.grad((ours * target).sum(), leaves)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_permuting_tokens_permutes_outputs():
+    x, permutation = torch.randn(12, D), torch.randperm(12)
+    router, pair, shared = torch.randn(4, D), weights(4), torch.nn.Linear(D, D)
+    out = experts.moe(x, router, pair, shared)
+    torch.testing.assert_close(experts.moe(x[permutation], router, pair, shared), out[permutation])
+
+
+def test_the_score_multiplies_the_input_not_the_output():
+    x, pair = torch.randn(1, D), weights(1)
+    order, offsets = experts.sort(torch.zeros(1, 1, dtype=torch.long), 1)
+    half = loop.apply(x, order, offsets, torch.tensor([[0.5]]), *pair)
+    full = loop.apply(x, order, offsets, torch.ones(1, 1), *pair)
+    torch.testing.assert_close(half, loop.apply(x / 2, order, offsets, torch.ones(1, 1), *pair))
+    assert (half - full / 2).abs().max() > 0.01
+
+
+def test_scores_are_taken_in_float32():
+    logits = torch.tensor([[3.0, 5.0]], dtype=torch.bfloat16)
+    _, score = experts.route(logits)
+    assert score.item() == torch.sigmoid(torch.tensor(5.0)).bfloat16().item()
+
+
+def test_sorting_is_stable_and_counts_every_slot():
+    chosen = torch.tensor([[2, 0], [2, 1], [0, 2]])
+    order, offsets = experts.sort(chosen, 4)
+    assert order.tolist() == [1, 4, 3, 0, 2, 5]
+    assert offsets.tolist() == [0, 2, 3, 6, 6]
+
+
+def test_grouped_falls_back_where_torch_cannot_run():
+    assert grouped.can_run(weights(2)[0])
+    assert not grouped.can_run(torch.zeros(2, 8, 5))
+    assert not grouped.can_run(weights(2, torch.float64)[0])
+    order, offsets = experts.sort(torch.tensor([[1], [0]]), 2)
+    odd = torch.randn(2, 10, 5), torch.randn(2, 5, 5)
+    arguments = torch.randn(2, 5), order, offsets, torch.rand(2, 1), *odd
+    torch.testing.assert_close(grouped.apply(*arguments), loop.apply(*arguments))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="unknown backend 'fast'; choose auto, loop, grouped"):
+        experts.moe(
+            torch.zeros(1, D), torch.zeros(2, D), weights(2), torch.nn.Identity(), backend="fast"
+        )

@@ -1,0 +1,177 @@
+"""Properties of the model that no single number shows."""
+
+import pytest
+import torch
+from tiny import CONFIG, tiny
+
+import llama4_lab as l4
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def some_ids(rows=2, length=37, seed=0):
+    return torch.randint(4, 89, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("pieces", [[1] * 37, [8, 8, 8, 8, 5], [5, 11, 1, 20], [36, 1]])
+def test_decoding_equals_one_full_pass(pieces):
+    model, ids = tiny(), some_ids()
+    cache = model.new_cache(2)
+    parts = [model(part, cache=cache) for part in ids.split(pieces, dim=1)]
+    # Different shapes of the same products: rounding only.
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=0)
+
+
+def test_decoding_with_ragged_left_padding_equals_each_row_alone():
+    # Without temperature: with it, transformers counts padding slots, and so do we.
+    model, ids = tiny(attn_temperature_tuning=False), some_ids(3)
+    pad = [0, 5, 12]
+    mask = torch.stack([torch.arange(37) >= count for count in pad]).long()
+    cache, parts, done = model.new_cache(3), [], 0
+    for size in (4, 3, 6, 1, 1, 9, 13):
+        end = done + size
+        # The mask may cover everything so far, or only the new slots.
+        part = mask[:, :end] if size % 2 else mask[:, done:end]
+        parts.append(model(ids[:, done:end], attention_mask=part, cache=cache))
+        done = end
+    logits = torch.cat(parts, dim=1)
+    for row, count in enumerate(pad):
+        alone = model(ids[row : row + 1, count:])
+        torch.testing.assert_close(logits[row : row + 1, count:], alone, atol=1e-5, rtol=0)
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+    model, ids = tiny(), some_ids(1)
+    before = model(ids)
+    changed = ids.clone()
+    changed[0, 20] = (ids[0, 20] + 1) % 80 + 4
+    after = model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20:], after[:, 20:])
+
+
+def test_rope_layers_do_not_see_past_their_chunk_and_nope_layers_do():
+    ids = some_ids(1)
+    changed = ids.clone()
+    changed[0, 3] = (ids[0, 3] + 1) % 80 + 4
+    chunked = tiny(no_rope_layers=(1,) * 6)
+    difference = (chunked(ids) - chunked(changed)).abs().amax(-1)[0]
+    assert difference[3:8].min() > 0
+    assert difference[8:].max() == 0
+    mixed = tiny()
+    assert (mixed(ids) - mixed(changed)).abs().amax(-1)[0, 8:].max() > 0
+
+
+def test_a_chunk_of_none_sees_the_whole_past():
+    ids = some_ids(1)
+    everything = tiny(attention_chunk_size=None)
+    torch.testing.assert_close(
+        everything(ids), tiny(attention_chunk_size=100)(ids), atol=1e-5, rtol=0
+    )
+
+
+def test_the_chunk_buffer_never_outgrows_one_chunk():
+    model = tiny()
+    cache = model.new_cache(1)
+    for part in some_ids(1, 200).split(7, dim=1):
+        model(part, cache=cache)
+    sizes = [layer.buffer.shape[3] for layer in cache.layers]
+    rope = [CONFIG.uses_rope(i) for i in range(6)]
+    assert all(size <= 8 for size, uses_rope in zip(sizes, rope, strict=True) if uses_rope)
+    assert all(size >= 200 for size, uses_rope in zip(sizes, rope, strict=True) if not uses_rope)
+    assert cache.bytes() == sum(layer.buffer.numel() * 4 for layer in cache.layers)
+
+
+def test_the_residual_stream_is_the_sum_of_its_contributions():
+    model, ids = tiny(), some_ids()
+    with l4.trace(model, "layers.*") as cache:
+        model(ids)
+    for i in range(6):
+        at = {
+            name.removeprefix(f"layers.{i}."): v
+            for name, v in cache.items()
+            if f"layers.{i}." in name
+        }
+        torch.testing.assert_close(at["resid_pre"] + at["attn.out"], at["resid_mid"])
+        if CONFIG.is_moe(i):
+            added = at["experts.out"].sum(2) + at["shared.out"]
+        else:
+            added = at["mlp.out"]
+        torch.testing.assert_close(at["resid_mid"] + added, at["resid_post"])
+
+
+def test_temperature_is_one_up_to_the_floor_and_follows_the_published_table():
+    from llama4_lab.model.text import Step, rope_frequencies
+
+    config = l4.SCOUT
+    table = {
+        0: 1.0,
+        8190: 1.0,
+        8191: 1.0693147,
+        16382: 1.0693147,
+        16383: 1.1098613,
+        262143: 1.3496507,
+    }
+    cache = l4.KVCache(config.replace(num_hidden_layers=0))
+    for slot, expected in table.items():
+        cache.slots = slot
+        step = Step.begin(config, rope_frequencies(config), 1, 1, [0], cache)
+        assert step.temperature.item() == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (lambda: (torch.zeros(1, 0, dtype=torch.long),), "input_ids holds no token"),
+        (
+            lambda: (torch.tensor([[5, 97]]),),
+            "input_ids hold 5 to 97; this vocabulary has ids 0 to 96",
+        ),
+        (
+            lambda: (some_ids(1), torch.zeros(1, 3, 20, 24)),
+            r"tiles of shape \(3, 20, 24\) do not fit this model, which takes \(3, 24, 24\)",
+        ),
+        (
+            lambda: (some_ids(1), torch.zeros(1, 3, 24, 24)),
+            "1 tiles make 9 image tokens, but input_ids hold 0 tokens with id 90",
+        ),
+        (
+            lambda: (some_ids(1), None, torch.ones(1, 5, dtype=torch.long)),
+            r"attention_mask of shape \(1, 5\) does not fit 1 rows of 37 new and 0 cached slots",
+        ),
+        (
+            lambda: (
+                some_ids(1),
+                None,
+                torch.ones(1, 37, dtype=torch.long).index_fill(1, torch.tensor(9), 0),
+            ),
+            "attention_mask has a 0 behind a 1: only left padding is supported",
+        ),
+        (
+            lambda: (some_ids(1), None, None, tiny().new_cache(2)),
+            "a cache for 2 rows was given 1 rows",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tiny()(*arguments())
+
+
+def test_a_text_model_refuses_pictures_and_a_model_without_tokenizer_refuses_texts():
+    with pytest.raises(ValueError, match="no vision encoder; leave pixel_values out"):
+        tiny(vision_config=None)(some_ids(1), torch.zeros(1, 3, 24, 24))
+    with pytest.raises(ValueError, match="this model has no tokenizer"):
+        tiny().prompt("hello")
+
+
+def test_random_weights_are_the_same_for_a_seed_and_keep_the_stream_in_range():
+    a, b, c = tiny(0).state_dict(), tiny(0).state_dict(), tiny(1).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+    logits = tiny()(some_ids())
+    assert 0.3 < logits.std() < 3
