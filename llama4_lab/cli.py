@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 import llama4_lab as l4
 
 MODELS = Path(__file__).parent / "models"
@@ -35,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path)
     sub.add_argument("--licence", choices=("all", "strict"), default="all")
     sub.add_argument("--allow-missing", action="store_true", help="go on without failed sources")
-    sub.add_argument("--tokenizer", type=Path, help="a tokenizer.json, instead of training one")
+    sub.add_argument("--new-tokenizer", action="store_true", help="train one; default: mini's")
 
     sub = command("train", train_model, "train a model by its recipe, or go on with it")
     sub.add_argument("recipe", choices=("mini", "nano"))
@@ -65,15 +67,17 @@ def build_corpus(options: argparse.Namespace) -> None:
 
     from llama4_lab.train import corpus, dataset, scenes, tokenizer
 
-    corpus.build(options.folder, licence=options.licence, allow_missing=options.allow_missing)
-    path = options.folder / "tokenizer.json"
-    if options.tokenizer is None:
-        sample = tokenizer.balanced_sample(options.folder)
-        trained = tokenizer.train_tokenizer(sample, words=scenes.WORDS + tokenizer.ROLES)
+    folder = options.folder
+    report = corpus.build(folder, licence=options.licence, allow_missing=options.allow_missing)
+    corpus.write_arithmetic(folder)
+    print(corpus.summary(report))
+    if options.new_tokenizer:
+        words = scenes.WORDS + tokenizer.ROLES
+        engine = tokenizer.train_tokenizer(tokenizer.balanced_sample(folder), words=words)
     else:
-        trained = Tokenizer.from_file(str(options.tokenizer))
-    trained.save(str(path))
-    for name, counts in dataset.encode(options.folder, trained)["files"].items():
+        engine = Tokenizer.from_file(str(MODELS / "mini" / "tokenizer.json"))
+    engine.save(str(folder / "tokenizer.json"))
+    for name, counts in dataset.encode(folder, engine)["files"].items():
         print(f"{name:18} {counts['tokens']:>10,} tokens {counts['bytes']:>11,} bytes")
 
 
@@ -104,7 +108,7 @@ def train_model(options: argparse.Namespace) -> None:
 def print_card(options: argparse.Namespace) -> None:
     from llama4_lab.train import card
 
-    model = l4.load(options.model, dtype="float32")
+    model = l4.load(options.model, dtype=torch.float32)
     texts = card.held_out_texts(options.corpus or card.HELD_OUT)
     measured = card.measure(model, texts)
     print(card.markdown(measured))
@@ -123,7 +127,8 @@ def plan(options: argparse.Namespace) -> None:
     if options.model.lower() in presets:
         config = presets[options.model.lower()]
     else:
-        config = l4.Llama4Config.from_dict(json.loads(Path(options.model, "config.json").read_text()))
+        raw = Path(options.model, "config.json").read_text(encoding="utf-8")
+        config = l4.Llama4Config.from_dict(json.loads(raw))
     if config.is_estimate:
         print("AN ESTIMATE: this model was never released, its sizes are invented")
     for part, count in config.parameter_counts().items():

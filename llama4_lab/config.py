@@ -231,11 +231,10 @@ class Llama4Config:
             values["no_rope_layers"] = None
         if values.get("head_dim") is None:
             values["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
-        vision = raw.get("vision_config")
-        if vision is not None:
-            theta = _rope_fields(vision).get("rope_theta", VisionConfig.rope_theta)
-            vision = VisionConfig(**_known_fields(VisionConfig, vision) | {"rope_theta": theta})
-        return cls(**values | {"vision_config": vision})
+        if (vision := raw.get("vision_config")) is not None:
+            fields = _known_fields(VisionConfig, vision) | _rope_fields(vision)
+            values["vision_config"] = VisionConfig(**fields)
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a ``config.json`` that transformers and `from_dict` read."""

@@ -105,9 +105,7 @@ def tokens(
 def _tokens(
     model: Llama4, prompt, max_new_tokens, temperature, top_p, seed, stop
 ) -> Iterator[Tensor]:
-    given = {
-        key: None if prompt[key] is None else prompt[key].to(model.device) for key in prompt.keys()
-    }
+    given = {key: x.to(model.device) for key, x in {**prompt}.items() if x is not None}
     stops = torch.tensor(model.config.stop_token_ids if stop is None else stop, device=model.device)
     generator = torch.Generator(device=model.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()

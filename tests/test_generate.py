@@ -94,7 +94,10 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"temperature": -1.0}, "temperature -1.0 is negative: use 0 for the likeliest token, or more"),
+        (
+            {"temperature": -1.0},
+            "temperature -1.0 is negative: use 0 for the likeliest token, or more",
+        ),
         ({"top_p": 0.0}, r"top_p 0.0 is outside \(0, 1\]"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 makes no token: ask for at least 1"),
     ],

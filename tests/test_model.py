@@ -105,7 +105,7 @@ def test_the_residual_stream_is_the_sum_of_its_contributions():
 
 
 def test_temperature_is_one_up_to_the_floor_and_follows_the_published_table():
-    from llama4_lab.model.text import Step, rope_frequencies
+    from llama4_lab.model.text import Step
 
     config = l4.SCOUT
     table = {
@@ -119,7 +119,7 @@ def test_temperature_is_one_up_to_the_floor_and_follows_the_published_table():
     cache = l4.KVCache(config.replace(num_hidden_layers=0))
     for slot, expected in table.items():
         cache.slots = slot
-        step = Step.begin(config, rope_frequencies(config), 1, 1, [0], cache)
+        step = Step.begin(config, 1, [0], cache, "cpu")
         assert step.temperature.item() == pytest.approx(expected, abs=1e-7)
 
 

@@ -20,24 +20,20 @@ _INSIDE = ("experts.in", "experts.hidden", "experts.out")
 
 
 def route(
-    logits: Float[Tensor, "n e"], topk: int = 1
+    logits: Float[Tensor, "n e"], topk: int = 1, record: Tap = NO_TAP
 ) -> tuple[Int[Tensor, "n topk"], Float[Tensor, "n topk"]]:
     """Choose each token's experts by their raw logits; the score is the logit's sigmoid.
 
     Every score is independent: they are not renormalised, and do not sum to one. The sigmoid is
     taken in float32 (Meta's reference takes it in the working dtype; they differ in bfloat16 only).
 
-        >>> expert, score = route(torch.tensor([[0.0, -1.0], [1.0, 2.0]]))
-        >>> expert.flatten().tolist(), [round(s, 3) for s in score.flatten().tolist()]
-        ([0, 1], [0.5, 0.881])
+    >>> expert, score = route(torch.tensor([[0.0, -1.0], [1.0, 2.0]]))
+    >>> expert.flatten().tolist(), [round(s, 3) for s in score.flatten().tolist()]
+    ([0, 1], [0.5, 0.881])
     """
-    chosen, expert = logits.topk(topk, dim=-1)
-    return expert, scores(chosen)
-
-
-def scores(chosen: Float[Tensor, "n topk"]) -> Float[Tensor, "n topk"]:
-    """Turn chosen logits into the factors that multiply the experts' inputs."""
-    return chosen.float().sigmoid().to(chosen.dtype)
+    expert = record("router.indices", logits.topk(topk, dim=-1).indices)
+    score = logits.gather(-1, expert).float().sigmoid().to(logits.dtype)
+    return expert, record("router.scores", score)
 
 
 def sort(
@@ -95,9 +91,7 @@ def moe(
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
     logits = record("router.logits", F.linear(x, router))
-    expert, _ = route(logits, topk)
-    expert = record("router.indices", expert)
-    score = record("router.scores", scores(logits.gather(-1, expert)))
+    expert, score = route(logits, topk, record)
     order, offsets = sort(expert, len(router))
     if any(record.watches(name) for name in _INSIDE):
         routed = loop.apply(x, order, offsets, score, *experts, record=record)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llama4_lab.cache import KVCache
 from llama4_lab.config import Llama4Config
-from llama4_lab.model.text import DecoderLayer, RMSNorm, Step, rope_frequencies
+from llama4_lab.model.text import DecoderLayer, RMSNorm, Step
 from llama4_lab.model.vision import VisionModel
 from llama4_lab.points import NO_TAP, Tap
 
@@ -113,8 +113,7 @@ class Llama4(nn.Module):
         else:
             pad = cache.pad
         x = self.tap("embed", self.embed(input_ids, pixel_values))
-        freq = rope_frequencies(self.config).to(x.device)
-        step = Step.begin(self.config, freq, b, t, pad, cache)
+        step = Step.begin(self.config, t, pad, cache, x.device)
         for i, layer in enumerate(self.layers):
             x = layer(x, step, self.tap.scope(f"layers.{i}."), self.backend)
         if cache is not None:

@@ -6,6 +6,7 @@ Llama 4 as transformers runs it; a comment says where the two differ.
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,52 +68,54 @@ def rotate(
     return turned.flatten(-2).to(x.dtype)
 
 
+class Group(NamedTuple):
+    """Batch rows with equal left padding, in one forward pass."""
+
+    rows: Rows
+    skip: int  # padding slots at the start of this pass
+    start: int  # position of the pass's first real token
+
+    def real(self, x: Float[Tensor, "b h t dh"]) -> Float[Tensor, "rows h real dh"]:
+        """Cut out these rows' real tokens."""
+        return x[self.rows, :, self.skip :]
+
+
 @dataclass(frozen=True)
 class Step:
-    """What all layers share in one forward pass over t slots.
-
-    `groups` are the batch rows with equal left padding: (rows, number of padding slots at the
-    start of this step, position of the first real token of this step).
-    """
+    """What all layers share in one forward pass over t slots."""
 
     angle: Float[Tensor, "t half"]
     temperature: Float[Tensor, " t"]
     position: Int[Tensor, "b t"]  # of the real tokens of a row, from 0; negative on padding
-    groups: list[tuple[Rows, int, int]]
+    groups: list[Group]
     cache: KVCache | None
 
     @classmethod
     def begin(
-        cls,
-        config: Llama4Config,
-        freq: Tensor,
-        b: int,
-        t: int,
-        pad: list[int],
-        cache: KVCache | None,
+        cls, config: Llama4Config, t: int, pad: list[int], cache: KVCache | None, device: Any
     ) -> "Step":
         first = cache.slots if cache is not None else 0
-        slot = torch.arange(first, first + t, device=freq.device)
-        # The temperature counts slots, padding included, as transformers does (vLLM counts tokens).
-        # It is 1 below floor_scale, so only left-padded batches longer than that can tell.
-        steps = ((slot.float() + 1.0) / config.floor_scale).floor()
-        temperature = 1.0 + config.attn_scale * steps.log1p()
-        groups: dict[int, list[int]] = {}
+        slot = torch.arange(first, first + t, device=device)
+        temperature = torch.ones(t, device=device)
+        if config.attn_temperature_tuning:
+            # Counts slots, padding included, as transformers does (vLLM counts tokens). It is 1
+            # below floor_scale, so only left-padded batches longer than that can tell.
+            steps = ((slot.float() + 1.0) / config.floor_scale).floor()
+            temperature += config.attn_scale * steps.log1p()
+        padded: dict[int, list[int]] = {}
         for row, count in enumerate(pad):
-            groups.setdefault(count, []).append(row)
+            padded.setdefault(count, []).append(row)
         return cls(
-            angle=slot.float()[:, None] * freq,
-            temperature=temperature
-            if config.attn_temperature_tuning
-            else torch.ones_like(temperature),
-            position=slot - torch.tensor(pad, device=freq.device)[:, None],
+            angle=slot.float()[:, None] * rope_frequencies(config).to(device),
+            temperature=temperature,
+            position=slot - torch.tensor(pad, device=device)[:, None],
             groups=[
-                (
-                    slice(None) if len(rows) == b else rows,
-                    min(max(count - first, 0), t),
-                    max(first - count, 0),
+                Group(
+                    rows=slice(None) if len(rows) == len(pad) else rows,
+                    skip=min(max(count - first, 0), t),
+                    start=max(first - count, 0),
                 )
-                for count, rows in groups.items()
+                for count, rows in padded.items()
             ],
             cache=cache,
         )
@@ -152,41 +155,42 @@ class Attention(nn.Module):
         watched = tap.watches("attn.scores") or tap.watches("attn.pattern")
         z = self.attend_watched(q, k, v, step, tap) if watched else self.attend(q, k, v, step)
         if step.cache is not None:
-            for rows, skip, start in step.groups:
-                step.cache.layers[self.layer].write(
-                    rows, start, k[rows, :, skip:], v[rows, :, skip:]
-                )
+            for group in step.groups:
+                cache = step.cache.layers[self.layer]
+                cache.write(group.rows, group.start, group.real(k), group.real(v))
         z = tap("attn.z", rearrange(z, "b h t dh -> b t h dh"))
         return tap("attn.out", self.o_proj(rearrange(z, "b t h dh -> b t (h dh)")))
 
-    def past(
-        self, k: Tensor, v: Tensor, step: Step, rows: Rows, start: int
-    ) -> tuple[Tensor, Tensor]:
+    def past(self, k: Tensor, v: Tensor, step: Step, group: Group) -> tuple[Tensor, Tensor]:
         if step.cache is None:
-            return k[rows, :, :0], v[rows, :, :0]
-        return step.cache.layers[self.layer].live(rows, start)
+            return k[group.rows, :, :0], v[group.rows, :, :0]
+        return step.cache.layers[self.layer].live(group.rows, group.start)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        if step.groups[0][:2] == (slice(None), 0):
-            return attend(q, k, v, *self.past(k, v, step, *step.groups[0][::2]), self.chunk)
+        parts = [
+            attend(*map(group.real, (q, k, v)), *self.past(k, v, step, group), self.chunk)
+            for group in step.groups
+        ]
+        if len(parts) == 1 and parts[0].shape == q.shape:
+            return parts[0]
         z = torch.zeros_like(q)
-        for rows, skip, start in step.groups:
-            real = (y[rows, :, skip:] for y in (q, k, v))
-            z[rows, :, skip:] = attend(*real, *self.past(k, v, step, rows, start), self.chunk)
+        for group, part in zip(step.groups, parts, strict=True):
+            z[group.rows, :, group.skip :] = part
         return z
 
     def attend_watched(self, q: Tensor, k: Tensor, v: Tensor, step: Step, tap: Tap) -> Tensor:
         """Attend through explicit scores; s ends with the step's own t slots."""
-        pasts = [self.past(k, v, step, rows, start) for rows, _, start in step.groups]
+        pasts = [self.past(k, v, step, group) for group in step.groups]
         longest = max(past_k.shape[2] for past_k, _ in pasts)
         all_k, all_v = (F.pad(y, (0, 0, longest, 0)) for y in (k, v))
         before = torch.arange(-longest, 0, device=q.device) + step.position[:, :1]
         mask = visible(step.position, torch.cat([before, step.position], dim=1), self.chunk)
-        for (rows, skip, _), (past_k, past_v) in zip(step.groups, pasts, strict=True):
+        for group, (past_k, past_v) in zip(step.groups, pasts, strict=True):
             # A row's past ends where its first real token begins; this step's padding is unseen.
-            begin = longest + skip - past_k.shape[2]
-            all_k[rows, :, begin : longest + skip] = past_k
-            all_v[rows, :, begin : longest + skip] = past_v
+            end = longest + group.skip
+            begin = end - past_k.shape[2]
+            all_k[group.rows, :, begin:end] = past_k
+            all_v[group.rows, :, begin:end] = past_v
         return observed(q, all_k, all_v, mask, tap)
 
 

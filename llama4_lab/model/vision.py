@@ -91,6 +91,17 @@ class VisionLayer(nn.Module):
         return tap("resid_post", x + self.mlp(self.post_attention_layernorm(x), tap))
 
 
+class VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Float[Tensor, "b t d"], angle: Tensor, tap: Tap) -> Float[Tensor, "b t d"]:
+        for i, layer in enumerate(self.layers):
+            x = layer(x, angle, tap.scope(f"layers.{i}."))
+        return x
+
+
 class PatchEmbedding(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -134,9 +145,7 @@ class VisionModel(nn.Module):
         self.positional_embedding_vlm = nn.Parameter(torch.empty(config.grid**2 + 1, d))
         self.patch_embedding = PatchEmbedding(config)
         self.layernorm_pre = nn.LayerNorm(d)
-        self.model = nn.ModuleDict(
-            {"layers": nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))}
-        )
+        self.model = VisionEncoder(config)
         self.layernorm_post = nn.LayerNorm(d)
         self.vision_adapter = Adapter(config)
 
@@ -146,8 +155,6 @@ class VisionModel(nn.Module):
         x = self.patch_embedding(pixels)
         x = torch.cat([x, self.class_embedding.expand(len(x), 1, -1)], dim=1)
         x = tap("embed", self.layernorm_pre(x + self.positional_embedding_vlm))
-        angle = patch_angles(self.config).to(x.device)
-        for i, layer in enumerate(self.model["layers"]):
-            x = layer(x, angle, tap.scope(f"layers.{i}."))
+        x = self.model(x, patch_angles(self.config).to(x.device), tap)
         x = self.layernorm_post(x)[:, :-1]
         return tap("out", self.vision_adapter(x))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
+from llama4_lab.points import NO_TAP
 from llama4_lab.train.balance import RouterTap, switch_loss
 from llama4_lab.train.mixture import Mixture
 from llama4_lab.train.muon import Muon
@@ -68,7 +69,7 @@ def train(
                 begin = time.monotonic()
                 scale = set_learning_rate(optimisers, recipe, step, done)
                 rows = data.batch(recipe.seed, step, recipe.rows, recipe.length).to(device)
-                losses = update(model, optimisers, rows, recipe, forward)
+                losses = update(model, optimisers, rows, balance_weight(recipe, done), forward)
                 step, seconds = step + 1, seconds + time.monotonic() - begin
                 tokens = step * recipe.rows * recipe.length
                 log.write(step=step, seconds=round(seconds, 1), tokens=tokens, lr=scale, **losses)
@@ -88,18 +89,19 @@ def train(
 
 
 def update(
-    model, optimisers, rows: Int[Tensor, "rows tokens"], recipe: Recipe, forward
+    model, optimisers, rows: Int[Tensor, "rows tokens"], weight: float, forward
 ) -> dict[str, float]:
     """Run one optimiser step and return its losses, in nats per token."""
     tap = model.tap = RouterTap()
     with torch.autocast(rows.device.type, torch.bfloat16):
         x = model.hidden(rows[:, :-1])
+    model.tap = NO_TAP
     loss = forward(x, model.lm_head.weight, rows[:, 1:])
     balance = torch.stack(
-        [switch_loss(logits, recipe.config.num_experts_per_tok) for logits in tap.take()]
+        [switch_loss(logits, model.config.num_experts_per_tok) for logits in tap.take()]
     )
-    (loss + recipe.balance * balance.sum()).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    (loss + weight * balance.sum()).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimiser in optimisers:
         optimiser.step()
         optimiser.zero_grad()
@@ -139,6 +141,11 @@ def set_learning_rate(optimisers, recipe: Recipe, step: int, done: float) -> flo
         for group in optimiser.param_groups:
             group["lr"] = group["peak_lr"] * scale
     return round(scale, 4)
+
+
+def balance_weight(recipe: Recipe, done: float) -> float:
+    """Return the weight of the balancing loss when the share `done` of the run is over."""
+    return recipe.balance * (recipe.balance_end / recipe.balance) ** min(1.0, 2 * done)
 
 
 def save_state(folder: Path, model: Llama4, optimisers, step: int, seconds: float) -> None:

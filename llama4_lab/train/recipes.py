@@ -22,7 +22,9 @@ class Recipe:
     """A model and the settings that trained it.
 
     ``rows`` rows of ``length`` tokens make one step; the learning rates are constant after
-    `warmup` steps and fall linearly to zero over the last `cooldown` share of the steps.
+    `warmup` steps and fall linearly to zero over the last `cooldown` share of the steps. The
+    weight of the balancing loss falls from `balance` to `balance_end` over the first half: strong
+    while no expert may die, weak once they are to differ.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Recipe:
     matrix_lr: float = 0.02
     adam_lr: float = 3e-3
     balance: float = 0.01
-    clip: float = 1.0
+    balance_end: float = 0.001
     seed: int = 0
 
 

@@ -1,0 +1,68 @@
+"""The card's arithmetic on models whose figures are known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from small_tokenizer import small_tokenizer
+from tiny import CONFIG
+
+import llama4_lab as l4
+from llama4_lab.train import card
+
+TEXT = "The quick brown fox jumps over the lazy dog. Über den Fluß — " * 20
+
+
+@pytest.fixture
+def model(tmp_path):
+    tokenizer = small_tokenizer(tmp_path)
+    config = CONFIG.replace(
+        vocab_size=tokenizer.vocab_size, vision_config=None, num_experts_per_tok=1
+    )
+    model = l4.random(config).eval()
+    model.tokenizer = tokenizer
+    return model
+
+
+def test_a_model_that_knows_nothing_needs_log2_of_its_vocabulary_a_token(model):
+    torch.nn.init.zeros_(model.lm_head.weight)
+    rows = card.windows(model.tokenizer, TEXT, 16, 10_000)
+    scored = rows[:, 1:].flatten().tolist()
+    size = sum(len(model.tokenizer.token_bytes(idx)) for idx in scored)
+    expected = len(scored) * math.log2(model.config.vocab_size) / size
+    assert card.bits_per_byte(model, rows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_cover_the_text_without_overlap(model):
+    ids = model.tokenizer.encode(TEXT)
+    rows = card.windows(model.tokenizer, TEXT, 16, 100)
+    assert rows.shape == (6, 16)
+    assert rows.flatten().tolist() == ids[:96]
+
+
+def test_a_card_holds_every_domain_and_layer(model, monkeypatch):
+    model.build_prompt = None
+    monkeypatch.setattr(card, "PROMPTS", {})
+    measured = card.measure(model, {"one": TEXT, "two": TEXT.upper()}, length=16)
+    assert list(measured.bits_per_byte) == ["one", "two"]
+    assert measured.layers == [1, 3, 5]
+    share = np.array([measured.share["one"], measured.share["two"]])
+    np.testing.assert_allclose(share.sum(-1), 1, atol=0.01)
+    np.testing.assert_allclose(share.mean(0).max(-1), measured.fullest, atol=0.001)
+    # The model is its own untrained control: random weights of the same seed.
+    assert measured.mutual_information == measured.mutual_information_untrained
+    text = card.markdown(measured)
+    assert "| one |" in text
+    assert text.count("| 1 |") == 1
+
+
+def test_the_shipped_texts_are_there_for_every_domain():
+    texts = card.held_out_texts()
+    assert set(texts) == set(card.PROMPTS)
+    assert all(len(text) > 2000 for text in texts.values())
+
+
+def test_a_folder_without_texts_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no held-out texts"):
+        card.held_out_texts(tmp_path)
