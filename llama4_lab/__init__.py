@@ -1,6 +1,7 @@
 """Llama 4, opened up: exact, readable, and every value inside it named."""
 
 from llama4_lab.cache import KVCache
+from llama4_lab.checkpoint import load, save
 from llama4_lab.config import (
     BEHEMOTH_ESTIMATE,
     MAVERICK,
@@ -25,7 +26,9 @@ __all__ = [
     "RopeScaling",
     "VisionConfig",
     "generate",
+    "load",
     "points",
     "random",
+    "save",
     "trace",
 ]

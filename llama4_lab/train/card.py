@@ -25,7 +25,7 @@ PROMPTS = {
     "spanish": "El archivo se",
     "russian": "Файл",
     "chinese": "如果",
-    "arithmetic": "23 + 45 =",
+    "arithmetic": "23 + 45 = ",
 }
 
 

@@ -1,0 +1,243 @@
+"""Files of tensors: what they hold, whether that fits, and memory-mapped access to it.
+
+Everything is checked from headers alone; numbers are read when a parameter is filled.
+"""
+
+import io
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# Names of safetensors, and of torch, for what a weight may be.
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: where it is, and what its header says."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str  # a text for what no weight may be
+
+
+# ---- JSON
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__} where an object is needed")
+    return content
+
+
+@contextmanager
+def describing(path: Path) -> Iterator[None]:
+    """Put the file's name before what is wrong with the config that is read from it.
+
+    Raises:
+        ValueError: instead of whatever a value of the wrong kind raises.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path} does not describe a Llama 4 ({type(error).__name__}: {error})"
+        ) from error
+
+
+# ---- safetensors
+
+
+def list_safetensors(path: Path) -> dict[str, Stored]:
+    """Read the header of a safetensors file, which also tells whether the file is whole.
+
+    Raises:
+        ValueError: truncated, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(_why_unreadable(path, error)) from error
+    return {
+        name: Stored(path, name, tuple(header.get_shape()), _weight_dtype(header.get_dtype()))
+        for name, header in headers.items()
+    }
+
+
+def _weight_dtype(name: str) -> torch.dtype | str:
+    return DTYPES.get(name, name)
+
+
+def map_tensor(stored: Stored) -> Tensor:
+    """Map one tensor of a safetensors file into memory; its pages go when it goes."""
+    with safe_open(stored.file, "pt") as file:
+        return file.get_tensor(stored.name)
+
+
+def _why_unreadable(path: Path, error: SafetensorError) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        header_bytes = int.from_bytes(start[:8], "little")
+        if start.startswith(b"version https://git-lfs"):
+            return f"{path} is a Git LFS pointer: fetch the file itself with `git lfs pull`"
+        needed = 8 + header_bytes
+        if start[8:9] == b"{" and needed <= size:
+            file.seek(8)
+            try:
+                header = json.loads(file.read(header_bytes))
+                ends = [entry["data_offsets"][1] for entry in header.values() if "dtype" in entry]
+                needed += max(ends, default=0)
+            except (ValueError, KeyError, TypeError, IndexError):
+                pass
+    if start[8:9] == b"{" and size < needed:
+        return f"{path} is truncated: it has {size} of {needed} bytes; fetch the file again"
+    reason = str(error).removeprefix("Error while deserializing header: ")
+    return f"{path} is not a safetensors file ({reason}): fetch the file again"
+
+
+# ---- torch.save
+
+
+def map_pth(path: Path) -> dict[str, Tensor]:
+    """Map all tensors of a ``.pth`` file into memory, leaving out what is no tensor.
+
+    Raises:
+        ValueError: truncated, not a file of ``torch.save``, or one that would run code.
+    """
+    try:
+        # Meta's files carry bytes of its trainer (``_extra_state``) as BytesIO, which is harmless.
+        with torch.serialization.safe_globals([io.BytesIO]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = named[1] if named else "a broken pickle"
+        raise ValueError(
+            f"{path} holds {what} and is not opened: only tensors are read, because anything else "
+            "in a pickle may run code"
+        ) from error
+    except PermissionError:
+        raise
+    except (RuntimeError, EOFError, OSError) as error:  # some cuts make torch seek before the start
+        raise ValueError(
+            f"{path} is truncated or not a file of torch.save: fetch the file again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def list_pth(path: Path) -> dict[str, Stored]:
+    """List the tensors of a ``.pth`` file."""
+    allowed = DTYPES.values()
+    return {
+        name: Stored(
+            path, name, tuple(t.shape), t.dtype if t.dtype in allowed else str(t.dtype)[6:]
+        )
+        for name, t in map_pth(path).items()
+    }
+
+
+# ---- checks
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Name one tensor and count the others.
+
+    >>> first_of(["norm.weight", "lm_head.weight"])
+    'norm.weight and 1 other tensor'
+    """
+    others = len(names) - 1
+    return names[0] + (f" and {others} other tensor{'s' * (others > 1)}" if others else "")
+
+
+def check(
+    found: Mapping[str, Stored],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    listing: Path,
+    config: str,
+) -> None:
+    """Compare a checkpoint's tensors with what its config asks for.
+
+    Args:
+        listing: the file to name when a tensor is missing.
+        config: the name of the file that asks.
+
+    Raises:
+        ValueError: the first of the tensors that is missing, too many, mis-shaped or no weight.
+    """
+    if missing := [name for name in expected if name not in found]:
+        raise ValueError(f"{listing} lacks {first_of(missing)}, which {config} asks for")
+    if foreign := [name for name in found if name not in expected]:
+        file = found[foreign[0]].file
+        raise ValueError(f"{file} holds {first_of(foreign)}, for which {config} has no place")
+    for name, shape in expected.items():
+        tensor = found[name]
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{tensor.file}: {name} is {list(tensor.shape)} where {config} asks for "
+                f"{list(shape)}"
+            )
+        if isinstance(tensor.dtype, str):
+            raise ValueError(
+                f"{tensor.file}: {name} holds {tensor.dtype} where weights are "
+                f"{', '.join(str(dtype)[6:] for dtype in DTYPES.values())}; quantised files are "
+                "not read yet"
+            )
+
+
+def check_one_dtype(found: Sequence[Stored]) -> torch.dtype:
+    """Return the dtype that all tensors have; no matrix product takes a mixture.
+
+    Raises:
+        ValueError: with one tensor of each of two kinds.
+    """
+    first = found[0]
+    assert isinstance(first.dtype, torch.dtype)
+    for other in found:
+        if other.dtype != first.dtype:
+            raise ValueError(
+                f"{other.file}: {other.name} is {str(other.dtype)[6:]} but {first.name} is "
+                f"{str(first.dtype)[6:]}: choose one for all with load(..., dtype=...)"
+            )
+    return first.dtype
+
+
+# ---- copies
+
+
+def fill(target: Tensor, source: Tensor) -> None:
+    """Copy, converting dtype and device; a stack matrix by matrix, which torch transposes fast."""
+    if source.ndim == 3:
+        for to, matrix in zip(target, source, strict=True):
+            fill(to, matrix)
+    else:
+        target.copy_(source.to(target.device))  # moved as it lies, transposed where it arrives

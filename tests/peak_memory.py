@@ -1,0 +1,27 @@
+"""Measures what loading a checkpoint takes, in a process of its own."""
+
+import subprocess
+import sys
+
+_CODE = """
+import sys, torch
+from pathlib import Path
+from llama4_lab.checkpoint import load
+
+def kilobytes(key):
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
+
+torch.ones(512, 512) @ torch.ones(512, 512)  # the threads and buffers of the first product
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+before = kilobytes("VmRSS")
+model = load(sys.argv[1])
+for parameter in model.parameters():
+    parameter.detach().view(-1)[::1024].sum()  # brings in every page of what is only mapped
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+
+
+def peak_of_loading(folder):
+    """Return the most bytes that are resident while a model is loaded and every page of it read."""
+    command = [sys.executable, "-c", _CODE, str(folder)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
