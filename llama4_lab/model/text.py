@@ -167,10 +167,11 @@ class Attention(nn.Module):
         return step.cache.layers[self.layer].live(group.rows, group.start)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        parts = [
-            attend(*map(group.real, (q, k, v)), *self.past(k, v, step, group), self.chunk)
-            for group in step.groups
-        ]
+        parts = []
+        for group in step.groups:
+            past_k, past_v = self.past(k, v, step, group)
+            real_q, real_k, real_v = (group.real(x) for x in (q, k, v))
+            parts.append(attend(real_q, real_k, real_v, past_k, past_v, self.chunk))
         if len(parts) == 1 and parts[0].shape == q.shape:
             return parts[0]
         z = torch.zeros_like(q)

@@ -1,0 +1,29 @@
+"""One thread, fixed seeds and deterministic algorithms for every test."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch and numba are imported
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,0 +1,39 @@
+"""Every notebook is stored without outputs and runs from top to bottom in under a minute."""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch) -> Path:
+    """A copy of the notebooks, with Jupyter's folders beside it so that no other settings count."""
+    for name in ("CONFIG", "DATA", "RUNTIME"):
+        monkeypatch.setenv(f"JUPYTER_{name}_DIR", str(tmp_path / name.lower()))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    return Path(shutil.copytree(FOLDER, tmp_path / "notebooks"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_stored_without_outputs(name):
+    for cell in nbformat.read(FOLDER / name, as_version=4).cells:
+        assert not cell.get("outputs"), f"run nbstripout on {name}: {cell.source!r} has outputs"
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs_from_top_to_bottom_in_a_minute(name, notebooks):
+    notebook = nbformat.read(notebooks / name, as_version=4)
+    # CPU time, because other work on the machine must not fail the test
+    clock = nbformat.v4.new_code_cell("import time\ntime.process_time()")
+    notebook.cells.append(clock)
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": notebooks}})
+    client.execute()
+    seconds = float(clock.outputs[0].data["text/plain"])
+    assert seconds < 60, f"{name} took {seconds:.0f} s of one core"
