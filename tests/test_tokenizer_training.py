@@ -1,6 +1,5 @@
 """The tokenizer that is trained for the shipped models."""
 
-
 import pytest
 from tokenizers import Tokenizer
 

@@ -29,7 +29,63 @@ class Routing:
         return self.logits.shape[-1]
 
     @property
-    def _next_best(
+    def load(self) -> Float[np.ndarray, "l e"]:
+        """Each expert's share of the prompt's choices, in [0, 1]; a layer's shares sum to one."""
+        return (self.expert[..., None] == np.arange(self.num_experts)).mean(axis=(1, 2))
+
+    def row(self, layer: int) -> int:
+        """Return where a layer of the model stands on the axis l.
+
+        Raises:
+            ValueError: a layer without experts, or none of this model.
+        """
+        if layer not in self.layers:
+            known = ", ".join(map(str, self.layers))
+            raise ValueError(f"layer {layer} has no experts: the MoE layers are {known}")
+        return self.layers.index(layer)
+
+    def position(self, token: int) -> int:
+        """Return the position of a token; -1 is the last one.
+
+        Raises:
+            ValueError: a position outside the prompt.
+        """
+        count = len(self.tokens)
+        if not -count <= token < count:
+            raise ValueError(
+                f"token {token} is out of range: this prompt has {count} tokens (0 to {count - 1})"
+            )
+        return token % count
+
+
+@torch.inference_mode()
+def routing_of(model: Llama4, prompt: Prompt) -> Routing:
+    """Run a prompt of one row and keep what its routers decided.
+
+    Raises:
+        ValueError: a model without MoE layers, or a prompt of several rows.
+    """
+    tokens = prompt.tokens
+    config = model.config
+    layers = tuple(i for i in range(config.num_hidden_layers) if config.is_moe(i))
+    if not layers:
+        raise ValueError(
+            f"this model routes nothing: all its {config.num_hidden_layers} layers are dense"
+        )
+    prompt = prompt.to(model.device)
+    with trace(model, "layers.*.router.*") as cache:
+        model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([cache[f"layers.{i}.router.{name}"][0] for i in layers])
+
+    logits, expert = stacked("logits"), stacked("indices")
+    runner_up, margin = _next_best(logits, expert)
+    arrays = (logits, expert, stacked("scores"), runner_up, margin)
+    return Routing(tokens, layers, *map(_numpy, arrays))
+
+
+def _next_best(
     logits: Float[Tensor, "l n e"], expert: Int[Tensor, "l n topk"]
 ) -> tuple[Int[Tensor, "l n"], Float[Tensor, "l n"]]:
     """Find the best expert that was not chosen, and how far below the weakest chosen one it is."""

@@ -45,9 +45,7 @@ def mutual_information(share: Float[np.ndarray, "domain e"]) -> float:
 
 
 @torch.no_grad()
-def specialisation(
-    model: Llama4, rows: Mapping[str, Iterable[Tensor]]
-) -> Specialisation:
+def specialisation(model: Llama4, rows: Mapping[str, Iterable[Tensor]]) -> Specialisation:
     """Count the experts chosen for each domain, given as batches ``[b, t]`` of token ids."""
     layers = [i for i in range(model.config.num_hidden_layers) if model.config.is_moe(i)]
     names = [f"layers.{i}.router.indices" for i in layers]

@@ -115,7 +115,7 @@ def build_prompt(
         raise ValueError("the prompt has no tokens: give a text, or leave add_bos=True")
     pad = (tokenizer.pad_id, -1, -1, -1, -1)
     table = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-    input_ids, message, image, tile, patch = table.unbind(-1)
+    input_ids, message, image, tile, patch = table.movedim(-1, 0).contiguous()
     lengths = torch.tensor([[len(row)] for row in rows])
     return Prompt(
         input_ids=input_ids,
