@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from llama4_lab.points import Tap
 
@@ -49,7 +48,11 @@ def causal(
     """Attend from the last t of s positions to all positions up to their own."""
     t, s = q.shape[2], k.shape[2]
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
-    mask = causal_lower_right(t, s) if 1 < t < s else None
+    mask = None
+    if 1 < t < s:
+        from torch.nn.attention.bias import causal_lower_right  # imports triton where there is one
+
+        mask = causal_lower_right(t, s)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == s > 1)
 
 
