@@ -250,7 +250,6 @@ class Llama4Config:
             "no_rope_layers": [int(self.uses_rope(i)) for i in layers],
             "moe_layers": [i for i in layers if self.is_moe(i)],
             "rope_scaling": None,
-            "dtype": "bfloat16",
         }
         if self.rope_scaling is not None:
             text["rope_scaling"] = dataclasses.asdict(self.rope_scaling) | {"rope_type": "llama3"}
@@ -259,7 +258,6 @@ class Llama4Config:
         return {
             "architectures": ["Llama4ForConditionalGeneration"],
             "model_type": "llama4",
-            "dtype": "bfloat16",
             "tie_word_embeddings": self.tie_word_embeddings,
             "boi_token_index": self.boi_token_index,
             "eoi_token_index": self.eoi_token_index,

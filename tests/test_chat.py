@@ -166,6 +166,7 @@ def test_a_prompt_is_what_a_model_is_called_with(tokenizer):
     assert arguments["input_ids"] is prompt.input_ids
     assert arguments["input_ids"].dtype == arguments["attention_mask"].dtype == torch.int64
     assert arguments["pixel_values"].shape == (1, 3, 48, 48)
+    assert all(tensor.is_contiguous() for tensor in arguments.values())
     with pytest.raises(KeyError, match="spans"):
         prompt["spans"]
 
@@ -175,6 +176,14 @@ def test_a_prompt_moves_to_a_device(tokenizer):
     assert {tensor.device.type for tensor in dict(**prompt).values()} == {"meta"}
     assert prompt.tokens[-1] == "Hello"
     assert build_prompt(tokenizer, "Hello").to("meta")["pixel_values"] is None
+
+
+def test_options_of_chat_and_tiles_are_passed_on(tokenizer):
+    closed = build_prompt(tokenizer, HELLO, add_bos=False, open_assistant=False).tokens
+    assert (closed[0], closed[-1]) == ("<|header_start|>", "<|eot|>")
+    wide = Image.new("RGB", (300, 48))
+    prompt = build_prompt(tokenizer, "Hi", wide, **SIZES, num_channels=1, max_tiles=2)
+    assert prompt.pixel_values.shape == (3, 1, 48, 48)
 
 
 def test_a_batch_is_padded_on_the_left(tokenizer):

@@ -9,6 +9,7 @@ import torch
 from parity import LLAMA3_ROPE, PATCH_ID, VISION, pair, text_config
 from peak_memory import peak_of_loading
 from safetensors import safe_open
+from safetensors.torch import save_file
 from small_tokenizer import small_tokenizer
 from transformers import Llama4ForCausalLM
 
@@ -140,6 +141,15 @@ def test_tied_embeddings_stay_one_tensor(tmp_path, vision):
     assert not any("lm_head" in name for name in stored(tmp_path / "ours"))
     again = type(hf).from_pretrained(tmp_path / "ours", attn_implementation="eager")
     assert torch.equal(again(ids).logits, hf(ids).logits)
+
+
+def test_a_second_table_in_the_file_of_a_tied_model_is_left_out(tmp_path):
+    model = small(tie_word_embeddings=True)
+    save(model, tmp_path)
+    tensors = stored(tmp_path)
+    table = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": table}, tmp_path / "model.safetensors")
+    assert torch.equal(load(tmp_path).lm_head.weight, model.embed_tokens.weight)
 
 
 @torch.no_grad()
