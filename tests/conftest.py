@@ -7,6 +7,7 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -27,3 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    parity = sys.modules.get("parity")
+    if parity and parity.LARGEST:
+        name = max(parity.LARGEST, key=parity.LARGEST.__getitem__)
+        terminalreporter.write_line(
+            f"parity: {len(parity.LARGEST)} configurations, largest difference to transformers "
+            f"{parity.LARGEST[name]:.1e} ({name})"
+        )

@@ -9,6 +9,12 @@ from llama4_lab import Llama4, Llama4Config
 from llama4_lab.checkpoint.huggingface import to_ours
 
 PATCH_ID = 90
+LARGEST: dict[str, float] = {}  # what a run found, for the summary line at its end
+
+
+def largest(a, b, keep=None):
+    difference = (a - b).abs()
+    return (difference if keep is None else difference[keep]).max().item()
 
 
 def text_config(**changes):

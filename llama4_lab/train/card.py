@@ -23,8 +23,8 @@ PROMPTS = {
     "german": "Die Datei wird",
     "french": "Le fichier est",
     "spanish": "El archivo se",
-    "russian": "Файл",
-    "chinese": "如果",
+    "russian": "Чтобы открыть файл, нажмите",
+    "chinese": "如果要使用此功能，请",
     "arithmetic": "23 + 45 = ",
 }
 
