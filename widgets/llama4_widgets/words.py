@@ -1,0 +1,45 @@
+"""Tokens and routing decisions in words."""
+
+from decimal import ROUND_HALF_UP, Decimal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama4_lab.analysis.routing import Routing
+
+_CONTROLS = {chr(code): chr(0x2400 + code) for code in range(32)}  # Unicode's own pictures
+_VISIBLE = str.maketrans(_CONTROLS | {" ": "·", "\n": "↵", "\t": "→"})
+
+
+def visible(token: str) -> str:
+    r"""Give white space and control characters a visible sign, one character for one.
+
+    >>> visible("):\n  ")
+    '):↵··'
+    """
+    return token.translate(_VISIBLE)
+
+
+def decimals(value: float) -> str:
+    """Write two decimals as a browser does: ties, which bfloat16 makes often, go away from zero.
+
+    >>> decimals(4.125), f"{4.125:.2f}"
+    ('4.13', '4.12')
+    """
+    return str(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
+
+
+def describe(routing: "Routing", layer: int, token: int) -> str:
+    """Say in one sentence which expert a token chose, how strongly, and over which other one."""
+    row = routing.row(layer)
+    chosen = [
+        f"expert {expert} with score {decimals(score)}"
+        for expert, score in zip(
+            routing.expert[row, token].tolist(), routing.score[row, token].tolist(), strict=True
+        )
+    ]
+    sentence = f"layer {layer}, token {token} ‘{visible(routing.tokens[token])}’: "
+    sentence += " and ".join(chosen)
+    if (runner_up := routing.runner_up[row, token]) >= 0:
+        margin = decimals(float(routing.margin[row, token]))
+        sentence += f", margin {margin} logits over expert {runner_up}"
+    return sentence
