@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llama4_lab.cache import KVCache
 from llama4_lab.config import Llama4Config
-from llama4_lab.model.text import DecoderLayer, RMSNorm, Step
+from llama4_lab.model.text import DecoderLayer, Embedding, Linear, RMSNorm, Step
 from llama4_lab.model.vision import VisionModel
 from llama4_lab.points import NO_TAP, Tap
 
@@ -28,17 +28,17 @@ class Llama4(nn.Module):
         self.tap: Tap = NO_TAP
         self.build_prompt: Callable[..., Any] | None = None
         self.tokenizer: Any = None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         if (vision := config.vision_config) is not None:
             self.vision_model = VisionModel(vision)
             self.multi_modal_projector = nn.ModuleDict(
-                {"linear_1": nn.Linear(vision.vision_output_dim, config.hidden_size, bias=False)}
+                {"linear_1": Linear(vision.vision_output_dim, config.hidden_size, bias=False)}
             )
 
     def tie_weights(self) -> None:

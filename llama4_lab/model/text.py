@@ -21,6 +21,23 @@ from llama4_lab.model.attention import attend, observed, visible
 from llama4_lab.points import Tap
 
 
+class Linear(nn.Linear):
+    """A linear layer whose weights are left as they are, to be loaded or seeded.
+
+    Drawing numbers for them would take time, and on the meta device a second of imports.
+    """
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """An embedding whose weights are left as they are, to be loaded or seeded."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm with a weight (Zhang & Sennrich 2019, eq. 4)."""
 
@@ -127,10 +144,10 @@ class Attention(nn.Module):
     def __init__(self, config: Llama4Config, layer: int):
         super().__init__()
         d, dh, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(d, config.num_attention_heads * dh, bias=bias)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * dh, bias=bias)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * dh, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * dh, d, bias=bias)
+        self.q_proj = Linear(d, config.num_attention_heads * dh, bias=bias)
+        self.k_proj = Linear(d, config.num_key_value_heads * dh, bias=bias)
+        self.v_proj = Linear(d, config.num_key_value_heads * dh, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * dh, d, bias=bias)
         self.layer = layer
         self.head_dim = dh
         self.uses_rope = config.uses_rope(layer)
@@ -200,9 +217,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def hidden(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch f"]:
         return F.silu(self.gate_proj(x)) * self.up_proj(x)

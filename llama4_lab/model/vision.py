@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llama4_lab.config import VisionConfig
 from llama4_lab.model.attention import observed
-from llama4_lab.model.text import rotate
+from llama4_lab.model.text import Linear, rotate
 from llama4_lab.points import Tap
 
 
@@ -47,8 +47,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         d = config.hidden_size
-        self.q_proj, self.k_proj = nn.Linear(d, d), nn.Linear(d, d)
-        self.v_proj, self.o_proj = nn.Linear(d, d), nn.Linear(d, d)
+        self.q_proj, self.k_proj = Linear(d, d), Linear(d, d)
+        self.v_proj, self.o_proj = Linear(d, d), Linear(d, d)
         self.head_dim = d // config.num_attention_heads
 
     def forward(self, x: Float[Tensor, "b t d"], angle: Tensor, tap: Tap) -> Float[Tensor, "b t d"]:
@@ -70,8 +70,8 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Float[Tensor, "b t d"], tap: Tap) -> Float[Tensor, "b t d"]:
         return tap("mlp.out", self.fc2(tap("mlp.hidden", F.gelu(self.fc1(x)))))
@@ -107,7 +107,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         pixels = config.num_channels * config.patch_size**2
-        self.linear = nn.Linear(pixels, config.hidden_size, bias=False)
+        self.linear = Linear(pixels, config.hidden_size, bias=False)
 
     def forward(self, pixels: Float[Tensor, "b c height width"]) -> Float[Tensor, "b patches d"]:
         p = self.patch_size
@@ -122,10 +122,8 @@ class Adapter(nn.Module):
         self.block = config.shuffle
         self.mlp = nn.ModuleDict(
             {
-                "fc1": nn.Linear(config.intermediate_size, config.projector_input_dim, bias=False),
-                "fc2": nn.Linear(
-                    config.projector_output_dim, config.projector_output_dim, bias=False
-                ),
+                "fc1": Linear(config.intermediate_size, config.projector_input_dim, bias=False),
+                "fc2": Linear(config.projector_output_dim, config.projector_output_dim, bias=False),
             }
         )
 
