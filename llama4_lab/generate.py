@@ -35,7 +35,15 @@ def generate(
         top_p: sample among the likeliest tokens that together hold this share of probability
             (Holtzman et al. 2020).
         seed: the same seed gives the same text.
+
+    Raises:
+        ValueError: as `tokens`, and for a model without tokenizer.
     """
+    if model.tokenizer is None:
+        raise ValueError(
+            "this model has no tokenizer to write text with: load it from a folder that has one, "
+            "or take ids from llama4_lab.generate.tokens"
+        )
     if not hasattr(prompt, "keys"):
         prompt = model.prompt(prompt)
     rows = len(prompt["input_ids"])

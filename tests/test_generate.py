@@ -107,6 +107,11 @@ def test_settings_outside_their_range_are_refused(model, prompt, options, senten
         l4.generate(model, prompt, **options)
 
 
+def test_a_model_without_tokenizer_writes_no_text(prompt):
+    with pytest.raises(ValueError, match="this model has no tokenizer to write text with"):
+        l4.generate(tiny(), prompt)
+
+
 def test_streaming_a_batch_is_refused(model):
     batch = {"input_ids": torch.full((2, 3), 5)}
     with pytest.raises(ValueError, match="stream=True takes one prompt, this is a batch of 2"):
