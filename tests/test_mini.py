@@ -68,5 +68,5 @@ def test_the_cards_losses_and_experts_are_measured_again(mini):
     texts = {name: texts[name][:6000] for name in ("english", "python", "russian")}
     rows = {name: card.windows(mini.tokenizer, text, 512, 1024) for name, text in texts.items()}
     for name, ids in rows.items():
-        # The beginning of the text stands for the whole: within a tenth.
+        # The beginning of each text stands for the whole of it: within 15 percent.
         assert card.bits_per_byte(mini, ids) == pytest.approx(CARD["bits_per_byte"][name], rel=0.15)
