@@ -10,8 +10,6 @@ import torch
 
 import llama4_lab as l4
 
-MODELS = Path(__file__).parent / "models"
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a failure that a user can mend is one sentence, without a traceback."""
@@ -37,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path)
     sub.add_argument("--licence", choices=("all", "strict"), default="all")
     sub.add_argument("--allow-missing", action="store_true", help="go on without failed sources")
+    sub.add_argument(
+        "--held-out", type=Path, help="also write the cards' free texts to this folder"
+    )
     sub.add_argument("--new-tokenizer", action="store_true", help="train one; default: mini's")
 
     sub = command("train", train_model, "train a model by its recipe, or go on with it")
@@ -65,12 +66,15 @@ def parser() -> argparse.ArgumentParser:
 def build_corpus(options: argparse.Namespace) -> None:
     from tokenizers import Tokenizer
 
-    from llama4_lab.train import corpus, dataset, scenes, tokenizer
+    from llama4_lab.checkpoint.shipped import MODELS
+    from llama4_lab.train import corpus, dataset, held_out, scenes, tokenizer
 
     folder = options.folder
     report = corpus.build(folder, licence=options.licence, allow_missing=options.allow_missing)
     corpus.write_arithmetic(folder)
     print(corpus.summary(report))
+    if options.held_out:
+        held_out.write_held_out(folder, options.held_out)
     if options.new_tokenizer:
         words = scenes.WORDS + tokenizer.ROLES
         engine = tokenizer.train_tokenizer(tokenizer.balanced_sample(folder), words=words)

@@ -68,8 +68,8 @@ def _unknown(config: Llama4Config, name: str, known: Iterable[str]) -> str:
     if name.startswith(("vision.", "projector.")) and config.vision_config is None:
         return f"{name!r}: this model has no vision encoder"
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown point {name!r}{hint} points(config) lists all"
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown point {name!r}: {hint}points(config) lists all"
 
 
 class _Recorder(Tap):

@@ -9,7 +9,7 @@ from small_tokenizer import small_tokenizer
 from tiny import CONFIG
 
 import llama4_lab as l4
-from llama4_lab.train import card
+from llama4_lab.train import card, held_out
 
 TEXT = "The quick brown fox jumps over the lazy dog. Über den Fluß — " * 20
 
@@ -61,6 +61,27 @@ def test_the_shipped_texts_are_there_for_every_domain():
     texts = card.held_out_texts()
     assert set(texts) == set(card.PROMPTS)
     assert all(len(text) > 2000 for text in texts.values())
+
+
+def test_held_out_texts_are_cut_from_many_documents_and_read_from_the_declaration(
+    tmp_path, monkeypatch
+):
+    for domain in ("english", "python", "arithmetic"):
+        documents = [f"{domain} {i}\n" + "line of words\n" * 900 for i in range(9)]
+        (tmp_path / f"{domain}.held.txt").write_text("\f\n".join(documents))
+    page = b"<html><body>\n<h1>T&amp;T</h1><p>All <b>human</b>\n   beings</p></body></html>"
+    pages = [(f"declaration/{code}.html", page) for code in held_out.TRANSLATIONS.values()]
+    monkeypatch.setattr(held_out, "fetch", lambda source, folder: folder)
+    monkeypatch.setattr(held_out, "members", lambda path, wanted: iter(pages))
+    sizes = held_out.write_held_out(tmp_path, tmp_path / "out")
+    assert set(sizes) == set(card.PROMPTS)
+    assert (tmp_path / "out" / "russian.txt").read_text() == "T&T\n\nAll human\nbeings\n"
+    english = (tmp_path / "out" / "english.txt").read_text()
+    assert [english.count(f"english {i}\n") for i in range(9)] == [1] * 9
+    assert all(
+        line in ("", "line of words") for line in english.splitlines() if "english" not in line
+    )
+    assert 48_000 <= sizes["english"] < 56_000
 
 
 def test_a_folder_without_texts_is_refused(tmp_path):

@@ -63,7 +63,7 @@ def test_the_readme_shows_the_cards_tables():
 
 
 @pytest.mark.slow
-def test_the_cards_losses_and_experts_are_measured_again(mini):
+def test_the_cards_losses_are_measured_again(mini):
     texts = card.held_out_texts()
     texts = {name: texts[name][:6000] for name in ("english", "python", "russian")}
     rows = {name: card.windows(mini.tokenizer, text, 512, 1024) for name, text in texts.items()}

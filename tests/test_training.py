@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -35,12 +34,9 @@ def data(tmp_path):
     """Two domains: counting up, over two different ranges of ids."""
     folder = tmp_path / "corpus"
     folder.mkdir()
-    files = {}
     for name, first in (("low", 10), ("high", 50)):
         ids = np.tile(np.arange(first, first + 30, dtype="<u2"), 40)
         ids.tofile(folder / f"{name}.train.bin")
-        files[f"{name}.train"] = {"tokens": len(ids), "bytes": 2 * len(ids)}
-    (folder / "meta.json").write_text(json.dumps({"files": files}))
     return Mixture(folder, RECIPE.weights)
 
 
@@ -114,13 +110,21 @@ def test_a_missing_domain_names_the_file_and_the_command(data):
         Mixture(data.folder, {"none": 1.0})
 
 
+def test_an_empty_domain_is_refused(data):
+    (data.folder / "german.train.bin").touch()
+    with pytest.raises(ValueError, match=r"german.train.bin is empty: this corpus has no text for"):
+        Mixture(data.folder, {"german": 1.0})
+
+
 def test_muon_makes_updates_orthogonal_for_every_matrix_of_a_stack():
-    update = orthogonalise(torch.randn(3, 20, 12))
+    stack = torch.randn(3, 20, 12)
+    update = orthogonalise(stack)
     values = torch.linalg.svdvals(update)
     assert values.min() > 0.5
     assert values.max() < 1.4
-    for matrix, alone in zip(update, map(orthogonalise, torch.randn(3, 20, 12)), strict=True):
-        assert matrix.shape == alone.shape
+    for matrix, whole in zip(stack, update, strict=True):
+        # bfloat16 products of one matrix and of a stack may round differently.
+        torch.testing.assert_close(orthogonalise(matrix), whole, atol=0.03, rtol=0)
 
 
 def test_muon_equals_torchs_on_one_matrix():

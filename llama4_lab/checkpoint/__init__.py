@@ -70,8 +70,7 @@ def load(
     if source.config.tie_word_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
-    if source.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+    model.tie_weights()
     if tokenizer is not None:
         model.tokenizer = tokenizer
         model.build_prompt = partial(

@@ -1,6 +1,5 @@
 """Batches of token rows, drawn from several domains by weight."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ class Mixture:
 
     def __init__(self, folder: str | Path, weights: dict[str, float], split: str = "train"):
         self.folder = Path(folder)
-        meta = json.loads((self.folder / "meta.json").read_text())
         self.domains = list(weights)
         total = sum(weights.values())
         self.shares = np.array([weights[name] / total for name in self.domains])
@@ -30,12 +28,12 @@ class Mixture:
                 raise FileNotFoundError(
                     f"{path} is missing: build the corpus with `llama4-lab corpus {self.folder}`"
                 )
+            if path.stat().st_size == 0:
+                raise ValueError(
+                    f"{path} is empty: this corpus has no text for the domain {name!r}; build it "
+                    "with every licence, or train with weights that leave the domain out"
+                )
             self.tokens[name] = np.memmap(path, dtype=np.uint16, mode="r")
-        self.bytes_per_token = {
-            name: meta["files"][f"{name}.{split}"]["bytes"]
-            / meta["files"][f"{name}.{split}"]["tokens"]
-            for name in self.domains
-        }
 
     def batch(self, seed: int, step: int, rows: int, length: int) -> Int[Tensor, "rows tokens"]:
         """Return the rows of one training step."""
@@ -50,12 +48,3 @@ class Mixture:
             start = rng.integers(0, len(tokens) - length)
             out.append(torch.from_numpy(tokens[start : start + length + 1].astype(np.int64)))
         return torch.stack(out)
-
-    def fixed_rows(self, name: str, rows: int, length: int) -> Int[Tensor, "rows tokens"]:
-        """Return the same evenly spaced rows of one domain every time, for evaluation."""
-        tokens = self.tokens[name]
-        rows = min(rows, len(tokens) // (length + 1))
-        starts = np.linspace(0, len(tokens) - length - 1, rows).astype(np.int64)
-        return torch.stack(
-            [torch.from_numpy(tokens[s : s + length + 1].astype(np.int64)) for s in starts]
-        )
