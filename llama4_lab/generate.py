@@ -66,7 +66,6 @@ def generate(
         desc="generate",
         unit="token",
         delay=0.5,
-        leave=False,
         disable=not progress,
     )
     try:

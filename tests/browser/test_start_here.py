@@ -4,6 +4,7 @@ With ``LAB_SCREENSHOTS=folder`` in the environment the pictures of the README ar
 """
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ CELLS = """() => {
 SCREENSHOTS = os.environ.get("LAB_SCREENSHOTS")
 THEME = "(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })"
 
-expect.set_options(timeout=60_000)  # milliseconds; a busy machine must not fail a test
+TIMEOUT_S = 60  # a busy machine must not fail a test
+expect.set_options(timeout=1000 * TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,16 @@ def photograph(page: Page, explorer: Locator) -> None:
         name = f"router-explorer-{theme.lower()}.png"
         explorer.screenshot(path=Path(SCREENSHOTS, name), animations="disabled")
     page.set_viewport_size(usual)
+
+
+def wait_until_printed(page: Page, code: str, expected: str) -> None:
+    """Run code in the kernel until it prints what is expected: a widget's state follows the page
+    one message at a time.
+    """
+    deadline = time.monotonic() + TIMEOUT_S
+    while (printed := page.evaluate(IN_KERNEL, code)) != expected:
+        assert time.monotonic() < deadline, f"{printed!r} instead of {expected!r}"
+        page.wait_for_timeout(50)
 
 
 def test_a_typed_text_shows_the_experts_that_the_library_computes(lab_page, model):
@@ -91,8 +103,9 @@ def test_a_typed_text_shows_the_experts_that_the_library_computes(lab_page, mode
     assert f"expert {chosen}: {decimals(float(routing.score[row, 4, 0]))}" in bars.get_attribute(
         "aria-label"
     )
-    state = page.evaluate(IN_KERNEL, "print(explorer.layer, explorer.token, repr(explorer.text))")
-    assert state == f"6 4 {TEXT!r}"
+    wait_until_printed(
+        page, "print(explorer.layer, explorer.token, repr(explorer.text))", f"6 4 {TEXT!r}"
+    )
 
     words.nth(9).hover()
     expect(said).to_have_text(describe(routing, 6, 9))
