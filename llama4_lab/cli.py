@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, help="instead of the recipe's")
     sub.add_argument("--budget-minutes", type=float, help="stop after this time, not after steps")
     sub.add_argument("--device", default="cpu")
+    sub.add_argument("--teacher", help="a shipped model's name or a folder with the same tokenizer")
     sub.add_argument("--compile", action="store_true", help="torch.compile the layers")
 
     sub = command("card", print_card, "measure a model as its card does, on held-out texts")
@@ -67,7 +68,7 @@ def build_corpus(options: argparse.Namespace) -> None:
     from tokenizers import Tokenizer
 
     from llama4_lab.checkpoint.shipped import MODELS
-    from llama4_lab.train import corpus, dataset, held_out, scenes, tokenizer
+    from llama4_lab.train import corpus, dataset, held_out, needles, scenes, tokenizer
 
     folder = options.folder
     report = corpus.build(folder, licence=options.licence, allow_missing=options.allow_missing)
@@ -76,7 +77,7 @@ def build_corpus(options: argparse.Namespace) -> None:
     if options.held_out:
         held_out.write_held_out(folder, options.held_out)
     if options.new_tokenizer:
-        words = scenes.WORDS + tokenizer.ROLES
+        words = scenes.WORDS + needles.KEYS + tokenizer.ROLES
         engine = tokenizer.train_tokenizer(tokenizer.balanced_sample(folder), words=words)
     else:
         engine = Tokenizer.from_file(str(MODELS / "mini" / "tokenizer.json"))
@@ -88,9 +89,10 @@ def build_corpus(options: argparse.Namespace) -> None:
 def train_model(options: argparse.Namespace) -> None:
     import shutil
 
+    from llama4_lab.train.lessons import Material
     from llama4_lab.train.loop import train
-    from llama4_lab.train.mixture import Mixture
     from llama4_lab.train.recipes import RECIPES
+    from llama4_lab.train.step import Teacher
 
     recipe = RECIPES[options.recipe]
     if options.steps is not None:
@@ -98,11 +100,12 @@ def train_model(options: argparse.Namespace) -> None:
     out = options.out or Path("runs") / recipe.name
     model = train(
         recipe,
-        Mixture(options.corpus, recipe.weights),
+        Material(options.corpus, recipe.config.vision_config),
         out,
         budget_minutes=options.budget_minutes,
         device=options.device,
         compile=options.compile,
+        teacher=Teacher(l4.load(options.teacher).eval()) if options.teacher else None,
     )
     l4.save(model.bfloat16().cpu(), out / "model")
     shutil.copy(options.corpus / "tokenizer.json", out / "model" / "tokenizer.json")

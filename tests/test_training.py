@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,18 +12,22 @@ from tiny import CONFIG
 
 import llama4_lab as l4
 from llama4_lab.analysis.specialisation import mutual_information, specialisation
-from llama4_lab.train import loop
+from llama4_lab.train import loop, step
 from llama4_lab.train.balance import switch_loss
+from llama4_lab.train.lessons import Material, Text
 from llama4_lab.train.mixture import Mixture
 from llama4_lab.train.muon import Muon, orthogonalise
-from llama4_lab.train.recipes import MINI, NANO, Recipe
+from llama4_lab.train.recipes import MINI, NANO, Recipe, Stage
+from llama4_lab.train.rows import padded
 
+DOMAINS = {"low": 3.0, "high": 1.0}
 RECIPE = Recipe(
     "tiny",
     CONFIG.replace(vision_config=None, num_experts_per_tok=1),
-    weights={"low": 3.0, "high": 1.0},
-    rows=8,
-    length=24,
+    stages=(
+        Stage(0.5, (Text(8, domains=DOMAINS, length=24),)),
+        Stage(0.5, (Text(4, domains=DOMAINS, length=24), Text(4, 2.0, "more", DOMAINS, 12))),
+    ),
     steps=30,
     warmup=5,
     matrix_lr=0.02,
@@ -37,7 +43,7 @@ def data(tmp_path):
     for name, first in (("low", 10), ("high", 50)):
         ids = np.tile(np.arange(first, first + 30, dtype="<u2"), 40)
         ids.tofile(folder / f"{name}.train.bin")
-    return Mixture(folder, RECIPE.weights)
+    return Material(folder)
 
 
 def read_log(folder):
@@ -50,6 +56,9 @@ def test_the_loop_learns_and_logs_every_step(data, tmp_path):
     log = read_log(tmp_path / "run")
     assert [int(row["step"]) for row in log] == list(range(1, 31))
     assert float(log[-1]["loss"]) < 0.5 < 4 < float(log[0]["loss"])
+    assert float(log[-1]["text_right"]) > 0.9
+    assert log[0]["more"] == "" != log[-1]["more"]
+    assert [int(log[i]["tokens"]) for i in (14, 29)] == [15 * 192, 15 * 192 + 15 * 144]
     with torch.no_grad():
         assert model(torch.arange(10, 20)[None])[0, -1].argmax() == 20
 
@@ -81,6 +90,46 @@ def test_an_interrupt_saves_and_returns(data, tmp_path):
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
 
 
+def test_a_sigterm_saves_and_returns(data, tmp_path):
+    def terminate(step, model):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    loop.train(RECIPE, data, tmp_path, on_step=terminate)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_teacher_is_imitated_even_where_the_text_says_nothing(data, tmp_path):
+    """With hard weight 0 the student learns the teacher's distribution, not the text."""
+    teacher = loop.train(RECIPE, data, tmp_path / "teacher")
+    recipe = dataclasses.replace(RECIPE, stages=(Stage(1.0, (Text(8, 1.0, "", DOMAINS, 24),)),))
+    rows = [recipe.stages[0].lessons[0].draw(np.random.default_rng(0), data)]
+    noise = [dataclasses.replace(rows[0], targets=torch.full_like(rows[0].targets, 3))]
+
+    def distance(student):
+        x = step.read(student, rows)[0][0]
+        return step.divergence(teacher, student, rows[0], x).item()
+
+    student = l4.random(recipe.config, seed=5).train()
+    optimisers = step.make_optimisers(student, recipe)
+    before = distance(student)
+    for _ in range(30):
+        step.update(
+            student, optimisers, recipe.stages[0].lessons, noise, 0.0, step.Teacher(teacher), 0.0
+        )
+    assert distance(student) < before / 4
+    assert distance(teacher) == pytest.approx(0, abs=0.01)
+
+
+def test_the_hard_weight_follows_the_schedule_and_vocabularies_must_agree(data, tmp_path):
+    teacher = step.Teacher(l4.random(RECIPE.config.replace(vocab_size=200)), (0.2, 0.6))
+    assert [teacher.hard(done) for done in (0, 0.5, 1)] == pytest.approx([0.2, 0.4, 0.6])
+    with pytest.raises(ValueError, match=r"has 200 tokens and the student 97: both must read"):
+        loop.train(RECIPE, data, tmp_path, teacher=teacher)
+
+
 def test_a_state_of_another_model_is_refused(data, tmp_path):
     loop.train(dataclasses.replace(RECIPE, steps=1), data, tmp_path)
     other = dataclasses.replace(RECIPE, config=RECIPE.config.replace(hidden_size=64))
@@ -89,18 +138,54 @@ def test_a_state_of_another_model_is_refused(data, tmp_path):
 
 
 def test_a_diverged_run_stops_and_says_so(tmp_path):
-    log = loop.Log(tmp_path / "log.csv", 0)
+    log = loop.Log(tmp_path / "log.csv", 0, ["step", "loss"])
     with pytest.raises(FloatingPointError, match="training diverged"):
         log.write(step=1, loss=float("nan"))
 
 
-def test_batches_follow_the_weights_and_depend_on_seed_and_step_only(data):
-    rows = data.batch(0, 5, 8, 24)
+def test_batches_follow_the_weights_and_depend_on_the_generator_only(data):
+    mixture = Mixture(data.folder, DOMAINS)
+    rows = mixture.batch(np.random.default_rng(5), 8, 24)
     assert rows.shape == (8, 25)
-    assert (rows.amax(1) < 45).sum() == 6
-    assert torch.equal(rows, data.batch(0, 5, 8, 24))
-    assert not torch.equal(rows, data.batch(0, 6, 8, 24))
-    assert (rows.diff(dim=1) == 1).float().mean() > 0.9
+    assert (rows.max(1) < 45).sum() == 6
+    np.testing.assert_array_equal(rows, mixture.batch(np.random.default_rng(5), 8, 24))
+    assert (rows != mixture.batch(np.random.default_rng(6), 8, 24)).any()
+    assert (np.diff(rows) == 1).mean() > 0.9
+
+
+def test_stages_follow_each_other_by_their_shares():
+    stages = [Stage(share, (), (str(i), 2.0)) for i, share in enumerate((1.0, 2.0, 1.0))]
+    course = loop.Course(stages)
+    entered = [stages.index(course.stage(done)) for done in (0, 0.24, 0.25, 0.74, 0.75, 0.99, 1)]
+    assert entered == [0, 0, 1, 1, 2, 2, 2]
+
+
+def test_a_stage_ends_early_when_its_goal_is_reached_also_after_a_restart():
+    stages = [Stage(2.0, (), ("echo", 0.8)), Stage(1.0, ()), Stage(1.0, ())]
+    course = loop.Course(stages)
+    for _ in range(9):
+        course.note({"echo_right": 1.0})
+    assert course.stage(0.1) is stages[0]
+    course.note({"echo_right": 0.0})
+    resumed = loop.Course(stages)
+    resumed.load_state_dict(course.state_dict())
+    assert resumed.stage(0.2) is stages[1]
+    assert resumed.stage(0.59) is stages[1]  # half of what was left
+    assert resumed.stage(0.61) is stages[2]
+
+
+def test_the_losses_of_a_step_do_not_depend_on_what_else_is_read(data):
+    """Rows of one length go through the model together; padding and other rows change nothing."""
+    model = l4.random(RECIPE.config)
+    lessons = [Text(3, 1.0, label, DOMAINS, 20) for label in "abc"]
+    drawn = [lesson.draw(np.random.default_rng(i), data) for i, lesson in enumerate(lessons)]
+    pad = model.config.pad_token_id
+    drawn[2] = padded([drawn[2]], pad, 32)
+    hidden, routers = step.read(model, drawn)
+    for rows, x in zip(drawn, hidden, strict=True):
+        alone, _ = step.read(model, [rows])
+        torch.testing.assert_close(x, alone[0], atol=0.05, rtol=0)  # both in bfloat16
+    assert [len(logits) for logits in routers] == [180] * 3
 
 
 def test_a_missing_domain_names_the_file_and_the_command(data):

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llama4_lab.model import Llama4
+from llama4_lab.prompt import Prompt
 from llama4_lab.trace import trace
 
 
@@ -45,18 +46,30 @@ def mutual_information(share: Float[np.ndarray, "domain e"]) -> float:
 
 
 @torch.no_grad()
-def specialisation(model: Llama4, rows: Mapping[str, Iterable[Tensor]]) -> Specialisation:
-    """Count the experts chosen for each domain, given as batches ``[b, t]`` of token ids."""
+def specialisation(
+    model: Llama4, rows: Mapping[str, Iterable[Tensor | tuple[Prompt, Bool[Tensor, "b t"]]]]
+) -> Specialisation:
+    """Count the experts chosen for each domain.
+
+    A domain is given as batches ``[b, t]`` of token ids, or as prompts with a mask that says which
+    of their tokens count.
+    """
     layers = [i for i in range(model.config.num_hidden_layers) if model.config.is_moe(i)]
     names = [f"layers.{i}.router.indices" for i in layers]
     experts = model.config.num_local_experts
     share = []
     for batches in rows.values():
         count = np.zeros((len(layers), experts))
-        for ids in batches:
+        for batch in batches:
+            if isinstance(batch, Tensor):
+                ids, pixels, counts = batch, None, slice(None)
+            else:
+                prompt, counts = batch
+                ids, pixels = prompt.input_ids, prompt.to(model.device).pixel_values
             with trace(model, names) as cache:
-                model.hidden(ids.to(model.device))
+                model.hidden(ids.to(model.device), pixels)
             for i, name in enumerate(names):
-                count[i] += torch.bincount(cache[name].flatten(), minlength=experts).cpu().numpy()
+                chosen = cache[name][counts].flatten()
+                count[i] += torch.bincount(chosen, minlength=experts).cpu().numpy()
         share.append(count / count.sum(axis=1, keepdims=True))
     return Specialisation(tuple(rows), tuple(layers), np.stack(share))

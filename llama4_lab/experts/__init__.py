@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama4_lab.experts import grouped, loop
+from llama4_lab.experts import grouped, loop, padded
 from llama4_lab.points import NO_TAP, Tap
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"loop": loop.apply, "grouped": grouped.apply}
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "loop": loop.apply,
+    "grouped": grouped.apply,
+    "padded": padded.apply,
+}
 _INSIDE = ("experts.in", "experts.hidden", "experts.out")
 
 

@@ -152,7 +152,7 @@ class Llama4(nn.Module):
             )
         features = self.vision_model(pixel_values.to(x.dtype), self.tap.scope("vision."))
         features = self.tap("projector.out", self.multi_modal_projector["linear_1"](features))
-        return x.masked_scatter(slots[..., None], features)
+        return x.masked_scatter(slots[..., None], features.to(x.dtype))
 
 
 def left_padding(mask: Tensor | None, b: int, t: int, cache: KVCache | None) -> list[int]:

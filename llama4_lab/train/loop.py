@@ -3,37 +3,43 @@
 import csv
 import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
-from llama4_lab.points import NO_TAP
-from llama4_lab.train.balance import RouterTap, switch_loss
-from llama4_lab.train.mixture import Mixture
-from llama4_lab.train.muon import Muon
-from llama4_lab.train.recipes import Recipe
+from llama4_lab.train.lessons import Material
+from llama4_lab.train.recipes import Recipe, Stage
+from llama4_lab.train.step import (
+    Teacher,
+    balance_weight,
+    make_optimisers,
+    set_learning_rate,
+    update,
+)
 
 CHECKPOINT = "state.pt"
 
 
 def train(
     recipe: Recipe,
-    data: Mixture,
+    material: Material,
     folder: str | Path,
     *,
     budget_minutes: float | None = None,
     device: str = "cpu",
     compile: bool = False,
     save_minutes: float = 3.0,
+    teacher: Teacher | None = None,
     on_step: Callable[[int, Llama4], None] | None = None,
 ) -> Llama4:
     """Train the recipe's model, going on from `folder` if it holds an earlier state.
@@ -41,14 +47,29 @@ def train(
     Writes ``state.pt`` (model, optimisers, step) every `save_minutes` and at the end, each time to
     a temporary name that is then renamed, and one line a step to ``log.csv``. With
     `budget_minutes` the schedule follows the clock (minutes of all runs together) instead of the
-    recipe's steps. Ctrl-C saves and returns what there is.
+    recipe's steps. Ctrl-C or a SIGTERM saves and returns what there is.
+
+    Raises:
+        ValueError: a teacher with another vocabulary, or a state of another model in `folder`.
+        FileNotFoundError: the material lacks what a lesson needs.
+        FloatingPointError: the loss is no longer a number; the last saved state is kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for lesson in [lesson for stage in recipe.stages for lesson in stage.lessons]:
+        lesson.draw(np.random.default_rng(0), material)  # what is missing shows now, not in hours
+    if teacher is not None and teacher.model.config.vocab_size != recipe.config.vocab_size:
+        raise ValueError(
+            f"the teacher has {teacher.model.config.vocab_size} tokens and the student "
+            f"{recipe.config.vocab_size}: both must read the same ones"
+        )
     model = random(recipe.config, recipe.seed, device=device).train()
+    model.backend = "padded" if device == "cpu" else "auto"
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(recipe.embed_std)
     optimisers = make_optimisers(model, recipe)
-    step, seconds = restore(folder, model, optimisers)
-    forward = torch.compile(loss_of) if compile else loss_of
+    course = Course(recipe.stages)
+    step, tokens, seconds = restore(folder, model, optimisers, course)
     if compile:
         torch._dynamo.config.recompile_limit = 64
         for layer in model.layers:
@@ -56,10 +77,10 @@ def train(
     total = recipe.steps if budget_minutes is None else None
     bar = tqdm(total=total, initial=step, desc=f"train {recipe.name}", unit="step", smoothing=0.1)
     saved = time.monotonic()
-    log = Log(folder / "log.csv", step)
+    log = Log(folder / "log.csv", step, columns(recipe))
     try:
         # The fused CPU kernel has a slow backward pass at chunk length; plain products do better.
-        with sdpa_kernel(SDPBackend.MATH), bar:
+        with sdpa_kernel(SDPBackend.MATH), bar, sigterm_interrupts():
             while True:
                 done = (
                     step / recipe.steps if budget_minutes is None else seconds / 60 / budget_minutes
@@ -68,15 +89,22 @@ def train(
                     break
                 begin = time.monotonic()
                 scale = set_learning_rate(optimisers, recipe, step, done)
-                rows = data.batch(recipe.seed, step, recipe.rows, recipe.length).to(device)
-                losses = update(model, optimisers, rows, balance_weight(recipe, done), forward)
+                lessons = course.stage(done).lessons
+                drawn = [
+                    lesson.draw(np.random.default_rng((recipe.seed, step, i)), material).to(device)
+                    for i, lesson in enumerate(lessons)
+                ]
+                hard = 1.0 if teacher is None else teacher.hard(done)
+                weight = balance_weight(recipe, done)
+                losses = update(model, optimisers, lessons, drawn, weight, teacher, hard)
+                course.note(losses)
                 step, seconds = step + 1, seconds + time.monotonic() - begin
-                tokens = step * recipe.rows * recipe.length
+                tokens += sum(rows.inputs.numel() for rows in drawn)
                 log.write(step=step, seconds=round(seconds, 1), tokens=tokens, lr=scale, **losses)
                 bar.set_postfix(loss=f"{losses['loss']:.3f}", tokens=f"{tokens / 1e6:.2f}M")
                 bar.update()
                 if time.monotonic() - saved > 60 * save_minutes:
-                    save_state(folder, model, optimisers, step, seconds)
+                    save_state(folder, model, optimisers, course, step, tokens, seconds)
                     saved = time.monotonic()
                 if on_step is not None:
                     on_step(step, model)
@@ -84,86 +112,87 @@ def train(
         tqdm.write(f"interrupted after step {step}; the state is kept in {folder}")
     finally:
         log.close()
-    save_state(folder, model, optimisers, step, seconds)
+    save_state(folder, model, optimisers, course, step, tokens, seconds)
+    model.backend = "auto"
     return model.eval()
 
 
-def update(
-    model, optimisers, rows: Int[Tensor, "rows tokens"], weight: float, forward
-) -> dict[str, float]:
-    """Run one optimiser step and return its losses, in nats per token."""
-    tap = model.tap = RouterTap()
-    with torch.autocast(rows.device.type, torch.bfloat16):
-        x = model.hidden(rows[:, :-1])
-    model.tap = NO_TAP
-    loss = forward(x, model.lm_head.weight, rows[:, 1:])
-    balance = torch.stack(
-        [switch_loss(logits, model.config.num_experts_per_tok) for logits in tap.take()]
-    )
-    (loss + weight * balance.sum()).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimiser in optimisers:
-        optimiser.step()
-        optimiser.zero_grad()
-    return {
-        "loss": round(loss.item(), 4),
-        "balance": round(balance.mean().item(), 4),
-        "grad_norm": round(norm.item(), 3),
-    }
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let a SIGTERM interrupt as Ctrl-C does; threads other than the first cannot, and do not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def loss_of(
-    x: Float[Tensor, "b t d"], head: Float[Tensor, "v d"], targets: Int[Tensor, "b t"]
-) -> Tensor:
-    """Return the mean cross-entropy of the read-out, in nats per token."""
-    logits = (x.bfloat16() @ head.bfloat16().mT).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+class Course:
+    """Which stage a run is in: each ends with its share of the time, or with its goal."""
+
+    def __init__(self, stages: Sequence[Stage]):
+        self.stages = stages
+        self.index = 0
+        self.recent: list[float] = []  # shares of right guesses that the goal is about
+        self.end = self._end(0.0)
+
+    def stage(self, done: float) -> Stage:
+        """Return the stage to be in when the share `done` of the run is over."""
+        while self.index + 1 < len(self.stages) and (done >= self.end or self._is_reached()):
+            self.index, self.recent = self.index + 1, []
+            self.end = self._end(done)
+        return self.stages[self.index]
+
+    def note(self, found: dict[str, float]) -> None:
+        """Take in what a step's lessons found."""
+        if (goal := self.stages[self.index].goal) is not None:
+            self.recent = [*self.recent[-9:], found[goal[0] + "_right"]]
+
+    def _end(self, done: float) -> float:
+        left = sum(stage.share for stage in self.stages[self.index :])
+        return done + (1 - done) * self.stages[self.index].share / left
+
+    def _is_reached(self) -> bool:
+        goal = self.stages[self.index].goal
+        return goal is not None and len(self.recent) == 10 and sum(self.recent) >= 10 * goal[1]
+
+    def state_dict(self) -> dict[str, object]:
+        return {"index": self.index, "recent": self.recent, "end": self.end}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.index, self.recent, self.end = state["index"], state["recent"], state["end"]
 
 
-def make_optimisers(model: Llama4, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers; AdamW for embeddings, routers and norms."""
-    matrices, rest = [], []
-    for name, parameter in model.named_parameters():
-        inner = "layers." in name and parameter.ndim >= 2 and "router" not in name
-        (matrices if inner else rest).append(parameter)
-    adam = torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    optimisers: list[torch.optim.Optimizer] = [Muon(matrices, lr=recipe.matrix_lr), adam]
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimisers
+def columns(recipe: Recipe) -> list[str]:
+    """Name the columns of a run's log; a lesson's are empty in stages that leave it out."""
+    names = dict.fromkeys(lesson.name for stage in recipe.stages for lesson in stage.lessons)
+    each = [column for name in names for column in (name, name + "_right")]
+    return ["step", "seconds", "tokens", "lr", "loss", *each, "balance", "grad_norm"]
 
 
-def set_learning_rate(optimisers, recipe: Recipe, step: int, done: float) -> float:
-    """Warm up, hold, cool down; `done` is the share of the run that is over."""
-    scale = min(1.0, (step + 1) / recipe.warmup, (1 - done) / recipe.cooldown)
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["lr"] = group["peak_lr"] * scale
-    return round(scale, 4)
-
-
-def balance_weight(recipe: Recipe, done: float) -> float:
-    """Return the weight of the balancing loss when the share `done` of the run is over."""
-    return recipe.balance * (recipe.balance_end / recipe.balance) ** min(1.0, 2 * done)
-
-
-def save_state(folder: Path, model: Llama4, optimisers, step: int, seconds: float) -> None:
+def save_state(
+    folder: Path, model: Llama4, optimisers, course, step: int, tokens: int, seconds: float
+) -> None:
     state = {
         "model": model.state_dict(),
         "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+        "course": course.state_dict(),
         "step": step,
+        "tokens": tokens,
         "seconds": seconds,
     }
     torch.save(state, folder / (CHECKPOINT + ".tmp"))
     os.replace(folder / (CHECKPOINT + ".tmp"), folder / CHECKPOINT)
 
 
-def restore(folder: Path, model: Llama4, optimisers) -> tuple[int, float]:
-    """Load the state of an earlier run, if there is one; return its step and seconds."""
+def restore(folder: Path, model: Llama4, optimisers, course) -> tuple[int, int, float]:
+    """Load the state of an earlier run, if there is one; return its step, tokens and seconds."""
     path = folder / CHECKPOINT
     if not path.exists():
-        return 0, 0.0
+        return 0, 0, 0.0
     state = torch.load(path, map_location=model.device, weights_only=True)
     try:
         model.load_state_dict(state["model"])
@@ -174,26 +203,24 @@ def restore(folder: Path, model: Llama4, optimisers) -> tuple[int, float]:
         ) from error
     for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
         optimiser.load_state_dict(saved)
-    return state["step"], state["seconds"]
+    course.load_state_dict(state["course"])
+    return state["step"], state["tokens"], state["seconds"]
 
 
 class Log:
     """Appends one row a step to a CSV file, after the first `step` rows of an earlier run."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, columns: Sequence[str]):
         kept = path.read_text().splitlines(keepends=True)[: step + 1] if path.exists() else []
         path.write_text("".join(kept))  # steps behind the restored state will be done again
-        self._new = not kept
         self._file = path.open("a", newline="")
-        self._writer: csv.DictWriter | None = None
+        self._writer = csv.DictWriter(self._file, columns)
+        if not kept:
+            self._writer.writeheader()
 
     def write(self, **row: int | float) -> None:
-        if any(isinstance(value, float) and not math.isfinite(value) for value in row.values()):
+        if not all(math.isfinite(value) for value in row.values()):
             raise FloatingPointError(f"training diverged: {row}")
-        if self._writer is None:
-            self._writer = csv.DictWriter(self._file, list(row))
-            if self._new:
-                self._writer.writeheader()
         self._writer.writerow(row)
         self._file.flush()
 

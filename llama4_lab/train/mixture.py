@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Int
-from torch import Tensor
 
 
 class Mixture:
@@ -13,7 +11,7 @@ class Mixture:
 
     `weights` are shares of rows. Each step's rows are spread over the domains as evenly as the
     weights allow (systematic sampling), so that a load-balancing loss always sees the whole mix.
-    The files are memory-mapped; the same seed and step give the same rows, whatever came before.
+    The files are memory-mapped.
     """
 
     def __init__(self, folder: str | Path, weights: dict[str, float], split: str = "train"):
@@ -35,9 +33,10 @@ class Mixture:
                 )
             self.tokens[name] = np.memmap(path, dtype=np.uint16, mode="r")
 
-    def batch(self, seed: int, step: int, rows: int, length: int) -> Int[Tensor, "rows tokens"]:
-        """Return the rows of one training step."""
-        rng = np.random.default_rng((seed, step))
+    def batch(
+        self, rng: np.random.Generator, rows: int, length: int
+    ) -> Int[np.ndarray, "rows tokens"]:
+        """Draw rows; the same generator gives the same ones."""
         ticks = (np.arange(rows) + rng.random()) / rows
         chosen = np.searchsorted(self.shares.cumsum(), ticks, side="right").clip(
             max=len(self.shares) - 1
@@ -46,5 +45,5 @@ class Mixture:
         for domain in chosen:
             tokens = self.tokens[self.domains[domain]]
             start = rng.integers(0, len(tokens) - length)
-            out.append(torch.from_numpy(tokens[start : start + length + 1].astype(np.int64)))
-        return torch.stack(out)
+            out.append(tokens[start : start + length + 1].astype(np.int64))
+        return np.stack(out)

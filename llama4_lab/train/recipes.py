@@ -1,8 +1,10 @@
 """What is trained, on what, and for how long: the recipes of the shipped models."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from llama4_lab.config import Llama4Config
+from llama4_lab.config import Llama4Config, VisionConfig
+from llama4_lab.train.lessons import Echo, Lesson, Needle, Pictures, Sums, Text
+from llama4_lab.train.shapes import TILE
 
 TEXT = {
     "english": 27.0,
@@ -18,27 +20,39 @@ TEXT = {
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What is taught for a `share` of the run; a step holds the rows of all lessons.
+
+    With `goal`, a lesson's name and a share of right guesses, the stage ends early when the mean
+    of the last ten steps is as good as that, and the later stages share what is left.
+    """
+
+    share: float
+    lessons: tuple[Lesson, ...]
+    goal: tuple[str, float] | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A model and the settings that trained it.
 
-    ``rows`` rows of ``length`` tokens make one step; the learning rates are constant after
-    `warmup` steps and fall linearly to zero over the last `cooldown` share of the steps. The
-    weight of the balancing loss falls from `balance` to `balance_end` over the first half: strong
-    while no expert may die, weak once they are to differ.
+    The learning rates are constant after `warmup` steps and fall linearly to zero over the last
+    `cooldown` share of the run. The weight of the balancing loss falls from `balance` to
+    `balance_end` over the first half: strong while no expert may die, weak once they are to differ.
     """
 
     name: str
     config: Llama4Config
-    weights: dict[str, float] = field(default_factory=lambda: dict(TEXT))
-    rows: int = 16
-    length: int = 512
-    steps: int = 2000
+    stages: tuple[Stage, ...]
+    steps: int
     warmup: int = 50
     cooldown: float = 0.4
     matrix_lr: float = 0.02
     adam_lr: float = 3e-3
-    balance: float = 0.01
-    balance_end: float = 0.001
+    embed_lr: float = 0.02
+    embed_std: float = 0.1  # to begin with
+    balance: float = 0.003
+    balance_end: float = 0.0005
     seed: int = 0
 
 
@@ -68,7 +82,63 @@ def small_config(vocab_size: int = 4096, **changes: object) -> Llama4Config:
     ).replace(**changes)
 
 
-MINI = Recipe("mini", small_config())
+def small_vision(hidden_size: int, layers: int, heads: int, text_size: int) -> VisionConfig:
+    """A vision encoder for tiles of 48 pixels, 36 image tokens each, beside a small text model."""
+    return VisionConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden_size,
+        image_size=TILE,
+        patch_size=4,
+        projector_input_dim=text_size,
+        projector_output_dim=text_size,
+        vision_output_dim=text_size,
+    )
+
+
+SEVERAL = ("motion", "picture")
+TILES = ((1, 2), (2, 1), (2, 2))
+WORDS = Stage(0.25, (Text(12, domains=TEXT, length=256),))
+MATCH = Stage(
+    0.15,
+    (
+        Text(4, domains=TEXT, length=256),
+        Echo(24, label="echo_near", length=64, periods=(3, 10), vocabulary=64),
+        Echo(6, periods=(3, 48), vocabulary=64),
+    ),
+    goal=("echo", 0.7),
+)
+SHORT = Stage(
+    0.4,
+    (
+        Text(6, 4.0, domains=TEXT),
+        Needle(1, label="codes", kind="words", facts=(2, 8)),
+        Sums(8),
+        Pictures(20, 2.0),
+        Pictures(2, label="tiles", length=256, tiles=TILES),
+        Pictures(2, label="several", length=256, tasks=SEVERAL),
+    ),
+)
+LONG = Stage(
+    0.2,
+    (
+        Text(3, 3.0, domains=TEXT),
+        Text(1, 1.0, "long_text", TEXT, length=2048),
+        Needle(1, label="far_codes", kind="prose", length=2048, facts=(4, 8)),
+        Needle(1, label="codes", kind="prose", facts=(2, 8)),
+        Sums(6),
+        Pictures(16, 2.0),
+        Pictures(2, label="tiles", length=256, tiles=TILES),
+        Pictures(2, label="several", length=256, tasks=SEVERAL),
+    ),
+)
+MINI = Recipe(
+    "mini",
+    small_config(vision_config=small_vision(128, 3, 4, 256)),
+    stages=(WORDS, MATCH, SHORT, LONG),
+    steps=2000,
+)
 NANO = Recipe(
     "nano",
     small_config(
@@ -78,8 +148,10 @@ NANO = Recipe(
         num_key_value_heads=1,
         intermediate_size=128,
         intermediate_size_mlp=256,
+        vision_config=small_vision(64, 2, 2, 128),
     ),
+    stages=(WORDS, MATCH, SHORT, LONG),
     steps=1200,
-    rows=8,
+    matrix_lr=0.04,
 )
 RECIPES = {recipe.name: recipe for recipe in (MINI, NANO)}

@@ -48,7 +48,9 @@ _NAMED: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Task -> the attributes that its question may name."""
 TASKS = tuple(_NAMED)
-_SEVERAL = ("motion", "picture")  # tasks with several pictures
+_SEVERAL = ("motion", "picture")
+ONE_PICTURE = tuple(task for task in TASKS if task not in _SEVERAL)
+"""The tasks about a single picture; the others have two to four."""
 WORDINGS = {
     "scan": ("Name every place.",),
     "caption": ("Describe the picture.", "What is in the picture?"),
@@ -209,6 +211,25 @@ def sample(rng: np.random.Generator, task: str | None = None, world: World = WOR
             return _example(query, scenes, ask(query, int(rng.integers(len(WORDINGS[task])))))
 
 
+def another(rng: np.random.Generator, example: Example, world: World = WORLD) -> Example:
+    """Draw one more unambiguous question about the pictures of an example.
+
+    Here some numbers and some answers are more frequent than others: pictures that happen to fit
+    a question are kept, and nothing is drawn again to make up for it.
+    """
+    scenes = example.scenes
+    is_motion = example.query.task == "motion"
+    tasks = ONE_PICTURE if example.query.task in ONE_PICTURE else (example.query.task,)
+    is_crowd = is_motion and len(scenes[0].objects) > 1
+    while True:
+        task = _pick(rng, tasks)
+        named = _pick(rng, [names for names in _NAMED[task] if names or not is_crowd])
+        missing = bool(named) and rng.random() < (0.5 if task == "exists" else 0.1)
+        query = _query(rng, task, named, scenes, missing, world)
+        if not is_ambiguous(query, scenes) and (not named or bool(find(query, scenes)) != missing):
+            return _example(query, scenes, ask(query, int(rng.integers(len(WORDINGS[task])))))
+
+
 def sequence(
     rng: np.random.Generator, frames: int = 3, objects: int = 1, world: World = WORLD
 ) -> tuple[Scene, ...]:
@@ -353,7 +374,7 @@ def _query(
     values = {}
     for name in named:
         if missing:
-            target = _pick(rng, things) if rng.random() < 0.5 else None
+            target = _pick(rng, things) if things and rng.random() < 0.5 else None
         values[name] = getattr(target, name) if target else _pick(rng, getattr(world, name + "s"))
     return Query(task, places=world.places if task == "scan" else PLACES, **values)
 

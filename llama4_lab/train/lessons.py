@@ -1,0 +1,271 @@
+"""What is taught: text, echoes, needles, sums and pictures, each a maker of `Rows`.
+
+A lesson is data: how many rows of which kind are its part of one step. `draw` makes them, the same
+ones for the same generator.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from llama4_lab.config import VisionConfig
+from llama4_lab.prompt import Prompt, Tokenizer, build_prompt
+from llama4_lab.prompt.chat import encode_chat
+from llama4_lab.train import arithmetic, needles, scenes
+from llama4_lab.train.mixture import Mixture
+from llama4_lab.train.rows import Rows, answers_of, padded, shifted
+from llama4_lab.train.shapes import PLACES, Scene
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What lessons draw from: a corpus folder with its tokenizer, and the size of tiles."""
+
+    folder: Path
+    vision: VisionConfig | None = None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.folder)
+
+    @cached_property
+    def words(self) -> Int[np.ndarray, " n"]:
+        """The ids of all tokens that are text."""
+        return np.arange(min(self.tokenizer.special.values()))
+
+    @cached_property
+    def prose(self) -> needles.Fill:
+        """Hay of English sentences."""
+        text = np.memmap(self.folder / "english.train.bin", dtype=np.uint16, mode="r")
+        (stop,) = self.tokenizer.encode(".")
+        return needles.passages(text, np.flatnonzero(text == stop) + 1)
+
+    def prompt(self, messages: list[Message], images: list[np.ndarray] | None = None) -> Prompt:
+        """Build what the model reads, as `Llama4.prompt` does."""
+        sizes = {}
+        if (vision := self.vision) is not None:
+            sizes = {
+                "image_size": vision.image_size,
+                "patch_size": vision.patch_size,
+                "shuffle_ratio": vision.pixel_shuffle_ratio,
+            }
+        return build_prompt(self.tokenizer, messages, images or [], **sizes)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """`rows` rows a step, whose mean loss counts `weight` times."""
+
+    rows: int
+    weight: float = 1.0
+    label: str = ""  # in the log; the kind of lesson if empty
+
+    @property
+    def name(self) -> str:
+        return self.label or type(self).__name__.lower()
+
+    def draw(self, rng: np.random.Generator, material: Material) -> Rows:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Text(Lesson):
+    """Pieces of documents; `domains` are shares of rows."""
+
+    domains: dict[str, float] = field(default_factory=dict)
+    length: int = 512
+
+    def draw(self, rng: np.random.Generator, material: Material) -> Rows:
+        return shifted(Mixture(material.folder, self.domains).batch(rng, self.rows, self.length))
+
+
+@dataclass(frozen=True)
+class Echo(Lesson):
+    """Random tokens that repeat: only what stood one period earlier tells what comes next.
+
+    The loss falls in one jump, when attention has learnt to look for what followed last time
+    (Olsson et al. 2022, "In-context Learning and Induction Heads"). Needles need that first. With
+    few different tokens it comes early: then each of them is met often enough to be told apart.
+    """
+
+    length: int = 256
+    periods: tuple[int, int] = (8, 64)
+    vocabulary: int | None = None  # how many tokens are used at all, the same ones in every step
+
+    def draw(self, rng: np.random.Generator, material: Material) -> Rows:
+        period = int(rng.integers(self.periods[0], self.periods[1] + 1))
+        words = np.random.default_rng(0).permutation(material.words)[: self.vocabulary]
+        return shifted(*needles.echo(rng, words, self.rows, self.length + 1, period))
+
+
+@dataclass(frozen=True)
+class Needle(Lesson):
+    """Several things are said in `length` tokens and asked for at the end.
+
+    `kind` is "tokens" (one random token belongs to another, among random tokens), "words" (codes
+    in words, among random tokens) or "prose" (codes in words, among sentences).
+    """
+
+    length: int = 512
+    kind: str = "tokens"
+    facts: tuple[int, int] = (2, 6)
+
+    def draw(self, rng: np.random.Generator, material: Material) -> Rows:
+        rows = [self.row(rng, material) for _ in range(self.rows)]
+        return shifted(
+            np.stack([row.tokens for row in rows]), np.stack([row.weights for row in rows])
+        )
+
+    def row(self, rng: np.random.Generator, material: Material) -> needles.Row:
+        count = int(rng.integers(self.facts[0], self.facts[1] + 1))
+        keys, values, hay = np.split(rng.permutation(material.words), (64, 128))
+        if self.kind == "tokens":
+            facts = needles.token_facts(rng, keys.tolist(), values.tolist(), count)
+        else:
+            facts = needles.word_facts(rng, material.tokenizer.encode, count)
+        fill = material.prose if self.kind == "prose" else needles.scatter(hay)
+        return needles.plant(rng, facts, fill, self.length + 1, asked=count)
+
+
+@dataclass(frozen=True)
+class Sums(Lesson):
+    """Arithmetic, half of the rows as lines of text and half as questions in a chat.
+
+    Only answers are scored: the numbers of a problem cannot be known.
+    """
+
+    length: int = 128
+
+    def draw(self, rng: np.random.Generator, material: Material) -> Rows:
+        rows = [
+            self.chat(rng, material) if i % 2 else self.lines(rng, material.tokenizer)
+            for i in range(self.rows)
+        ]
+        return padded(rows, material.tokenizer.pad_id, self.length)
+
+    def lines(self, rng: np.random.Generator, tokenizer: Tokenizer) -> Rows:
+        tokens: list[int] = []
+        weights: list[float] = []
+        while len(tokens) <= self.length:
+            problem = arithmetic.sample(rng)
+            asked, said = tokenizer.encode(problem.prompt), tokenizer.encode(problem.answer + "\n")
+            tokens += asked + said
+            weights += [0.0] * len(asked) + [1.0] * len(said)
+        stop = self.length + 1
+        return shifted(np.array([tokens[:stop]]), np.array([weights[:stop]]))
+
+    def chat(self, rng: np.random.Generator, material: Material) -> Rows:
+        problems = (arithmetic.sample(rng) for _ in itertools.repeat(None))
+        questions = ((problem.question, problem.answer) for problem in problems)
+        return chat(material, [], questions, self.length)[0]
+
+
+@dataclass(frozen=True)
+class Pictures(Lesson):
+    """Chats about scenes, several questions to each.
+
+    Beside the answers, each image token is scored on naming the shape or the colour (one of both,
+    by chance) of what stands in its place. No reader ever sees that prediction, but it teaches
+    what a patch shows from the first step on; with answers alone that takes a hundred times as
+    many scenes. `patch_weight` is its weight against a word of an answer.
+    """
+
+    length: int = 128
+    world: scenes.World = scenes.WORLD
+    tasks: tuple[str, ...] = scenes.ONE_PICTURE  # of the first question
+    tiles: tuple[tuple[int, int], ...] = ((1, 1),)
+    questions: int = 6  # to each scene, at most
+    patch_weight: float = 0.1
+
+    def draw(self, rng: np.random.Generator, material: Material) -> Rows:
+        rows = [self.row(rng, material) for _ in range(self.rows)]
+        return padded(rows, material.tokenizer.pad_id, self.length)
+
+    def row(self, rng: np.random.Generator, material: Material) -> Rows:
+        tiles = self.tiles[int(rng.integers(len(self.tiles)))]
+        world = dataclasses.replace(self.world, tiles=tiles)
+        task = self.tasks[int(rng.integers(len(self.tasks)))]
+        example = scenes.sample(rng, task, world)
+        questions = {example.question: example.answer}
+        for _ in range(self.questions):
+            more = scenes.another(rng, example, world)
+            questions[more.question] = more.answer
+        rows, prompt = chat(material, example.images, questions.items(), self.length)
+        labels = patch_labels(rng, prompt, example.scenes, material.tokenizer)
+        seen = labels >= 0
+        return Rows(
+            rows.inputs,
+            torch.where(seen, labels, rows.targets),
+            torch.where(seen, self.patch_weight, rows.weights),
+            rows.pixel_values,
+        )
+
+
+def chat(
+    material: Material,
+    images: list[np.ndarray],
+    questions: Iterable[tuple[str, str]],
+    length: int,
+) -> tuple[Rows, Prompt]:
+    """Ask about the images, in one conversation, as many of the questions as `length` allows."""
+    messages: list[Message] = []
+    room = length + 1
+    for question, answer in questions:
+        content: list[Message] = [{"type": "image"} for _ in ([] if messages else images)]
+        content.append({"type": "text", "text": question})
+        turn: list[Message] = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": answer},
+        ]
+        if not messages:
+            needed = material.prompt(turn, images).input_ids.shape[1]
+        else:
+            needed = len(encode_chat(material.tokenizer, turn, add_bos=False).ids)
+        if needed > room:
+            break
+        room -= needed
+        messages += turn
+    if not messages:
+        raise ValueError(f"{length} tokens have no room for a question and its answer")
+    prompt = material.prompt(messages, images)
+    rows = shifted(prompt.input_ids.numpy(), answers_of(prompt, material.tokenizer).numpy())
+    return dataclasses.replace(rows, pixel_values=prompt.pixel_values), prompt
+
+
+def patch_labels(
+    rng: np.random.Generator,
+    prompt: Prompt,
+    pictures: tuple[Scene, ...],
+    tokenizer: Tokenizer,
+) -> Int[Tensor, "1 t"]:
+    """Name what stands in the place of each image token of a prompt; -1 for all other tokens."""
+    spans = prompt.spans
+    assert spans.tiling is not None
+    grid, attribute = spans.tiling.grid, ("shape", "colour")[int(rng.integers(2))]
+    labels = torch.full_like(prompt.input_ids, -1)
+    first_tile = 0
+    for image, (layout, scene) in enumerate(zip(spans.layouts, pictures, strict=True)):
+        names = {thing.place: getattr(thing, attribute) for thing in scene.objects}
+        ids = [tokenizer.encode(" " + names.get(place, scenes.NONE))[0] for place in PLACES]
+        at = (spans.image[0] == image) & (spans.patch[0] >= 0)
+        tile = spans.tile[0, at] - first_tile
+        is_whole = tile == layout.num_tiles - 1
+        rows, cols = torch.where(is_whole, 1, layout.rows), torch.where(is_whole, 1, layout.cols)
+        row, col = (torch.where(is_whole, 0, n) for n in (tile // layout.cols, tile % layout.cols))
+        down = (row + (spans.patch[0, at] // grid + 0.5) / grid) / rows
+        along = (col + (spans.patch[0, at] % grid + 0.5) / grid) / cols
+        place = 3 * (3 * down).long() + (3 * along).long()
+        labels[0, at] = torch.tensor(ids)[place]
+        first_tile += layout.num_tiles
+    return labels[:, :-1]

@@ -1,0 +1,147 @@
+"""Lessons: what is asked is scored, what cannot be known is not, and patches are named rightly."""
+
+import numpy as np
+import pytest
+import torch
+
+from llama4_lab.checkpoint.shipped import MODELS
+from llama4_lab.config import VisionConfig
+from llama4_lab.train import scenes
+from llama4_lab.train.lessons import (
+    Echo,
+    Material,
+    Needle,
+    Pictures,
+    Sums,
+    Text,
+    chat,
+    patch_labels,
+)
+from llama4_lab.train.rows import padded, shifted
+
+VISION = VisionConfig(
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=64,
+    image_size=48,
+    patch_size=4,
+    projector_input_dim=24,
+    projector_output_dim=24,
+    vision_output_dim=24,
+)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Mini's tokenizer, and a corpus of one English sentence."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "tokenizer.json").write_bytes((MODELS / "mini" / "tokenizer.json").read_bytes())
+    material = Material(folder, VISION)
+    sentence = material.tokenizer.encode(" The ship left the harbour at dawn.")
+    np.tile(np.array(sentence, "<u2"), 300).tofile(folder / "english.train.bin")
+    return material
+
+
+def said(material, rows, row=0):
+    """The scored targets of a row, split where positions between them are not scored."""
+    weights = rows.weights[row]
+    text = [
+        material.tokenizer.decode([idx]) if weight == 1 else "\0"
+        for idx, weight in zip(rows.targets[row].tolist(), weights.tolist(), strict=True)
+    ]
+    return [piece for piece in "".join(text).split("\0") if piece]
+
+
+@pytest.mark.parametrize(
+    "lesson",
+    [
+        Text(2, domains={"english": 1.0}, length=40),
+        Echo(2, length=64),
+        Needle(2, length=256),
+        Needle(2, kind="words", length=256),
+        Needle(2, kind="prose", length=384),
+        Sums(2, length=96),
+        Pictures(2),
+        Pictures(2, length=256, tiles=((2, 2),)),
+        Pictures(2, length=256, tasks=("motion", "picture")),
+    ],
+    ids=lambda lesson: f"{lesson.name}-{lesson.length}-{getattr(lesson, 'kind', '')}",
+)
+def test_a_lesson_is_of_its_length_and_depends_on_the_generator_only(material, lesson):
+    rows, again = (lesson.draw(np.random.default_rng(3), material) for _ in range(2))
+    assert rows.inputs.shape == rows.targets.shape == rows.weights.shape == (2, lesson.length)
+    assert (rows.weights.sum(dim=1) > 0).all()
+    assert torch.equal(rows.inputs, again.inputs)
+    assert torch.equal(rows.weights, again.weights)
+    other = lesson.draw(np.random.default_rng(4), material)
+    assert not torch.equal(rows.inputs, other.inputs)
+    if isinstance(lesson, Pictures):
+        slots = (rows.inputs == material.tokenizer.id_of("<|patch|>")).sum()
+        assert slots == len(rows.pixel_values) * VISION.tokens_per_tile
+
+
+def test_sums_score_answers_only(material):
+    rows = Sums(2).draw(np.random.default_rng(0), material)
+    line = material.tokenizer.decode(rows.inputs[0].tolist()).split("\n")[0]
+    assert said(material, rows, 0)[0] == line.rpartition(" ")[2] + "\n"
+    answers = said(material, rows, 1)
+    assert all(answer.endswith("<|eot|>") for answer in answers[:-1])
+    assert all(answer.removesuffix("<|eot|>").isdigit() for answer in answers)
+
+
+@pytest.mark.parametrize("kind", ["words", "prose"])
+def test_codes_are_scored_where_they_are_asked_for(material, kind):
+    rows = Needle(1, kind=kind, length=384, facts=(3, 3)).draw(np.random.default_rng(0), material)
+    text = material.tokenizer.decode(rows.inputs[0].tolist())
+    assert all(text.count(f" is {code}") == 2 for code in said(material, rows)[:2])
+    assert len(said(material, rows)) == 3
+
+
+def test_an_echo_of_few_tokens_uses_the_same_ones_in_every_step(material):
+    lesson = Echo(8, length=64, periods=(9, 9), vocabulary=16)
+    steps = [lesson.draw(np.random.default_rng(i), material).inputs for i in range(3)]
+    assert len(torch.cat(steps).unique()) == 16
+
+
+def test_a_chat_asks_as_much_as_has_room_and_scores_what_the_assistant_says(material):
+    questions = [(f"Is this question {i}?", "yes") for i in range(50)]
+    rows, prompt = chat(material, [], questions, 100)
+    length = rows.inputs.shape[1]
+    turn = (
+        chat(material, [], questions[:2], 100)[0].inputs.shape[1]
+        - (chat(material, [], questions[:1], 100)[0].inputs.shape[1])
+    )
+    assert 100 - turn < length <= 100
+    assert set(said(material, rows)) == {"yes<|eot|>"}
+    assert len(said(material, rows)) == prompt.spans.roles.count("assistant")
+    with pytest.raises(ValueError, match="5 tokens have no room for a question and its answer"):
+        chat(material, [], questions, 5)
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_every_patch_is_named_after_what_its_pixels_show(material, tiles):
+    """Where the pixels under an image token are not all alike, the label names an object."""
+    rng = np.random.default_rng(1)
+    world = scenes.World(tiles=tiles)
+    for _ in range(6):
+        example = scenes.sample(rng, "caption", world)
+        _, prompt = chat(material, example.images, [(example.question, example.answer)], 512)
+        labels = patch_labels(np.random.default_rng(1), prompt, example.scenes, material.tokenizer)
+        assert (labels >= 0).sum() == len(prompt.pixel_values) * VISION.tokens_per_tile
+        words = [material.tokenizer.decode([i]).strip() for i in labels[labels >= 0].tolist()]
+        # 8 x 8 pixels for each token; the global tile is blurred across places.
+        patches = prompt.pixel_values.unfold(2, 8, 8).unfold(3, 8, 8)
+        spread = patches.amax(dim=(1, -1, -2)) - patches.amin(dim=(1, -1, -2))
+        shown = (spread > 0.01).flatten().tolist()[: 36 * tiles[0] * tiles[1]]
+        assert all(word != "none" for word, there in zip(words, shown, strict=False) if there)
+        things = example.scenes[0].objects
+        by_shape, by_colour = ({getattr(x, a) for x in things} for a in ("shape", "colour"))
+        assert set(words) - {"none"} in (by_shape, by_colour)
+
+
+def test_padding_is_on_the_right_and_not_scored():
+    rows = padded([shifted(np.array([[1, 2, 3]])), shifted(np.array([[4, 5, 6, 7]]))], 9, 8)
+    assert rows.inputs.tolist() == [[1, 2, *[9] * 6], [4, 5, 6, *[9] * 5]]
+    assert rows.targets.tolist() == [[2, 3, *[9] * 6], [5, 6, 7, *[9] * 5]]
+    assert rows.weights.tolist() == [[1, 1, *[0] * 6], [1, 1, 1, *[0] * 5]]
