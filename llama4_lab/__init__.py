@@ -14,7 +14,7 @@ from llama4_lab.generate import generate
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
 from llama4_lab.points import points
-from llama4_lab.trace import trace
+from llama4_lab.trace import intervene, trace
 
 __all__ = [
     "BEHEMOTH_ESTIMATE",
@@ -26,6 +26,7 @@ __all__ = [
     "RopeScaling",
     "VisionConfig",
     "generate",
+    "intervene",
     "load",
     "points",
     "random",

@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="a shipped model's name, or a folder")
     sub.add_argument("--corpus", type=Path, help="held-out texts of a corpus, not the shipped ones")
     sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub.add_argument(
+        "--promises",
+        choices=("mini", "nano"),
+        help="fail if the figures are worse than this shipped model's should be (default: MODEL's)",
+    )
 
     sub = command("convert", convert, "write any readable checkpoint as a Hugging Face folder")
     sub.add_argument("source")
@@ -96,32 +101,40 @@ def train_model(options: argparse.Namespace) -> None:
 
     recipe = RECIPES[options.recipe]
     if options.steps is not None:
-        recipe = dataclasses.replace(recipe, steps=options.steps)
+        recipe = dataclasses.replace(recipe, steps=options.steps, minutes=None)
+    minutes = recipe.minutes if options.budget_minutes is None else options.budget_minutes
     out = options.out or Path("runs") / recipe.name
     model = train(
         recipe,
         Material(options.corpus, recipe.config.vision_config),
         out,
-        budget_minutes=options.budget_minutes,
+        budget_minutes=minutes,
         device=options.device,
         compile=options.compile,
         teacher=Teacher(l4.load(options.teacher).eval()) if options.teacher else None,
     )
     l4.save(model.bfloat16().cpu(), out / "model")
     shutil.copy(options.corpus / "tokenizer.json", out / "model" / "tokenizer.json")
-    print(f"saved to {out / 'model'}; measure it with: llama4-lab card {out / 'model'}")
+    card = f"llama4-lab card {out / 'model'} --promises {recipe.name}"
+    print(f"saved to {out / 'model'}; measure it with: {card}")
 
 
 def print_card(options: argparse.Namespace) -> None:
     from llama4_lab.train import card
+    from llama4_lab.train.promises import PROMISES, broken
 
     model = l4.load(options.model, dtype=torch.float32)
     texts = card.held_out_texts(options.corpus or card.HELD_OUT)
-    measured = card.measure(model, texts)
+    trained_on = card.training_tokens(options.corpus) if options.corpus else None
+    measured = card.measure(model, texts, trained_on=trained_on)
     print(card.markdown(measured))
     if options.json:
         content = json.dumps(dataclasses.asdict(measured), ensure_ascii=False, indent=1)
         options.json.write_text(content + "\n", encoding="utf-8")
+    promises = PROMISES.get(options.promises or options.model, ())
+    if lines := broken(promises, measured):
+        raise ValueError("the card breaks its promises: " + "; ".join(lines))
+    print(f"{len(promises)} promises kept")
 
 
 def convert(options: argparse.Namespace) -> None:

@@ -1,8 +1,13 @@
-"""Watch named values: ``with trace(model, ["layers.*.router.logits"]) as cache: …``."""
+"""Watch and change named values.
+
+``with trace(model, ["layers.*.router.logits"]) as cache: …`` keeps what a forward pass computes;
+``with intervene(model, {"layers.3.attn.z": fn}): …`` puts ``fn(value)`` in its place. Contexts nest
+in any order: a trace sees what the model goes on with, after every change.
+"""
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -11,6 +16,8 @@ from torch import Tensor
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.points import Tap, points
+
+Change = Callable[[Tensor], Tensor]
 
 
 @contextmanager
@@ -33,6 +40,32 @@ def trace(
     model.tap = _Recorder(outer, frozenset(match(model.config, names)), cache, detach)
     try:
         yield cache
+    finally:
+        model.tap = outer
+
+
+@contextmanager
+def intervene(model: Llama4, changes: Mapping[str, Change]) -> Iterator[None]:
+    """Replace named values by ``change(value)`` in each forward pass inside the block.
+
+    Names may be patterns, as for `trace`. What the change returns is what the model computes with
+    from there on; it must have the value's shape, dtype and device. Of nested blocks the innermost
+    changes first. Scores and patterns of attention are made by another path of the same mathematics
+    then, and so are values inside the experts: a change that changes nothing leaves the logits
+    equal to a traced run's to the bit.
+
+    Raises:
+        KeyError: a name or pattern that no point has, with the closest one.
+        TypeError, ValueError: a change returned no tensor, or one that does not fit.
+    """
+    by_name: dict[str, list[Change]] = {}
+    for pattern, change in changes.items():
+        for name in match(model.config, pattern):
+            by_name.setdefault(name, []).append(change)
+    outer = model.tap
+    model.tap = _Editor(outer, by_name)
+    try:
+        yield
     finally:
         model.tap = outer
 
@@ -87,3 +120,34 @@ class _Recorder(Tap):
         if name in self.names:
             self.cache[name] = value.detach() if self.detach else value
         return value
+
+
+class _Editor(Tap):
+    def __init__(self, outer: Tap, changes: dict[str, list[Change]]):
+        self.outer = outer
+        self.changes = changes
+
+    def watches(self, name: str) -> bool:
+        return name in self.changes or self.outer.watches(name)
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        for change in self.changes.get(name, ()):
+            value = _checked(name, value, change(value))
+        return self.outer(name, value)
+
+
+def _checked(name: str, value: Tensor, changed: object) -> Tensor:
+    if not isinstance(changed, Tensor):
+        raise TypeError(
+            f"the change of {name!r} returned {type(changed).__name__}: return the tensor that the "
+            "model is to go on with"
+        )
+    for what in ("shape", "dtype", "device"):
+        old, new = getattr(value, what), getattr(changed, what)
+        if old != new:
+            old, new = (tuple(x) if what == "shape" else x for x in (old, new))
+            raise ValueError(
+                f"the change of {name!r} returned {what} {new} where {old} is computed with: "
+                "keep it as it is"
+            )
+    return changed

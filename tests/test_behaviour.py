@@ -55,21 +55,19 @@ def model():
     return model
 
 
-def reads(model, tap, ids):
+def reads(model, ids):
     """Positions whose output changes with the first token."""
     other = ids.clone()
     other[0, 0] += 1
-    model.tap = tap
     with torch.no_grad():
-        changed = (model.hidden(ids) - model.hidden(other)).abs().amax(-1)[0] > 1e-6
-    model.tap = behaviour.NO_TAP
-    return changed
+        return (model.hidden(ids) - model.hidden(other)).abs().amax(-1)[0] > 1e-6
 
 
 def test_cut_to_chunks_nothing_crosses_a_border(model):
     ids = torch.randint(5, 300, (1, 150), generator=torch.Generator().manual_seed(0))
-    assert reads(model, behaviour.NO_TAP, ids)[64:].all()
-    cut = reads(model, behaviour.ChunksOnly(model), ids)
+    assert reads(model, ids)[64:].all()
+    with behaviour.chunks_only(model):
+        cut = reads(model, ids)
     assert cut[:64].all()
     assert not cut[64:].any()
 

@@ -9,7 +9,7 @@ from small_tokenizer import small_tokenizer
 from tiny import CONFIG
 
 import llama4_lab as l4
-from llama4_lab.train import card, held_out
+from llama4_lab.train import behaviour, card, held_out
 
 TEXT = "The quick brown fox jumps over the lazy dog. Über den Fluß — " * 20
 
@@ -18,7 +18,11 @@ TEXT = "The quick brown fox jumps over the lazy dog. Über den Fluß — " * 20
 def model(tmp_path):
     tokenizer = small_tokenizer(tmp_path)
     config = CONFIG.replace(
-        vocab_size=tokenizer.vocab_size, vision_config=None, num_experts_per_tok=1
+        vocab_size=tokenizer.vocab_size,
+        vision_config=None,
+        num_experts_per_tok=1,
+        attention_chunk_size=256,
+        pad_token_id=tokenizer.pad_id,
     )
     model = l4.random(config).eval()
     model.tokenizer = tokenizer
@@ -42,19 +46,25 @@ def test_windows_cover_the_text_without_overlap(model):
 
 
 def test_a_card_holds_every_domain_and_layer(model, monkeypatch):
-    model.build_prompt = None
     monkeypatch.setattr(card, "PROMPTS", {})
-    measured = card.measure(model, {"one": TEXT, "two": TEXT.upper()}, length=16)
-    assert list(measured.bits_per_byte) == ["one", "two"]
+    monkeypatch.setattr(card, "EDGES", (0, 20, 50))
+    monkeypatch.setattr(behaviour, "DISTANCES", ((1, 500),))
+    texts = {"english": TEXT, "german": TEXT.upper()}
+    measured = card.measure(model, texts, length=16, count=2)
+    assert list(measured.bits_per_byte) == ["english", "german"]
     assert measured.layers == [1, 3, 5]
-    share = np.array([measured.share["one"], measured.share["two"]])
+    share = np.array([measured.share["english"], measured.share["german"]])
     np.testing.assert_allclose(share.sum(-1), 1, atol=0.01)
     np.testing.assert_allclose(share.mean(0).max(-1), measured.fullest, atol=0.001)
     # The model is its own untrained control: random weights of the same seed.
-    assert measured.mutual_information == measured.mutual_information_untrained
+    assert measured.information == measured.information_untrained
+    assert list(measured.information) == ["domain", "language"]
+    assert list(measured.recall) == ["same chunk", "1 to 500"]
+    assert measured.pictures == {}
+    assert list(measured.loss_by_position) == ["1 to 20", "21 to 50"]
     text = card.markdown(measured)
-    assert "| one |" in text
-    assert text.count("| 1 |") == 1
+    assert "| english |" in text
+    assert "| same chunk | 0% | 0% | 0% |" in text
 
 
 def test_the_shipped_texts_are_there_for_every_domain():

@@ -66,7 +66,7 @@ def said(material, rows, row=0):
         Pictures(2, length=256, tiles=((2, 2),)),
         Pictures(2, length=256, tasks=("motion", "picture")),
     ],
-    ids=lambda lesson: f"{lesson.name}-{lesson.length}-{getattr(lesson, 'kind', '')}",
+    ids=lambda lesson: f"{lesson.name}-{getattr(lesson, 'kind', len(str(lesson)))}",
 )
 def test_a_lesson_is_of_its_length_and_depends_on_the_generator_only(material, lesson):
     rows, again = (lesson.draw(np.random.default_rng(3), material) for _ in range(2))
@@ -75,7 +75,7 @@ def test_a_lesson_is_of_its_length_and_depends_on_the_generator_only(material, l
     assert torch.equal(rows.inputs, again.inputs)
     assert torch.equal(rows.weights, again.weights)
     other = lesson.draw(np.random.default_rng(4), material)
-    assert not torch.equal(rows.inputs, other.inputs)
+    assert not torch.equal(rows.targets, other.targets)
     if isinstance(lesson, Pictures):
         slots = (rows.inputs == material.tokenizer.id_of("<|patch|>")).sum()
         assert slots == len(rows.pixel_values) * VISION.tokens_per_tile
@@ -123,21 +123,29 @@ def test_a_chat_asks_as_much_as_has_room_and_scores_what_the_assistant_says(mate
 def test_every_patch_is_named_after_what_its_pixels_show(material, tiles):
     """Where the pixels under an image token are not all alike, the label names an object."""
     rng = np.random.default_rng(1)
-    world = scenes.World(tiles=tiles)
-    for _ in range(6):
-        example = scenes.sample(rng, "caption", world)
+    for _ in range(4):
+        example = scenes.sample(rng, "caption", scenes.World(tiles=tiles))
         _, prompt = chat(material, example.images, [(example.question, example.answer)], 512)
-        labels = patch_labels(np.random.default_rng(1), prompt, example.scenes, material.tokenizer)
-        assert (labels >= 0).sum() == len(prompt.pixel_values) * VISION.tokens_per_tile
-        words = [material.tokenizer.decode([i]).strip() for i in labels[labels >= 0].tolist()]
+
+        def words(attribute, example=example, prompt=prompt):
+            labels = patch_labels(attribute, prompt, example.scenes, material.tokenizer)
+            assert (labels >= 0).sum() == len(prompt.pixel_values) * VISION.tokens_per_tile
+            return [material.tokenizer.decode([i]).strip() for i in labels[labels >= 0].tolist()]
+
         # 8 x 8 pixels for each token; the global tile is blurred across places.
         patches = prompt.pixel_values.unfold(2, 8, 8).unfold(3, 8, 8)
         spread = patches.amax(dim=(1, -1, -2)) - patches.amin(dim=(1, -1, -2))
         shown = (spread > 0.01).flatten().tolist()[: 36 * tiles[0] * tiles[1]]
-        assert all(word != "none" for word, there in zip(words, shown, strict=False) if there)
-        things = example.scenes[0].objects
-        by_shape, by_colour = ({getattr(x, a) for x in things} for a in ("shape", "colour"))
-        assert set(words) - {"none"} in (by_shape, by_colour)
+        for attribute in ("shape", "colour"):
+            named = words(attribute)
+            assert all(word != "none" for word, there in zip(named, shown, strict=False) if there)
+            there = {getattr(thing, attribute) for thing in example.scenes[0].objects}
+            assert set(named) - {"none"} == there
+        whole = slice(-36, None)  # the global tile, or the only one
+        assert words("row")[whole] == ["top"] * 12 + ["middle"] * 12 + ["bottom"] * 12
+        assert words("column")[whole] == ["left", "left", "middle", "middle", "right", "right"] * 6
+        first = {(1, 1): 3, (1, 2): 3, (2, 1): 2, (2, 2): 2}[tiles]  # rows of places in tile 0
+        assert len(set(words("row")[:36])) == first
 
 
 def test_padding_is_on_the_right_and_not_scored():

@@ -6,16 +6,17 @@ its turn. One pass over question and answer shows it: each token must be the lik
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from llama4_lab.model import Llama4
-from llama4_lab.points import NO_TAP, Tap
 from llama4_lab.prompt import Prompt
+from llama4_lab.trace import intervene
 from llama4_lab.train import arithmetic, needles, scenes
 from llama4_lab.train.lessons import Material, chat
 from llama4_lab.train.rows import Rows, padded, shifted
@@ -78,35 +79,25 @@ def chunk_of(model: Llama4) -> int:
     return model.config.attention_chunk_size or model.config.max_position_embeddings
 
 
-class ChunksOnly(Tap):
-    """Lets the NoPE layers, too, see nothing outside the chunk that a token is in."""
+def chunks_only(model: Llama4) -> AbstractContextManager[None]:
+    """Let the NoPE layers, too, see nothing outside the chunk that a token is in."""
+    config, chunk = model.config, chunk_of(model)
 
-    def __init__(self, model: Llama4):
-        config = model.config
-        layers = [i for i in range(config.num_hidden_layers) if not config.uses_rope(i)]
-        self._names = {f"layers.{i}.attn.scores" for i in layers}
-        self._chunk = chunk_of(model)
+    def cut(scores: Float[Tensor, "b h t s"]) -> Tensor:
+        t, s = scores.shape[-2:]
+        q, k = torch.arange(s - t, s) // chunk, torch.arange(s) // chunk
+        return scores.masked_fill(q[:, None] != k, float("-inf"))
 
-    def watches(self, name: str) -> bool:
-        return name in self._names
-
-    def __call__(self, name: str, value: Tensor) -> Tensor:
-        if name not in self._names:
-            return value
-        t, s = value.shape[-2:]
-        q, k = torch.arange(s - t, s) // self._chunk, torch.arange(s) // self._chunk
-        return value.masked_fill(q[:, None] != k, float("-inf"))
+    layers = [i for i in range(config.num_hidden_layers) if not config.uses_rope(i)]
+    return intervene(model, {f"layers.{i}.attn.scores": cut for i in layers})
 
 
 def recalls(model: Llama4, hay: needles.Fill, count: int) -> dict[str, dict[str, float]]:
     """Measure recall as trained, with NoPE layers that see only their chunk, and without chunks."""
     chunk = chunk_of(model)
     found = {"as trained": recall(model, hay, count, chunk)}
-    model.tap = ChunksOnly(model)
-    try:
+    with chunks_only(model):
         found["NoPE layers see one chunk"] = recall(model, hay, count, chunk)
-    finally:
-        model.tap = NO_TAP
     wide = with_config(model, attention_chunk_size=model.config.max_position_embeddings)
     found["RoPE layers see all"] = recall(wide, hay, count, chunk)
     where = found["as trained"]

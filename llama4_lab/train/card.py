@@ -1,20 +1,28 @@
 """The model card's figures, measured from the shipped files on the CPU."""
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llama4_lab.analysis.specialisation import specialisation
+from llama4_lab.analysis.specialisation import (
+    Specialisation,
+    mutual_information,
+    specialisation,
+)
 from llama4_lab.generate import generate
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
 from llama4_lab.prompt import Tokenizer
+from llama4_lab.train import behaviour, needles
 
 HELD_OUT = Path(__file__).parents[1] / "models" / "held_out"
 PROMPTS = {
@@ -29,19 +37,30 @@ PROMPTS = {
 }
 
 
+LANGUAGES = ("english", "german", "french", "spanish", "russian", "chinese")
+IMAGE_TOKENS = "image tokens"
+EDGES = (0, 128, 256, 512, 1024, 2047)  # positions
+ROWS = 24  # rows of so many tokens, at most
+
+
 @dataclass(frozen=True)
 class Card:
-    """What `measure` found; shares in [0, 1], losses in bits per UTF-8 byte."""
+    """What `measure` found; shares in [0, 1], losses in bits per UTF-8 byte or nats per token."""
 
     bits_per_byte: dict[str, float]
     tokens: dict[str, int]
     layers: list[int]
-    mutual_information: list[float]  # bits, by MoE layer
-    mutual_information_untrained: list[float]  # the same of a router with random weights
+    information: dict[str, list[float]]  # grouping -> MI of kind and expert in bits, by MoE layer
+    information_untrained: dict[str, list[float]]  # the same of a model with random weights
     fullest: list[float]  # share of the fullest and emptiest expert of the mix, by layer
     emptiest: list[float]
     share: dict[str, list[list[float]]]  # domain -> layer -> expert
+    recall: dict[str, dict[str, float]]  # where the code was said -> variant -> right answers
+    pictures: dict[str, dict[str, float]]  # task -> right, changed, kept (see `Seeing`)
+    sums: dict[str, float]  # kind -> right answers
+    loss_by_position: dict[str, dict[str, float]]  # positions -> variant -> nats a token
     samples: dict[str, str]
+    recited: dict[str, float]  # domain -> share of 50-token spans told word for word
 
 
 def held_out_texts(folder: Path = HELD_OUT) -> dict[str, str]:
@@ -52,37 +71,117 @@ def held_out_texts(folder: Path = HELD_OUT) -> dict[str, str]:
     return {path.name.split(".")[0]: path.read_text(encoding="utf-8") for path in found}
 
 
+def training_tokens(folder: Path) -> dict[str, Integer[np.ndarray, " n"]]:
+    """Map the token files of a corpus's training texts into memory."""
+    files = sorted(folder.glob("*.train.bin"))
+    return {path.name.split(".")[0]: np.memmap(path, np.uint16, "r") for path in files}
+
+
 def measure(
-    model: Llama4, texts: dict[str, str], *, length: int = 512, limit: int = 40_000
+    model: Llama4,
+    texts: dict[str, str],
+    *,
+    length: int = 512,
+    limit: int = 40_000,
+    count: int = 100,
+    trained_on: Mapping[str, Integer[np.ndarray, " n"]] | None = None,
 ) -> Card:
-    """Measure losses, specialisation and samples.
+    """Measure everything that a card tells.
 
     Each text is read in windows of `length` tokens, up to `limit` tokens a domain; a window's first
     token is not scored. The untrained control is the same model with random weights (seed 0).
+    `count` questions of each kind are asked. `trained_on` are the tokens of training texts, if
+    they are at hand: whether the model recites them is then tried in ten times as many places.
     """
     rows = {name: windows(model.tokenizer, text, length, limit) for name, text in texts.items()}
-    bits = {
-        name: bits_per_byte(model, ids)
-        for name, ids in tqdm(rows.items(), desc="loss", leave=False)
-    }
-    batches = {name: ids.split(16) for name, ids in rows.items()}
+    steps = tqdm(total=6, desc="card", leave=False)
+
+    def done(step: str) -> None:
+        steps.set_postfix_str(step)
+        steps.update()
+
+    bits = {name: bits_per_byte(model, ids) for name, ids in rows.items()}
+    done("losses")
+    batches: dict[str, list] = {name: list(ids.split(16)) for name, ids in rows.items()}
+    sees = model.config.vision_config is not None
+    if sees:
+        batches[IMAGE_TOKENS] = behaviour.image_tokens(model, count)
     trained = specialisation(model, batches)
     untrained = specialisation(random(model.config, seed=0), batches)
+    done("experts")
+    prose = texts.get("english") or max(texts.values(), key=len)
+    recall = behaviour.recalls(model, hay(model.tokenizer, prose), count)
+    done("needles")
+    pictures = behaviour.seeing(model, count) if sees else {}
+    done("pictures")
+    sums = behaviour.reckoning(model, count)
+    done("sums")
+    positions = losses_by_position(model, [*texts.values()])
+    done("positions")
+    steps.close()
     return Card(
-        bits_per_byte={name: round(value, 3) for name, value in bits.items()},
+        bits_per_byte=rounded(bits),
         tokens={name: ids.numel() for name, ids in rows.items()},
         layers=list(trained.layers),
-        mutual_information=trained.mutual_information.round(3).tolist(),
-        mutual_information_untrained=untrained.mutual_information.round(3).tolist(),
+        information=information(trained),
+        information_untrained=information(untrained),
         fullest=trained.mixed.max(axis=1).round(3).tolist(),
         emptiest=trained.mixed.min(axis=1).round(3).tolist(),
         share=dict(zip(trained.domains, trained.share.round(3).tolist(), strict=True)),
+        recall={where: rounded(row) for where, row in recall.items()},
+        pictures={task: rounded(row) for task, row in pictures.items()},
+        sums=rounded(sums),
+        loss_by_position={where: rounded(row) for where, row in positions.items()},
         samples={
             name: prompt + generate(model, prompt, 60, temperature=0.6, seed=1, progress=False)
             for name, prompt in PROMPTS.items()
             if name in texts
         },
+        recited=rounded(
+            {
+                name: behaviour.recited(model, tokens, 10 * count)
+                for name, tokens in (trained_on or {}).items()
+            }
+        ),
     )
+
+
+def information(found: Specialisation) -> dict[str, list[float]]:
+    """Return the mutual information of expert and kind of text, for each way to tell the kinds."""
+    kinds = {name: found.share[i] for i, name in enumerate(found.domains)}
+    text = [share for name, share in kinds.items() if name != IMAGE_TOKENS]
+    groups = {"domain": [*kinds.values()]}
+    if len(languages := [kinds[name] for name in LANGUAGES if name in kinds]) > 1:
+        groups["language"] = languages
+    if IMAGE_TOKENS in kinds:
+        groups["image or text"] = [np.mean(text, axis=0), kinds[IMAGE_TOKENS]]
+    return {
+        name: [round(mutual_information(share), 3) for share in np.stack(shares, axis=1)]
+        for name, shares in groups.items()
+    }
+
+
+def hay(tokenizer: Tokenizer, text: str) -> needles.Fill:
+    """Return hay of a text's sentences."""
+    ids, stop = tokenizer.encode(text), tokenizer.encode(".")[-1]
+    return needles.passages(ids, [i + 1 for i, idx in enumerate(ids) if idx == stop])
+
+
+def losses_by_position(
+    model: Llama4, texts: list[str], limit: int = 40_000
+) -> dict[str, dict[str, float]]:
+    """Return the loss at ranges of positions, with attention's temperature on and off."""
+    rows = torch.cat([windows(model.tokenizer, text, EDGES[-1] + 1, limit) for text in texts])
+    off = behaviour.with_config(model, attn_temperature_tuning=False)
+    on, without = (behaviour.loss_by_position(m, rows[:ROWS], EDGES) for m in (model, off))
+    return {
+        f"{a + 1} to {b}": {"temperature on": x, "temperature off": y}
+        for (a, b), x, y in zip(itertools.pairwise(EDGES), on, without, strict=True)
+    }
+
+
+def rounded(row: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in row.items()}
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int, limit: int) -> Int[Tensor, "rows length"]:
@@ -105,34 +204,73 @@ def bits_per_byte(model: Llama4, rows: Int[Tensor, "rows length"]) -> float:
 
 def markdown(card: Card) -> str:
     """Write a card as tables."""
-    lines = ["| domain | bits per byte | tokens |", "| --- | --- | --- |"]
-    lines += [f"| {n} | {b:.3f} | {card.tokens[n]} |" for n, b in card.bits_per_byte.items()]
-    lines += [
-        "",
-        "| layer | mutual information (bits) | untrained router | fullest expert | emptiest |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    columns = zip(
-        card.layers,
-        card.mutual_information,
-        card.mutual_information_untrained,
-        card.fullest,
-        card.emptiest,
-        strict=True,
-    )
-    lines += [f"| {i} | {a:.2f} | {b:.2f} | {c:.0%} | {d:.0%} |" for i, a, b, c, d in columns]
-    best = max(range(len(card.layers)), key=lambda i: card.mutual_information[i])
-    experts = len(next(iter(card.share.values()))[best])
-    lines += [
-        "",
+    losses = {
+        name: {"bits per byte": f"{bits:.3f}", "tokens": card.tokens[name]}
+        for name, bits in card.bits_per_byte.items()
+    }
+    experts = {
+        str(layer): {
+            **{
+                heading: f"{found[group][i]:.2f}"
+                for group in card.information
+                for heading, found in (
+                    (f"{group} (bits)", card.information),
+                    (f"{group}, untrained", card.information_untrained),
+                )
+            },
+            "fullest expert": f"{card.fullest[i]:.0%}",
+            "emptiest": f"{card.emptiest[i]:.0%}",
+        }
+        for i, layer in enumerate(card.layers)
+    }
+    best = int(np.argmax(card.information["domain"]))
+    shares = {
+        name: {f"e{e}": f"{100 * x:.0f}" for e, x in enumerate(layers[best])}
+        for name, layers in card.share.items()
+    }
+    losses_at = {
+        where: {name: f"{nats:.3f}" for name, nats in row.items()}
+        for where, row in card.loss_by_position.items()
+    }
+    parts = [
+        table("domain", losses),
+        "Mutual information of a token's expert with the kind of text it stands in, by layer:",
+        table("layer", experts),
         f"Share of each domain's tokens by expert, layer {card.layers[best]} (%):",
-        "",
-        "| domain | " + " | ".join(f"e{e}" for e in range(experts)) + " |",
-        "| --- " * (experts + 1) + "|",
+        table("domain", shares),
+        "Codes told rightly, by the distance in tokens at which they had been said (the first row "
+        "in the same chunk, the others in another):",
+        table("distance", percent(card.recall)),
+        "Sums told rightly, in a chat, on problems that were not trained:",
+        table("kind", percent({kind: {"right": x} for kind, x in card.sums.items()})),
+        "Loss by position, in nats a token:",
+        table("position", losses_at),
     ]
-    for name, layers in card.share.items():
-        lines.append(f"| {name} | " + " | ".join(f"{100 * s:.0f}" for s in layers[best]) + " |")
-    lines += ["", "Samples (the prompt first; temperature 0.6, top-p 0.9, seed 1):", ""]
+    if card.pictures:
+        parts[7:7] = [
+            "Questions about pictures: right answers; answers that change when the asked object is "
+            "painted out; right answers when another object is painted out:",
+            table("question", percent(card.pictures)),
+        ]
+    if card.recited:
+        parts += [
+            "Spans of 50 tokens of the training texts that are recited word for word after the 50 "
+            "before them:",
+            table("domain", {n: {"recited": f"{x:.1%}"} for n, x in card.recited.items()}),
+        ]
+    parts.append("Samples (the prompt first; temperature 0.6, top-p 0.9, seed 1):")
     for name, text in card.samples.items():
-        lines += [f"**{name}**", "", "```text", text.replace("```", "'''"), "```", ""]
-    return "\n".join(lines)
+        parts += [f"**{name}**", "```text\n" + text.replace("```", "'''") + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def percent(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
+    return {name: {k: f"{x:.0%}" for k, x in row.items()} for name, row in rows.items()}
+
+
+def table(corner: str, rows: Mapping[str, Mapping[str, object]]) -> str:
+    """Write rows of named cells as a Markdown table; a missing cell stays empty."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [[corner, *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

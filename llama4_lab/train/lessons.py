@@ -6,7 +6,7 @@ ones for the same generator.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,8 @@ from llama4_lab.train.rows import Rows, answers_of, padded, shifted
 from llama4_lab.train.shapes import PLACES, Scene
 
 Message = dict[str, Any]
+ATTRIBUTES = ("shape", "shape", "shape", "colour", "row", "column")
+"""What image tokens are asked to name, the hardest most often."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Material:
         (stop,) = self.tokenizer.encode(".")
         return needles.passages(text, np.flatnonzero(text == stop) + 1)
 
-    def prompt(self, messages: list[Message], images: list[np.ndarray] | None = None) -> Prompt:
+    def prompt(
+        self, messages: str | list[Message], images: list[np.ndarray] | None = None
+    ) -> Prompt:
         """Build what the model reads, as `Llama4.prompt` does."""
         sizes = {}
         if (vision := self.vision) is not None:
@@ -175,10 +179,9 @@ class Sums(Lesson):
 class Pictures(Lesson):
     """Chats about scenes, several questions to each.
 
-    Beside the answers, each image token is scored on naming the shape or the colour (one of both,
-    by chance) of what stands in its place. No reader ever sees that prediction, but it teaches
-    what a patch shows from the first step on; with answers alone that takes a hundred times as
-    many scenes. `patch_weight` is its weight against a word of an answer.
+    Beside the answers, each image token is scored on naming what it shows (see `patch_labels`):
+    what is to be said stands ready then where it is looked for. `patch_weight` is the weight of
+    one against a word of an answer.
     """
 
     length: int = 128
@@ -193,16 +196,14 @@ class Pictures(Lesson):
         return padded(rows, material.tokenizer.pad_id, self.length)
 
     def row(self, rng: np.random.Generator, material: Material) -> Rows:
-        tiles = self.tiles[int(rng.integers(len(self.tiles)))]
-        world = dataclasses.replace(self.world, tiles=tiles)
-        task = self.tasks[int(rng.integers(len(self.tasks)))]
-        example = scenes.sample(rng, task, world)
+        world = dataclasses.replace(self.world, tiles=choose(rng, self.tiles))
+        example = scenes.sample(rng, choose(rng, self.tasks), world)
         questions = {example.question: example.answer}
         for _ in range(self.questions):
             more = scenes.another(rng, example, world)
             questions[more.question] = more.answer
         rows, prompt = chat(material, example.images, questions.items(), self.length)
-        labels = patch_labels(rng, prompt, example.scenes, material.tokenizer)
+        labels = patch_labels(choose(rng, ATTRIBUTES), prompt, example.scenes, material.tokenizer)
         seen = labels >= 0
         return Rows(
             rows.inputs,
@@ -243,21 +244,36 @@ def chat(
     return dataclasses.replace(rows, pixel_values=prompt.pixel_values), prompt
 
 
+def choose(rng: np.random.Generator, options: Sequence[Any]) -> Any:
+    """Draw one of the options."""
+    return options[int(rng.integers(len(options)))]
+
+
 def patch_labels(
-    rng: np.random.Generator,
+    attribute: str,
     prompt: Prompt,
     pictures: tuple[Scene, ...],
     tokenizer: Tokenizer,
 ) -> Int[Tensor, "1 t"]:
-    """Name what stands in the place of each image token of a prompt; -1 for all other tokens."""
+    """Name what each image token of a prompt shows; -1 for all other tokens.
+
+    `attribute` is the "shape" or the "colour" of the object in the same place, or the "row" or the
+    "column" of the place itself.
+    """
     spans = prompt.spans
     assert spans.tiling is not None
-    grid, attribute = spans.tiling.grid, ("shape", "colour")[int(rng.integers(2))]
+    grid = spans.tiling.grid
     labels = torch.full_like(prompt.input_ids, -1)
     first_tile = 0
     for image, (layout, scene) in enumerate(zip(spans.layouts, pictures, strict=True)):
-        names = {thing.place: getattr(thing, attribute) for thing in scene.objects}
-        ids = [tokenizer.encode(" " + names.get(place, scenes.NONE))[0] for place in PLACES]
+        if attribute == "row":
+            names = [("top", "middle", "bottom")[i // 3] for i in range(9)]
+        elif attribute == "column":
+            names = [("left", "middle", "right")[i % 3] for i in range(9)]
+        else:
+            there = {thing.place: getattr(thing, attribute) for thing in scene.objects}
+            names = [there.get(place, scenes.NONE) for place in PLACES]
+        ids = [tokenizer.encode(" " + name)[0] for name in names]
         at = (spans.image[0] == image) & (spans.patch[0] >= 0)
         tile = spans.tile[0, at] - first_tile
         is_whole = tile == layout.num_tiles - 1

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
 from llama4_lab.train.lessons import Material
+from llama4_lab.train.patches import teach_patches
 from llama4_lab.train.recipes import Recipe, Stage
 from llama4_lab.train.step import (
     Teacher,
@@ -70,6 +71,10 @@ def train(
     optimisers = make_optimisers(model, recipe)
     course = Course(recipe.stages)
     step, tokens, seconds = restore(folder, model, optimisers, course)
+    if step == 0 and recipe.config.vision_config is not None:
+        begin = time.monotonic()
+        teach_patches(model, recipe.vision_steps, recipe.seed)
+        seconds += time.monotonic() - begin
     if compile:
         torch._dynamo.config.recompile_limit = 64
         for layer in model.layers:

@@ -36,18 +36,22 @@ class Stage:
 class Recipe:
     """A model and the settings that trained it.
 
-    The learning rates are constant after `warmup` steps and fall linearly to zero over the last
-    `cooldown` share of the run. The weight of the balancing loss falls from `balance` to
-    `balance_end` over the first half: strong while no expert may die, weak once they are to differ.
+    The vision encoder learns to see for `vision_steps` steps before anything else. The learning
+    rates are constant after `warmup` steps and fall linearly to zero over the last `cooldown` share
+    of the run. The weight of the balancing loss falls from `balance` to `balance_end` over the
+    first half: strong while no expert may die, weak once they are to differ.
     """
 
     name: str
     config: Llama4Config
     stages: tuple[Stage, ...]
     steps: int
+    minutes: float | None = None  # on one core, instead of `steps`
     warmup: int = 50
     cooldown: float = 0.4
+    vision_steps: int = 380
     matrix_lr: float = 0.02
+    vision_lr: float = 0.005  # of the encoder's matrices, which have learnt to see before
     adam_lr: float = 3e-3
     embed_lr: float = 0.02
     embed_std: float = 0.1  # to begin with
@@ -99,38 +103,38 @@ def small_vision(hidden_size: int, layers: int, heads: int, text_size: int) -> V
 
 SEVERAL = ("motion", "picture")
 TILES = ((1, 2), (2, 1), (2, 2))
-WORDS = Stage(0.25, (Text(12, domains=TEXT, length=256),))
+WORDS = Stage(0.12, (Text(12, domains=TEXT, length=256),))
 MATCH = Stage(
-    0.15,
+    0.38,
     (
-        Text(4, domains=TEXT, length=256),
-        Echo(24, label="echo_near", length=64, periods=(3, 10), vocabulary=64),
-        Echo(6, periods=(3, 48), vocabulary=64),
+        Text(2, domains=TEXT, length=256),
+        Echo(24, 2.0, label="echo_near", length=64, periods=(3, 10), vocabulary=64),
+        Echo(6, 2.0, periods=(3, 48), vocabulary=64),
     ),
     goal=("echo", 0.7),
 )
 SHORT = Stage(
-    0.4,
+    0.35,
     (
-        Text(6, 4.0, domains=TEXT),
-        Needle(1, label="codes", kind="words", facts=(2, 8)),
-        Sums(8),
-        Pictures(20, 2.0),
-        Pictures(2, label="tiles", length=256, tiles=TILES),
-        Pictures(2, label="several", length=256, tasks=SEVERAL),
+        Text(5, 3.0, domains=TEXT),
+        Needle(1, 0.5, label="codes", kind="words", facts=(2, 8)),
+        Sums(10, 2.0),
+        Pictures(24, 3.0),
+        Pictures(2, 0.5, label="tiles", length=256, tiles=TILES),
+        Pictures(2, 0.5, label="several", length=256, tasks=SEVERAL),
     ),
 )
 LONG = Stage(
-    0.2,
+    0.15,
     (
-        Text(3, 3.0, domains=TEXT),
+        Text(2, 3.0, domains=TEXT),
         Text(1, 1.0, "long_text", TEXT, length=2048),
-        Needle(1, label="far_codes", kind="prose", length=2048, facts=(4, 8)),
-        Needle(1, label="codes", kind="prose", facts=(2, 8)),
-        Sums(6),
-        Pictures(16, 2.0),
-        Pictures(2, label="tiles", length=256, tiles=TILES),
-        Pictures(2, label="several", length=256, tasks=SEVERAL),
+        Needle(1, 0.5, label="far_codes", kind="prose", length=2048, facts=(4, 8)),
+        Needle(1, 0.5, label="codes", kind="prose", facts=(2, 8)),
+        Sums(8, 2.0),
+        Pictures(20, 3.0),
+        Pictures(3, 0.5, label="tiles", length=256, tiles=TILES),
+        Pictures(3, 0.5, label="several", length=256, tasks=SEVERAL),
     ),
 )
 MINI = Recipe(
@@ -151,7 +155,8 @@ NANO = Recipe(
         vision_config=small_vision(64, 2, 2, 128),
     ),
     stages=(WORDS, MATCH, SHORT, LONG),
-    steps=1200,
+    steps=1600,
+    minutes=25.0,
     matrix_lr=0.04,
 )
 RECIPES = {recipe.name: recipe for recipe in (MINI, NANO)}

@@ -130,17 +130,24 @@ def make_optimisers(model: Llama4, recipe: Recipe) -> list[torch.optim.Optimizer
     small, or words of one kind would not come to lie together, and the first routers, which see
     little else, could not tell the kinds apart.
     """
-    matrices, rest = [], []
+    matrices, vision, rest = [], [], []
     for name, parameter in model.named_parameters():
         inner = ("layers." in name or "mlp" in name) and parameter.ndim >= 2
-        if name != "embed_tokens.weight":
-            (matrices if inner and "router" not in name else rest).append(parameter)
+        if name == "embed_tokens.weight":
+            continue
+        if not inner or "router" in name:
+            rest.append(parameter)
+        else:
+            (vision if name.startswith("vision_model") else matrices).append(parameter)
     groups = [
         {"params": rest, "lr": recipe.adam_lr},
         {"params": [model.embed_tokens.weight], "lr": recipe.embed_lr},
     ]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    optimisers: list[torch.optim.Optimizer] = [Muon(matrices, lr=recipe.matrix_lr), adam]
+    muon = Muon([{"params": matrices, "lr": recipe.matrix_lr}])
+    if vision:
+        muon.add_param_group({"params": vision, "lr": recipe.vision_lr})
+    optimisers: list[torch.optim.Optimizer] = [muon, adam]
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["peak_lr"] = group["lr"]
