@@ -1,8 +1,9 @@
 """Rows of tokens whose end can only be known from far back: echoes and needles in a haystack.
 
-Teach them in this order: `echo` until its accuracy jumps, then `plant` with `token_facts` in
-`scatter`, then `word_facts` in `scatter`, then in `passages` of real text and over longer
-distances. Positions count from the start of the row, so chunk c holds positions from c * chunk on.
+Teach them in this order, after some ordinary text: `echo` of few different tokens until its
+accuracy jumps, then `plant` with `word_facts` in `scatter`, then in `passages` of real text and
+over longer distances. `token_facts` of the whole vocabulary were not learnt in this way.
+Positions count from the start of the row, so chunk c holds positions from c * chunk on.
 """
 
 from collections.abc import Callable, Sequence
