@@ -1,5 +1,6 @@
 """Llama 4, opened up: exact, readable, and every value inside it named."""
 
+from llama4_lab import edits
 from llama4_lab.cache import KVCache
 from llama4_lab.checkpoint import load, save
 from llama4_lab.config import (
@@ -14,6 +15,7 @@ from llama4_lab.generate import generate
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
 from llama4_lab.points import points
+from llama4_lab.replay import Replay
 from llama4_lab.trace import intervene, trace
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "KVCache",
     "Llama4",
     "Llama4Config",
+    "Replay",
     "RopeScaling",
     "VisionConfig",
+    "edits",
     "generate",
     "intervene",
     "load",

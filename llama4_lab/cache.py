@@ -18,7 +18,8 @@ class KVCache:
     """What a model needs to go on from where it stopped: ``model(new_ids, cache=cache)``.
 
     `slots` counts positions fed so far, padding included; `pad` is the left padding of each row.
-    After an interrupted forward pass the cache is stale: make a new one.
+    After an interrupted forward pass the cache is stale: make a new one. `chunks` says for each
+    layer what it may see, where that is not as the config has it.
     """
 
     def __init__(
@@ -28,12 +29,13 @@ class KVCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        chunks: list[int | None] | None = None,
     ):
+        if chunks is None:
+            chunks = [config.attention_chunk(i) for i in range(config.num_hidden_layers)]
         heads, width = config.num_key_value_heads, config.head_dim
         empty = torch.empty(2, batch_size, heads, 0, width, dtype=dtype, device=device)
-        self.layers = [
-            LayerCache(empty, config.attention_chunk(i)) for i in range(config.num_hidden_layers)
-        ]
+        self.layers = [LayerCache(empty, chunk) for chunk in chunks]
         self.batch_size = batch_size
         self.slots = 0
         self.pad = [0] * batch_size
@@ -84,3 +86,36 @@ class LayerCache:
         grown = self.buffer.new_zeros(*self.buffer.shape[:3], size, self.buffer.shape[4])
         grown[:, :, :, : self.buffer.shape[3]] = self.buffer
         self.buffer = grown
+
+
+class SharedPast(KVCache):
+    """What came before `slots`, the same for all rows, and kept as it is: nothing is stored.
+
+    `keys` and `values` are each layer's ``[1, k, s, dh]``, of all positions up to `slots` or more.
+    """
+
+    def __init__(
+        self,
+        keys: list[Float[Tensor, "1 k s dh"]],
+        values: list[Float[Tensor, "1 k s dh"]],
+        chunks: list[int | None],
+        slots: int,
+        batch_size: int,
+    ):
+        self.layers = [
+            _SharedLayer(k, v, chunk, slots, batch_size)
+            for k, v, chunk in zip(keys, values, chunks, strict=True)
+        ]
+        self.batch_size = batch_size
+        self.slots = slots
+        self.pad = [0] * batch_size
+
+
+class _SharedLayer(LayerCache):
+    def __init__(self, k: Tensor, v: Tensor, chunk: int | None, slots: int, batch_size: int):
+        begin = 0 if chunk is None else slots - slots % chunk
+        live = torch.stack([k[:, :, begin:slots], v[:, :, begin:slots]])
+        super().__init__(live.expand(-1, batch_size, -1, -1, -1), chunk)
+
+    def write(self, rows: Rows, start: int, k: Tensor, v: Tensor) -> None:
+        pass

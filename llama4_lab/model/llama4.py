@@ -1,7 +1,7 @@
 """The whole model: embed text and pictures into one stream, run the layers, read out logits."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,8 @@ class Llama4(nn.Module):
     """Llama 4 as `config` says; parameters are uninitialised until loaded or seeded.
 
     `backend` chooses how experts are computed (`llama4_lab.experts.BACKENDS`, or ``"auto"``).
-    `tap` sees every named value; `llama4_lab.trace` sets it.
+    `tap` sees every named value; `llama4_lab.trace` sets it. `first_slot` is where the forward pass
+    under way began: the slots that its cache held before.
     """
 
     def __init__(self, config: Llama4Config):
@@ -26,6 +27,7 @@ class Llama4(nn.Module):
         self.config = config
         self.backend = "auto"
         self.tap: Tap = NO_TAP
+        self.first_slot = 0
         self.build_prompt: Callable[..., Any] | None = None
         self.tokenizer: Any = None
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -54,6 +56,11 @@ class Llama4(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
+    @property
+    def chunks(self) -> list[int | None]:
+        """What each layer attends inside: chunks of so many tokens, or (None) the whole past."""
+        return [cast(DecoderLayer, layer).self_attn.chunk for layer in self.layers]
+
     def prompt(self, text: Any, images: Sequence[Any] = (), **options: Any) -> Any:
         """Turn a text, several texts, or chat messages (with images) into ``model(**prompt)``.
 
@@ -68,8 +75,10 @@ class Llama4(nn.Module):
         return self.build_prompt(text, images, **options)
 
     def new_cache(self, batch_size: int = 1) -> KVCache:
-        """Return an empty cache of this model's dtype and device."""
-        return KVCache(self.config, batch_size, dtype=self.dtype, device=self.device)
+        """Return an empty cache of this model's dtype, device and chunks."""
+        return KVCache(
+            self.config, batch_size, dtype=self.dtype, device=self.device, chunks=self.chunks
+        )
 
     def forward(
         self,
@@ -112,6 +121,7 @@ class Llama4(nn.Module):
             pad = left_padding(attention_mask, b, t, cache)
         else:
             pad = cache.pad
+        self.first_slot = cache.slots if cache is not None else 0
         x = self.tap("embed", self.embed(input_ids, pixel_values))
         step = Step.begin(self.config, t, pad, cache, x.device)
         for i, layer in enumerate(self.layers):

@@ -85,6 +85,14 @@ def rotate(
     return turned.flatten(-2).to(x.dtype)
 
 
+def temperature(config: Llama4Config, position: Int[Tensor, " t"]) -> Float[Tensor, " t"]:
+    """Return the factor of a NoPE layer's queries: one up to `floor_scale`, then slowly more."""
+    if not config.attn_temperature_tuning:
+        return torch.ones_like(position, dtype=torch.float32)
+    steps = ((position.float() + 1.0) / config.floor_scale).floor()
+    return 1.0 + config.attn_scale * steps.log1p()
+
+
 class Group(NamedTuple):
     """Batch rows with equal left padding, in one forward pass."""
 
@@ -113,18 +121,14 @@ class Step:
     ) -> "Step":
         first = cache.slots if cache is not None else 0
         slot = torch.arange(first, first + t, device=device)
-        temperature = torch.ones(t, device=device)
-        if config.attn_temperature_tuning:
-            # Counts slots, padding included, as transformers does (vLLM counts tokens). It is 1
-            # below floor_scale, so only left-padded batches longer than that can tell.
-            steps = ((slot.float() + 1.0) / config.floor_scale).floor()
-            temperature += config.attn_scale * steps.log1p()
         padded: dict[int, list[int]] = {}
         for row, count in enumerate(pad):
             padded.setdefault(count, []).append(row)
         return cls(
             angle=slot.float()[:, None] * rope_frequencies(config).to(device),
-            temperature=temperature,
+            # Counts slots, padding included, as transformers does (vLLM counts tokens). It is 1
+            # below floor_scale, so only left-padded batches longer than that can tell.
+            temperature=temperature(config, slot),
             position=slot - torch.tensor(pad, device=device)[:, None],
             groups=[
                 Group(
@@ -155,7 +159,8 @@ class Attention(nn.Module):
         self.use_qk_norm = config.use_qk_norm and self.uses_rope  # never on NoPE layers
         self.eps = config.rms_norm_eps
 
-    def forward(self, x: Float[Tensor, "b t d"], step: Step, tap: Tap) -> Float[Tensor, "b t d"]:
+    def mix(self, x: Float[Tensor, "b t d"], step: Step, tap: Tap) -> Float[Tensor, "b t h dh"]:
+        """Return what each head gathers, before `write`."""
         q, k, v = (
             rearrange(project(x), "b t (h dh) -> b t h dh", dh=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -175,7 +180,11 @@ class Attention(nn.Module):
             for group in step.groups:
                 cache = step.cache.layers[self.layer]
                 cache.write(group.rows, group.start, group.real(k), group.real(v))
-        z = tap("attn.z", rearrange(z, "b h t dh -> b t h dh"))
+        return rearrange(z, "b h t dh -> b t h dh")
+
+    def write(self, z: Float[Tensor, "b t h dh"], tap: Tap) -> Float[Tensor, "b t d"]:
+        """Return what the heads add to the residual stream."""
+        z = tap("attn.z", z)
         return tap("attn.out", self.o_proj(rearrange(z, "b t h dh -> b t (h dh)")))
 
     def past(self, k: Tensor, v: Tensor, step: Step, group: Group) -> tuple[Tensor, Tensor]:
@@ -305,7 +314,23 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "b t d"], step: Step, tap: Tap, backend: str
     ) -> Float[Tensor, "b t d"]:
+        x, z = self.mix(x, step, tap)
+        return self.feed(self.write(x, z, tap), tap, backend)
+
+    # The three parts of `forward`; an edited run can begin at each of them.
+
+    def mix(
+        self, x: Float[Tensor, "b t d"], step: Step, tap: Tap
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t h dh"]]:
         x = tap("resid_pre", x)
-        x = tap("resid_mid", x + self.self_attn(self.input_layernorm(x), step, tap))
+        return x, self.self_attn.mix(self.input_layernorm(x), step, tap)
+
+    def write(
+        self, x: Float[Tensor, "b t d"], z: Float[Tensor, "b t h dh"], tap: Tap
+    ) -> Float[Tensor, "b t d"]:
+        return x + self.self_attn.write(z, tap)
+
+    def feed(self, x: Float[Tensor, "b t d"], tap: Tap, backend: str) -> Float[Tensor, "b t d"]:
+        x = tap("resid_mid", x)
         x = x + self.feed_forward(self.post_attention_layernorm(x), tap, backend)
         return tap("resid_post", x)

@@ -146,10 +146,12 @@ class Needle(Lesson):
 class Sums(Lesson):
     """Arithmetic, half of the rows as lines of text and half as questions in a chat.
 
-    Only answers are scored: the numbers of a problem cannot be known.
+    Only answers are scored: the numbers of a problem cannot be known. A kind that stands in `kinds`
+    several times is drawn as much more often.
     """
 
     length: int = 128
+    kinds: tuple[str, ...] = arithmetic.KINDS
 
     def draw(self, rng: np.random.Generator, material: Material) -> Rows:
         rows = [
@@ -162,7 +164,7 @@ class Sums(Lesson):
         tokens: list[int] = []
         weights: list[float] = []
         while len(tokens) <= self.length:
-            problem = arithmetic.sample(rng)
+            problem = arithmetic.sample(rng, choose(rng, self.kinds))
             asked, said = tokenizer.encode(problem.prompt), tokenizer.encode(problem.answer + "\n")
             tokens += asked + said
             weights += [0.0] * len(asked) + [1.0] * len(said)
@@ -170,7 +172,7 @@ class Sums(Lesson):
         return shifted(np.array([tokens[:stop]]), np.array([weights[:stop]]))
 
     def chat(self, rng: np.random.Generator, material: Material) -> Rows:
-        problems = (arithmetic.sample(rng) for _ in itertools.repeat(None))
+        problems = (arithmetic.sample(rng, choose(rng, self.kinds)) for _ in itertools.repeat(None))
         questions = ((problem.question, problem.answer) for problem in problems)
         return chat(material, [], questions, self.length)[0]
 

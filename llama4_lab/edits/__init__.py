@@ -1,0 +1,248 @@
+"""Edits: what is to be different in a run, as values that code, widgets and files share.
+
+``with edited(model, [Route(3, token=7, expert=2)]): model(**prompt)`` runs the whole model so;
+`llama4_lab.Replay` runs only what the edits touch. They compose in this order: the rules of layers
+(`Rope`, `Chunk`, `TopK`) hold during the whole pass, everything else happens along the forward
+pass, and at one point in the order given. Tokens are positions in the prompt, from 0.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama4_lab.config import Llama4Config
+from llama4_lab.edits.base import IDS, Change, Edit, Run, Touch, Values
+from llama4_lab.edits.experts import (
+    AblateExpert,
+    DropExpert,
+    Route,
+    RouterBias,
+    RouterTemperature,
+    TopK,
+)
+from llama4_lab.edits.layers import (
+    AblateAttention,
+    AblateHead,
+    AblateMLP,
+    AblateShared,
+    AttentionTemperature,
+    Chunk,
+    KnockOut,
+    RemoveTokens,
+    Rope,
+    SkipLayer,
+)
+from llama4_lab.edits.values import AblateEmbedding, Patch, ReplaceToken, Scale, Steer
+from llama4_lab.model import Llama4
+from llama4_lab.points import points
+from llama4_lab.trace import intervene, trace
+
+KINDS: dict[str, type[Edit]] = {
+    kind.__name__: kind
+    for kind in (
+        SkipLayer,
+        AblateHead,
+        AblateAttention,
+        AblateMLP,
+        AblateShared,
+        AblateExpert,
+        DropExpert,
+        Route,
+        TopK,
+        RouterTemperature,
+        RouterBias,
+        Rope,
+        Chunk,
+        AttentionTemperature,
+        KnockOut,
+        RemoveTokens,
+        ReplaceToken,
+        AblateEmbedding,
+        Patch,
+        Scale,
+        Steer,
+    )
+}
+__all__ = [
+    "KINDS",
+    "AblateAttention",
+    "AblateEmbedding",
+    "AblateExpert",
+    "AblateHead",
+    "AblateMLP",
+    "AblateShared",
+    "AttentionTemperature",
+    "Chunk",
+    "DropExpert",
+    "Edit",
+    "KnockOut",
+    "Patch",
+    "RemoveTokens",
+    "ReplaceToken",
+    "Rope",
+    "Route",
+    "RouterBias",
+    "RouterTemperature",
+    "Run",
+    "Scale",
+    "SkipLayer",
+    "Steer",
+    "TopK",
+    "Touch",
+    "dumps",
+    "edited",
+    "loads",
+]
+
+
+@contextmanager
+def edited(
+    model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Run the whole model with edits in each forward pass inside the block.
+
+    `sources` are the runs that means and other values are taken from, by name: prompts, or ids
+    ``[1, t]``. All rows of a batch are edited alike.
+
+    Raises:
+        ValueError: an edit that this model cannot have.
+        KeyError: a source that was not given.
+    """
+    check(edits, model.config)
+    run = Run(model, read_sources(model, edits, sources or {}))
+    with ruled(model, edits), intervene(model, bound(changes_of(edits, model.config), run)):
+        yield
+
+
+def check(edits: Sequence[Edit], config: Llama4Config, length: int | None = None) -> None:
+    """Refuse edits that a model, or a prompt of `length` tokens, cannot have.
+
+    Raises:
+        ValueError: what was given and what is there.
+    """
+    dropped: dict[int, set[int]] = {}
+    topk = {edit.layer: edit.k for edit in edits if isinstance(edit, TopK)}
+    for edit in edits:
+        edit.check(config, length)
+        if isinstance(edit, DropExpert):
+            dropped.setdefault(edit.layer, set()).add(edit.expert)
+    for layer, gone in dropped.items():
+        left = config.num_local_experts - len(gone)
+        if left < (k := topk.get(layer, config.num_experts_per_tok)):
+            raise ValueError(
+                f"{len(gone)} of {config.num_local_experts} experts dropped in layer {layer} leave "
+                f"{left}, and each token chooses {k}; drop fewer"
+            )
+
+
+def changes_of(edits: Sequence[Edit], config: Llama4Config) -> dict[str, list[Change]]:
+    """Return what happens at which points, in the order given."""
+    found: dict[str, list[Change]] = {}
+    for edit in edits:
+        for point, change in edit.changes(config).items():
+            found.setdefault(point, []).append(change)
+    return found
+
+
+def bound(changes: Mapping[str, list[Change]], run: Run) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return one function of a value for each point."""
+
+    def one_after_the_other(along: list[Change]) -> Callable[[Tensor], Tensor]:
+        def change(value: Tensor) -> Tensor:
+            for each in along:
+                value = each(value, run)
+            return value
+
+        return change
+
+    return {point: one_after_the_other(along) for point, along in changes.items()}
+
+
+@contextmanager
+def ruled(model: Llama4, edits: Sequence[Edit]) -> Iterator[None]:
+    """Let the rules of edits hold inside the block."""
+    before: list[tuple[Any, str, object]] = []
+    try:
+        for edit in edits:
+            for owner, name, value in edit.rules(model):
+                before.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+
+
+@torch.no_grad()
+def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any]) -> Values:
+    """Run the sources that edits take values from, each once.
+
+    Raises:
+        KeyError: a source that was not given.
+    """
+    wanted: dict[str, set[str]] = {}
+    for edit in edits:
+        for source, point in edit.reads(model.config):
+            wanted.setdefault(source, set()).add(point)
+    values: dict[tuple[str, str], Tensor] = {}
+    for source, names in wanted.items():
+        if source not in sources:
+            known = ", ".join(map(repr, sources)) or "none"
+            raise KeyError(
+                f"an edit takes values of the run {source!r}, and given are {known}: "
+                f"pass sources={{{source!r}: prompt}}"
+            )
+        inputs = model_inputs(sources[source])
+        values[source, IDS] = inputs["input_ids"]
+        with trace(model, names & points(model.config).keys()) as cache:
+            model(**inputs)
+        values |= {(source, point): value for point, value in cache.items()}
+    return values
+
+
+def model_inputs(prompt: Any) -> dict[str, Any]:
+    """Return what the model is called with, for a prompt or for ids ``[1, t]``."""
+    return {"input_ids": prompt} if isinstance(prompt, Tensor) else dict(prompt)
+
+
+def dumps(edits: Sequence[Edit]) -> str:
+    """Return edits as JSON.
+
+    >>> dumps([Route(3, token=7, expert=2)])
+    '[{"edit": "Route", "layer": 3, "token": 7, "expert": 2, "gate": "own"}]'
+    """
+    return json.dumps([{"edit": type(edit).__name__} | dataclasses.asdict(edit) for edit in edits])
+
+
+def loads(text: str) -> list[Edit]:
+    """Read edits from JSON.
+
+    Raises:
+        ValueError: text that is no list of edits, an unknown kind, or fields it does not have.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"edits must be JSON: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise ValueError('edits must be a JSON list of objects such as {"edit": "SkipLayer", …}')
+    return [_from_dict(each) for each in found]
+
+
+def _from_dict(values: dict[str, Any]) -> Edit:
+    given = dict(values)
+    name = given.pop("edit", None)
+    if name not in KINDS:
+        raise ValueError(f"unknown edit {name!r}; choose from {', '.join(KINDS)}")
+    fields = {field.name: field for field in dataclasses.fields(KINDS[name])}
+    needed = {n for n, field in fields.items() if field.default is dataclasses.MISSING}
+    if strange := sorted(given.keys() - fields.keys()):
+        raise ValueError(f"{name} has no {', '.join(strange)}; it has {', '.join(fields)}")
+    if lacking := [n for n in fields if n in needed - given.keys()]:
+        raise ValueError(f"{name} needs {', '.join(lacking)} as well; given was {values}")
+    return KINDS[name](**given)

@@ -1,0 +1,401 @@
+"""Edited runs that begin where they first differ from a clean one.
+
+A `Replay` keeps one clean pass: the residual stream around each layer, keys and values, routing.
+An edited run takes over what stands before its earliest touched point and token, and computes the
+rest; many runs share the batches, each joining at the layer where it begins.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from llama4_lab.cache import SharedPast
+from llama4_lab.edits import Edit, Run, bound, changes_of, check, model_inputs, read_sources, ruled
+from llama4_lab.edits.base import CLEAN, See, Touch
+from llama4_lab.model import Llama4
+from llama4_lab.model.text import DecoderLayer, Step
+from llama4_lab.points import Tap
+from llama4_lab.trace import intervene, trace
+from llama4_lab.witness import Witness
+
+_KEPT = ("resid_pre", "attn.rot_k", "attn.v", "attn.z", "resid_mid", "resid_post")
+_VISION = ("vision.", "projector.")
+
+
+class Replay:
+    """One clean pass over a prompt, and edited runs of it.
+
+        >>> replay = Replay(model, prompt)                                  # doctest: +SKIP
+        >>> replay.edited([DropExpert(3, expert=7)]).effect.kl.max()        # doctest: +SKIP
+
+    `sources` are other runs, by name, that edits take values from; "clean" is this one. A pass
+    holds at most `max_tokens` tokens of all runs together.
+
+    Raises:
+        ValueError: a prompt of several rows, or with padding.
+    """
+
+    def __init__(
+        self,
+        model: Llama4,
+        prompt: Any,
+        sources: Mapping[str, Any] | None = None,
+        *,
+        max_tokens: int = 2048,
+    ):
+        self.model = model
+        self.inputs = model_inputs(prompt)
+        self.ids: Int[Tensor, " t"] = self.inputs["input_ids"][0]
+        self.sources = {CLEAN: prompt, **(sources or {})}
+        self.max_tokens = max_tokens
+        rows, mask = len(self.inputs["input_ids"]), self.inputs.get("attention_mask")
+        if rows != 1 or (mask is not None and not mask.all()):
+            raise ValueError(
+                f"one row without padding can be replayed, not {rows} rows"
+                + (" with padding" if mask is not None and not mask.all() else "")
+            )
+        names = [f"layers.*.{part}" for part in _KEPT] + ["embed", "final_norm"]
+        if any(model.config.is_moe(i) for i in range(model.config.num_hidden_layers)):
+            names.append("layers.*.router.indices")
+        with torch.no_grad(), trace(model, names) as self._kept:
+            model.hidden(**self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def hidden(self) -> Float[Tensor, "t d"]:
+        """What the read-out sees in the clean run."""
+        return self._kept["final_norm"][0]
+
+    @property
+    def experts(self) -> dict[int, Int[Tensor, "t topk"]]:
+        """The experts chosen in the clean run, by MoE layer."""
+        return {
+            i: self._kept[f"layers.{i}.router.indices"][0]
+            for i in range(self.model.config.num_hidden_layers)
+            if self.model.config.is_moe(i)
+        }
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "t v"]:
+        """The clean run's logits."""
+        with torch.no_grad():
+            return self.model.lm_head(self.hidden)
+
+    def bytes(self) -> int:
+        """Bytes that the clean run keeps."""
+        storages = (value.untyped_storage() for value in self._kept.values())
+        return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+    def edited(self, edits: Sequence[Edit]) -> "Edited":
+        """Run with edits, from the first point and token that they touch.
+
+        Raises:
+            ValueError: an edit that this model or prompt cannot have.
+            KeyError: a source that was not given.
+        """
+        return self.many([edits])[0]
+
+    @torch.no_grad()
+    def many(self, runs: Sequence[Sequence[Edit]]) -> list["Edited"]:
+        """Run each list of edits by itself, many in one pass; results are in the order given."""
+        for edits in runs:
+            check(edits, self.model.config, len(self))
+        values = read_sources(self.model, [edit for edits in runs for edit in edits], self.sources)
+        variants = [_Variant(i, edits, self.model, values) for i, edits in enumerate(runs)]
+        done: dict[int, Edited] = {}
+        with tqdm(total=len(runs), desc="edited runs", unit="run", delay=2) as bar:
+            for batch in self._batches(variants):
+                done |= self._run(batch)
+                bar.update(len(batch))
+        return [done[i] for i in range(len(runs))]
+
+    def _batches(self, variants: list["_Variant"]) -> Iterator[list["_Variant"]]:
+        """Put together what has the same rules and first token; the earliest layers first."""
+        for (_, first), group in groupby(sorted(variants, key=_Variant.kind), key=_Variant.kind):
+            alike = sorted(group, key=lambda variant: variant.begin)
+            most = max(1, self.max_tokens // max(1, len(self) - first))
+            for i in range(0, len(alike), most):
+                yield alike[i : i + most]
+
+    def _run(self, variants: list["_Variant"]) -> dict[int, "Edited"]:
+        rows, first = _Rows(variants), variants[0].first
+        with self._reading_from(first), ruled(self.model, variants[0].edits), rows.witness:
+            hidden = self._pass(variants, first, rows)
+        return {
+            variant.index: Edited(
+                replay=self,
+                edits=tuple(variant.edits),
+                first=first,
+                hidden=hidden[row],
+                experts={i: chosen[row] for i, chosen in rows.experts.items() if row < len(chosen)},
+                evidence=rows.evidence(row, variant),
+                change_logits=variant.change("logits"),
+            )
+            for row, variant in enumerate(variants)
+        }
+
+    def _pass(
+        self, variants: list["_Variant"], first: int, rows: "_Rows"
+    ) -> Float[Tensor, "b t d"]:
+        """Run the positions from `first` on, each variant from where it begins."""
+        layers = cast(list[DecoderLayer], list(self.model.layers))
+
+        def join(x: Tensor | None, part: str, begin: tuple[int, int]) -> Tensor | None:
+            count = sum(variant.begin == begin for variant in variants)
+            if not count:
+                return x
+            clean = self._kept[part][:, first:]
+            joined = clean.expand(count, *clean.shape[1:])
+            return joined if x is None else torch.cat([x, joined])
+
+        x = self._embedded(variants, first, rows)
+        for i, layer in enumerate(layers):
+            at, z = f"layers.{i}.", None
+            tap = rows.scope(at)
+            if (x := join(x, at + "resid_pre", (i, 0))) is not None:
+                x, z = layer.mix(x, self._step(len(x), first), tap)
+            z = join(z, at + "attn.z", (i, 1))
+            x = join(x, at + "resid_pre", (i, 1))
+            if x is not None and z is not None:
+                x = layer.write(x, z, tap)
+            if (x := join(x, at + "resid_mid", (i, 2))) is not None:
+                x = layer.feed(x, tap, self.model.backend)
+        x = join(x, f"layers.{len(layers) - 1}.resid_post", (len(layers), 0))
+        assert x is not None
+        x = rows("final_norm", self.model.norm(x))
+        if rows.watches("final_norm"):
+            self.model.lm_head(x)  # logits are made when they are asked for; it is seen here
+        return x
+
+    def _embedded(
+        self, variants: list["_Variant"], first: int, rows: "_Rows"
+    ) -> Float[Tensor, "b t d"] | None:
+        """Return the input of the first layer for variants that change it."""
+        found = []
+        for row, variant in enumerate(variants):
+            if variant.begin[0] == -1:
+                embed = self._kept["embed"]
+                if seen := [point for point in variant.changes if point.startswith(_VISION)]:
+                    watched = {point: rows.watched(row, point) for point in seen}
+                    with intervene(self.model, watched):
+                        pixels = self.inputs.get("pixel_values")
+                        embed = self.model.embed(self.inputs["input_ids"], pixels)
+                found.append(embed[:, first:])
+        return rows("embed", torch.cat(found)) if found else None
+
+    def _step(self, batch_size: int, first: int) -> Step:
+        past = None
+        if first:
+            keys, values = (
+                [
+                    rearrange(self._kept[f"layers.{i}.attn.{part}"], "b t k dh -> b k t dh")
+                    for i in range(len(self.model.layers))
+                ]
+                for part in ("rot_k", "v")
+            )
+            past = SharedPast(keys, values, self.model.chunks, first, batch_size)
+        t = len(self) - first
+        return Step.begin(self.model.config, t, [0] * batch_size, past, self.model.device)
+
+    @contextmanager
+    def _reading_from(self, first: int) -> Iterator[None]:
+        before, self.model.first_slot = self.model.first_slot, first
+        try:
+            yield
+        finally:
+            self.model.first_slot = before
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Whether the model saw a change at a point.
+
+    `changed` is the largest difference to the value before. `used_by` names the operation that
+    next read the value, with the checksum that it had when it was handed out; None if none did.
+    """
+
+    changed: float
+    used_by: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What an edit did to the predictions from its first position on; n positions."""
+
+    positions: Int[Tensor, " n"]
+    kl: Float[Tensor, " n"]  # nats, of the edited from the clean distribution
+    loss_change: Float[Tensor, " n"]  # nats on the prompt's next token; not a number at its end
+    top_changed: Bool[Tensor, " n"]
+    flips: dict[int, int]  # tokens whose experts changed, by MoE layer
+    evidence: dict[str, Evidence]  # by changed point
+
+    @property
+    def unseen(self) -> list[str]:
+        """Points whose value was changed without any operation reading the change."""
+        return [p for p, found in self.evidence.items() if found.changed and not found.used_by]
+
+    def __str__(self) -> str:
+        loss = self.loss_change[~self.loss_change.isnan()]
+        text = (
+            f"KL to the clean run: mean {self.kl.mean():.4f}, most {self.kl.max():.4f} nats at "
+            f"token {int(self.positions[self.kl.argmax()])}; top token changed at "
+            f"{int(self.top_changed.sum())} of {len(self.kl)} positions; "
+            f"{sum(self.flips.values())} routing flips"
+        )
+        if len(loss):
+            text += f"; loss {loss.mean():+.4f} nats"
+        return text + (f"; NOT SEEN by the model: {', '.join(self.unseen)}" if self.unseen else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """An edited run, from position `first` on; before it the clean run holds."""
+
+    replay: Replay
+    edits: tuple[Edit, ...]
+    first: int
+    hidden: Float[Tensor, "t d"]  # what the read-out sees, from `first` on
+    experts: dict[int, Int[Tensor, "t topk"]]  # chosen from `first` on, in the layers run again
+    evidence: dict[str, Evidence]
+    change_logits: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "t v"]:
+        """The logits of the whole prompt."""
+        mine = self.logits_of(slice(None))
+        return torch.cat([self.replay.logits[: self.first], mine]) if self.first else mine
+
+    @torch.no_grad()
+    def logits_of(self, which: slice) -> Float[Tensor, "n v"]:
+        """Return logits of some of the positions from `first` on; ``slice(-1, None)``: the last."""
+        model = self.replay.model
+        t = len(self.hidden)
+        begin, end, _ = which.indices(t)
+        with self.replay._reading_from(self.first + begin):
+            return self.change_logits(model.lm_head(self.hidden[None, begin:end]))[0]
+
+    @cached_property
+    def effect(self) -> Effect:
+        """What the edits did, in nats, tokens and flips."""
+        clean = self.replay.logits[self.first :].float().log_softmax(dim=-1)
+        mine = self.logits_of(slice(None)).float().log_softmax(dim=-1)
+        following = self.replay.ids[self.first + 1 :, None]
+        loss_change = (clean[:-1].gather(-1, following) - mine[:-1].gather(-1, following))[:, 0]
+        return Effect(
+            positions=torch.arange(self.first, len(self.replay)),
+            kl=F.kl_div(mine, clean, reduction="none", log_target=True).nansum(dim=-1),
+            loss_change=F.pad(loss_change, (0, 1), value=float("nan")),
+            top_changed=clean.argmax(dim=-1) != mine.argmax(dim=-1),
+            flips={i: self._flips(i) for i in self.replay.experts},
+            evidence=self.evidence,
+        )
+
+    def _flips(self, layer: int) -> int:
+        if layer not in self.experts:
+            return 0
+        clean = self.replay.experts[layer][self.first :].sort(dim=-1).values
+        mine = self.experts[layer].sort(dim=-1).values
+        if clean.shape != mine.shape:  # another number of experts each
+            return len(mine)
+        return int((clean != mine).any(dim=-1).sum())
+
+
+class _Variant:
+    """One edited run: its changes by point, and where it begins."""
+
+    def __init__(self, index: int, edits: Sequence[Edit], model: Llama4, values: Any):
+        config = model.config
+        self.index = index
+        self.edits = edits
+        self.changes = changes_of(edits, config)
+        self.run = Run(model, values)
+        touches = [edit.touches(config) for edit in edits]
+        length = model.config.num_hidden_layers
+        self.first = min((touch.token for touch in touches), default=0)
+        self.begin = min(map(_stage, touches), default=(length, 0))
+        self.rules = repr([edit for edit in edits if edit.rules(model)])
+
+    def kind(self) -> tuple[str, int]:
+        return self.rules, self.first
+
+    def change(self, point: str) -> Callable[[Tensor], Tensor]:
+        """Return all changes at a point as one function."""
+        return bound({point: self.changes.get(point, [])}, self.run)[point]
+
+
+def _stage(touch: Touch) -> tuple[int, int]:
+    """Return where a run must begin: the layer, and which of its three parts."""
+    part = touch.point.split(".", 2)[-1]
+    if not touch.point.startswith("layers."):
+        return touch.layer, 0
+    if part in ("attn.z", "attn.out"):
+        return touch.layer, 1
+    return touch.layer, 0 if part == "resid_pre" or part.startswith("attn.") else 2
+
+
+class _Rows(Tap):
+    """Changes each row of a batch by the edits of its variant, and notes what came of it."""
+
+    def __init__(self, variants: list[_Variant]):
+        self.witness = Witness()
+        self.experts: dict[int, Int[Tensor, "b t topk"]] = {}
+        self._changed: list[dict[str, float]] = [{} for _ in variants]
+        self._by_point: dict[str, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
+        for row, variant in enumerate(variants):
+            for point in variant.changes:
+                self._by_point.setdefault(point, []).append((row, variant.change(point)))
+
+    def watches(self, name: str) -> bool:
+        return name in self._by_point
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        if changes := self._by_point.get(name):
+            with self.witness.looking_away():
+                new = value.clone()
+                for row, change in changes:
+                    one = slice(row, row + 1)
+                    new[one] = change(value[one])
+                    self._changed[row][name] = _distance(new[one], value[one])
+            self.witness.follow(name, new, instead_of=value)
+            value = new
+        if name.endswith("router.indices"):
+            self.experts[int(name.split(".")[1])] = value
+        return value
+
+    def watched(self, row: int, point: str) -> Callable[[Tensor], Tensor]:
+        """Return a row's change of a point that has no axis of rows."""
+        (change,) = [change for each, change in self._by_point[point] if each == row]
+
+        def changed(value: Tensor) -> Tensor:
+            with self.witness.looking_away():
+                new = change(value)
+                self._changed[row][point] = _distance(new, value)
+            self.witness.follow(point, new, instead_of=value)
+            return new
+
+        return changed
+
+    def evidence(self, row: int, variant: _Variant) -> dict[str, Evidence]:
+        """Return what is known of each of a row's changes."""
+        return {
+            point: Evidence(changed, self.witness.used_by.get(point))
+            for point, changed in self._changed[row].items()
+            if not all(isinstance(change, See) for change in variant.changes[point])
+        }
+
+
+def _distance(new: Tensor, old: Tensor) -> float:
+    same = new == old  # infinities included
+    return (new.double() - old.double()).abs().masked_fill(same, 0.0).max().item()

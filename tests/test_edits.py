@@ -1,0 +1,399 @@
+"""Edits: each does what its formula says, is refused where it cannot be, and survives a file."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import CONFIG, tiny
+
+import llama4_lab as l4
+from llama4_lab import edits as E
+from llama4_lab.replay import Replay
+
+MOE, DENSE, NOPE = 3, 2, 3
+ALL = [
+    E.SkipLayer(2),
+    E.SkipLayer(3, tokens=(7, 20)),
+    E.AblateHead(3, 1),
+    E.AblateHead(1, 4, "mean", tokens=(9, 20)),
+    E.AblateHead(0, 2, "resample", "other", tokens=(13,)),
+    E.AblateAttention(3),
+    E.AblateMLP(4),
+    E.AblateShared(1, "mean"),
+    E.AblateExpert(3, 1),
+    E.AblateExpert(3, 1, "mean"),
+    E.AblateExpert(3, 1, "resample", "other", tokens=tuple(range(5, 29))),
+    E.DropExpert(3, 1),
+    E.DropExpert(5, 1, tokens=(13, 14)),
+    E.Route(3, 13, 4),
+    E.Route(3, 13, 2, "one"),
+    E.Route(5, 28, 2, "winner"),
+    E.TopK(3, 1),
+    E.RouterTemperature(3, 3.0),
+    E.RouterBias(3, 1, 2.0),
+    E.RouterBias(3, 1, 2.0, gated=True),
+    E.Rope(0, on=False),
+    E.Rope(3, on=True),
+    E.Chunk(1, 16),
+    E.Chunk(3, 8),
+    E.Chunk(2, None),
+    E.AttentionTemperature(3, scale=0.0),
+    E.AttentionTemperature(3, floor_scale=2),
+    E.KnockOut((20, 21), (3, 4, 5)),
+    E.KnockOut((14, 15), (12, 13), layer=3, head=1),
+    E.RemoveTokens((3, 4, 5)),
+    E.ReplaceToken(14, 33),
+    E.AblateEmbedding((3, 4), "mean"),
+    E.AblateEmbedding((13,), "resample", "other"),
+    E.Patch("layers.2.resid_pre", "other", tokens=(13,), source_tokens=(20,)),
+    E.Patch("layers.3.attn.z", "other", tokens=(12, 13), head=2),
+    E.Patch("projector.out", "other"),
+    E.Scale("vision.out", 0.0),
+    E.Scale("layers.1.attn.pattern", 0.5),
+    E.Scale("layers.5.experts.hidden", 0.5, tokens=(20,)),
+    E.Steer("layers.4.resid_mid", tuple(0.5 + 0.1 * i for i in range(48)), 2.0, tokens=(17,)),
+    E.Steer("projector.out", (0.5,) * 48),
+    E.Scale("final_norm", 2.0, tokens=(13,)),
+    E.Scale("logits", 2.0, tokens=(13,)),
+]
+
+
+def some_prompt(seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 89, (1, 29), generator=generator)
+    ids[:, 3:12] = CONFIG.image_token_index
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 24, 24, generator=generator)}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return some_prompt(0)
+
+
+@pytest.fixture(scope="module")
+def sources(prompt):
+    return {"clean": prompt, "other": some_prompt(1)}
+
+
+@pytest.fixture(scope="module")
+def replay(model, prompt, sources):
+    return Replay(model, prompt, sources)
+
+
+def in_full(model, prompt, sources, edits):
+    with E.edited(model, edits, sources):
+        return model(**prompt)[0]
+
+
+def rows_of(model, names, prompt, edits=(), sources=None):
+    with E.edited(model, edits, sources), l4.trace(model, names) as cache:
+        model(**prompt)
+    return cache
+
+
+# --- every edit ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edit", ALL, ids=repr)
+def test_an_edit_moves_the_logits_and_leaves_nothing_behind(model, prompt, sources, edit):
+    plain = model(**prompt)[0]
+    edited = in_full(model, prompt, sources, [edit])
+    assert (edited - plain).abs().max() > 1e-4
+    first = edit.touches(CONFIG).token
+    torch.testing.assert_close(edited[:first], plain[:first], atol=1e-5, rtol=0)  # rounding only
+    assert torch.equal(model(**prompt)[0], plain)
+
+
+@pytest.mark.parametrize("edit", ALL, ids=repr)
+def test_a_replayed_edit_equals_the_whole_run(model, prompt, sources, replay, edit):
+    again = replay.edited([edit])
+    expected = in_full(model, prompt, sources, [edit])
+    torch.testing.assert_close(again.logits, expected, atol=1e-5, rtol=0)
+    assert not again.effect.unseen
+    assert all(found.used_by for found in again.evidence.values())
+
+
+@pytest.mark.parametrize("edit", ALL, ids=repr)
+def test_an_edit_comes_back_from_json_as_it_was(edit):
+    (again,) = E.loads(E.dumps([edit]))
+    assert again == edit
+    assert type(again) is type(edit)
+
+
+def test_every_kind_of_edit_is_in_these_tests():
+    assert {type(edit) for edit in ALL} == set(E.KINDS.values())
+
+
+# --- what they mean --------------------------------------------------------------
+
+
+def test_a_skipped_layer_hands_on_what_it_was_given(model, prompt):
+    names = ["layers.2.resid_pre", "layers.2.resid_post"]
+    cache = rows_of(model, names, prompt, [E.SkipLayer(2)])
+    assert torch.equal(*(cache[name] for name in names))
+
+
+def test_a_silenced_expert_adds_exactly_nothing(model, prompt):
+    names = ["layers.3.router.indices", "layers.3.experts.out"]
+    plain = rows_of(model, names, prompt)
+    silent = rows_of(model, names, prompt, [E.AblateExpert(3, 1)])
+    there = plain[names[0]] == 1
+    assert there.any()
+    assert torch.equal(silent[names[0]], plain[names[0]])
+    assert (silent[names[1]][there] == 0).all()
+    torch.testing.assert_close(silent[names[1]][~there], plain[names[1]][~there])
+
+
+def test_the_mean_is_that_of_the_tokens_that_go_to_the_expert(model, prompt, sources):
+    names = ["layers.3.router.indices", "layers.3.experts.out"]
+    plain = rows_of(model, names, prompt)
+    edited = rows_of(model, names, prompt, [E.AblateExpert(3, 1, "mean")], sources)
+    there = plain[names[0]] == 1
+    mean = plain[names[1]][there].mean(dim=0)
+    torch.testing.assert_close(edited[names[1]][there], mean.expand(int(there.sum()), -1))
+
+
+def test_a_dropped_expert_leaves_its_tokens_to_the_next_best(model, prompt):
+    names = ["layers.3.router.logits", "layers.3.router.indices"]
+    plain, edited = (
+        rows_of(model, names, prompt),
+        rows_of(model, names, prompt, [E.DropExpert(3, 1)]),
+    )
+    logits = plain[names[0]].clone()
+    logits[..., 1] = float("-inf")
+    assert torch.equal(edited[names[1]], logits.topk(2).indices)
+
+
+@pytest.mark.parametrize("gate", ["own", "winner", "one"])
+@pytest.mark.parametrize("expert", range(5))
+def test_a_routed_token_goes_where_it_is_sent_with_the_stated_gate(model, prompt, expert, gate):
+    names = [f"layers.3.router.{part}" for part in ("logits", "indices", "scores")]
+    plain = rows_of(model, names, prompt)
+    edited = rows_of(model, names, prompt, [E.Route(3, 13, expert, gate)])
+    (logits, indices, scores), (_, before, _) = (
+        [cache[name][0, 13] for name in names] for cache in (edited, plain)
+    )
+    assert indices[0] == expert
+    second = before[0] if expert in before.tolist() else before[1]
+    assert indices[1] == (before[1] if expert == before[0] else second)
+    own = {"own": logits[expert].sigmoid(), "winner": logits.max().sigmoid(), "one": 1.0}
+    assert float(scores[0]) == pytest.approx(float(own[gate]))
+    assert torch.equal(edited[names[1]][0, :13], plain[names[1]][0, :13])
+
+
+def test_a_bias_for_the_choice_alone_leaves_scores_as_they_are(model, prompt):
+    names = [f"layers.3.router.{part}" for part in ("logits", "indices", "scores")]
+    own = rows_of(model, names, prompt)[names[0]]
+    edited = rows_of(model, names, prompt, [E.RouterBias(3, 1, 5.0)])
+    assert (edited[names[1]] == 1).any(-1).all()
+    torch.testing.assert_close(edited[names[2]], own.gather(-1, edited[names[1]]).sigmoid())
+    gated = rows_of(model, names, prompt, [E.RouterBias(3, 1, 5.0, gated=True)])
+    biased = own.clone()
+    biased[..., 1] += 5.0
+    torch.testing.assert_close(gated[names[2]], biased.gather(-1, gated[names[1]]).sigmoid())
+
+
+def test_other_rules_equal_a_model_that_was_made_with_them(model, prompt):
+    def made(**changes):
+        other = l4.random(CONFIG.replace(**changes), 0).eval()
+        other.load_state_dict(model.state_dict())
+        return other(**prompt)[0]
+
+    moe = [i for i in range(6) if CONFIG.is_moe(i)]
+    rope = [i for i in range(6) if CONFIG.uses_rope(i)]
+    for edits, changes in (
+        ([E.TopK(i, 3) for i in moe], {"num_experts_per_tok": 3}),
+        ([E.Chunk(i, 13) for i in rope], {"attention_chunk_size": 13}),
+        ([E.AttentionTemperature(3, 0.0)], {"attn_temperature_tuning": False}),
+        ([E.AttentionTemperature(3, 0.7, 2)], {"attn_scale": 0.7, "floor_scale": 2}),
+    ):
+        torch.testing.assert_close(
+            in_full(model, prompt, {}, edits), made(**changes), atol=1e-5, rtol=0
+        )
+
+
+def test_a_layer_with_rope_switched_off_cannot_tell_the_order_of_its_keys(model):
+    ids = torch.randint(4, 89, (1, 8), generator=torch.Generator().manual_seed(2))
+    swapped = ids[:, [1, 0, 2, 3, 4, 5, 6, 7]]
+    edits = [E.Rope(0, on=False)]
+    first, second = (
+        rows_of(model, "layers.0.attn.z", {"input_ids": x}, edits)["layers.0.attn.z"]
+        for x in (ids, swapped)
+    )
+    torch.testing.assert_close(first[:, 2:], second[:, 2:], atol=1e-6, rtol=0)
+    first, second = (
+        rows_of(model, "layers.0.attn.z", {"input_ids": x})["layers.0.attn.z"]
+        for x in (ids, swapped)
+    )
+    assert (first[:, 2:] - second[:, 2:]).abs().max() > 1e-3
+
+
+def test_knocked_out_keys_get_nothing_and_the_rest_of_the_pattern_grows(model, prompt):
+    name = "layers.3.attn.pattern"
+    plain = rows_of(model, name, prompt)[name][0]
+    edited = rows_of(model, name, prompt, [E.KnockOut((20, 21), (3, 4, 5), layer=3)])[name][0]
+    expected = plain.clone()
+    expected[:, 20:22, 3:6] = 0
+    expected /= expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(edited, expected)
+
+
+def test_removed_tokens_are_seen_by_themselves_alone(model, prompt):
+    for layer in range(6):
+        name = f"layers.{layer}.attn.pattern"
+        pattern = rows_of(model, name, prompt, [E.RemoveTokens((3, 4))])[name][0]
+        assert (pattern[:, 5:, 3:5] == 0).all()
+        assert (pattern[:, 4, 3] == 0).all()
+        assert (pattern[:, 3, 3] > 0).all()
+
+
+def test_a_replaced_token_is_as_if_it_had_stood_there(model, prompt):
+    ids = prompt["input_ids"].clone()
+    ids[0, 14] = 33
+    expected = model(ids, prompt["pixel_values"])[0]
+    found = in_full(model, prompt, {}, [E.ReplaceToken(14, 33)])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_a_blanked_patch_becomes_the_mean_patch_and_a_blanked_word_the_mean_word(
+    model, prompt, sources
+):
+    plain = rows_of(model, "embed", prompt)["embed"][0]
+    edits = [E.AblateEmbedding((4, 20), "mean")]
+    found = rows_of(model, "embed", prompt, edits, sources)["embed"][0]
+    is_image = prompt["input_ids"][0] == CONFIG.image_token_index
+    torch.testing.assert_close(found[4], plain[is_image].mean(0))
+    torch.testing.assert_close(found[20], plain[~is_image].mean(0))
+
+
+def test_a_run_patched_in_whole_becomes_the_other_run(model, prompt, sources):
+    found = in_full(model, prompt, sources, [E.Patch("layers.0.resid_pre", "other")])
+    torch.testing.assert_close(found, model(**sources["other"])[0], atol=1e-6, rtol=0)
+
+
+def test_edits_at_one_point_happen_in_the_order_given(model, prompt):
+    steer = E.Steer("layers.2.resid_mid", (1.0,) * 48)
+    scale = E.Scale("layers.2.resid_mid", 3.0)
+    name = "layers.2.resid_mid"
+    plain = rows_of(model, name, prompt)[name]
+    first = rows_of(model, name, prompt, [steer, scale])[name]
+    second = rows_of(model, name, prompt, [scale, steer])[name]
+    torch.testing.assert_close(first, (plain + 1) * 3)
+    torch.testing.assert_close(second, plain * 3 + 1)
+
+
+def test_edits_hold_while_text_is_generated(model):
+    ids = torch.randint(4, 89, (1, 21), generator=torch.Generator().manual_seed(3))
+    edits = [E.Chunk(1, 16), E.DropExpert(3, 1), E.AblateHead(0, 2), E.RemoveTokens((4, 5))]
+    with E.edited(model, edits):
+        whole = model(ids)
+        cache = model.new_cache()
+        parts = [model(part, cache=cache) for part in ids.split(5, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+
+
+def test_rules_are_as_before_after_an_exception(model, prompt):
+    plain = model(**prompt)
+    with pytest.raises(KeyboardInterrupt), E.edited(model, [E.Chunk(1, 16), E.TopK(3, 1)]):
+        raise KeyboardInterrupt
+    assert torch.equal(model(**prompt), plain)
+
+
+# --- what is refused -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (E.SkipLayer(6), r"layer 6 is out of range: this model has 6 layers \(0 to 5\)"),
+        (E.AblateHead(0, 6), r"head 6 is out of range: this model has 6 heads \(0 to 5\)"),
+        (E.DropExpert(3, 5), r"expert 5 is out of range: this model has 5 experts \(0 to 4\)"),
+        (E.Route(2, 1, 1), r"layer 2 is a dense layer; MoE layers are 1, 3, 5"),
+        (E.AblateMLP(3), r"layer 3 is a MoE layer; dense layers are 0, 2, 4"),
+        (E.SkipLayer(1, tokens=(29,)), r"no token 29: the prompt has 29 \(0 to 28\)"),
+        (E.Route(3, -1, 1), r"there is no token -1"),
+        (E.TopK(3, 6), r"k must be 1 to 5, all experts"),
+        (E.AttentionTemperature(2), r"layer 2 is a RoPE layer; NoPE layers are 3"),
+        (E.Scale("layers.2.attn.y", 0.0), r"unknown point 'layers.2.attn.y'"),
+        (E.Scale("layers.2.mlp.out", 0.0, head=1), r"mlp.out has no axis of query heads"),
+        (E.Scale("vision.out", 0.0, tokens=(1,)), r"vision.out has no axis of text tokens"),
+        (E.Scale("layers.3.router.indices", 0.0), r"use Route or DropExpert"),
+        (E.Steer("layers.2.mlp.out", (1.0, 2.0)), r"a vector of 2 numbers does not fit"),
+        (E.Patch("embed", "other", (1, 2), (3,)), r"2 tokens cannot take the values of 1"),
+        (E.Patch("embed", "short", (20,)), r"source 'short' has 5 tokens"),
+    ],
+    ids=repr,
+)
+def test_an_impossible_edit_is_refused_with_what_is_possible(model, prompt, replay, edit, sentence):
+    sources = {"clean": prompt, "other": prompt, "short": torch.arange(5, 10)[None]}
+    with pytest.raises(ValueError, match=sentence):
+        Replay(model, prompt, sources).edited([edit])
+
+
+def test_a_missing_source_is_named(model, prompt, replay):
+    edit = E.AblateHead(0, 1, "resample", "elsewhere")
+    with pytest.raises(KeyError, match="the run 'elsewhere', and given are 'clean', 'other'"):
+        replay.edited([edit])
+
+
+def test_an_expert_that_nobody_visits_has_no_mean(model, prompt):
+    ids = torch.tensor([[5]])
+    chosen = rows_of(model, "layers.3.router.indices", {"input_ids": ids})
+    absent = next(e for e in range(5) if e not in chosen["layers.3.router.indices"])
+    sources = {"lonely": ids}
+    with (
+        pytest.raises(ValueError, match="no token of 'lonely' goes to this expert"),
+        E.edited(model, [E.AblateExpert(3, absent, "resample", "lonely")], sources),
+    ):
+        model(**prompt)
+
+
+def test_too_few_experts_left_are_refused(replay):
+    with pytest.raises(ValueError, match="4 of 5 experts dropped in layer 3 leave 1, and each"):
+        replay.edited([E.DropExpert(3, e) for e in range(4)])
+
+
+def test_edits_that_contradict_themselves_are_refused():
+    with pytest.raises(ValueError, match="resample takes values of another run"):
+        E.AblateHead(0, 0, "resample")
+    with pytest.raises(ValueError, match=r"how='half' is unknown; choose from \('zero'"):
+        E.AblateHead(0, 0, "half")
+    with pytest.raises(ValueError, match=r"gate='two' is unknown; choose from \('own'"):
+        E.Route(0, 0, 0, "two")
+    with pytest.raises(ValueError, match=r"temperature 0\.0 must be above 0"):
+        E.RouterTemperature(3, 0.0)
+    with pytest.raises(ValueError, match="a chunk of 0 tokens is impossible"):
+        E.Chunk(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("nonsense", "edits must be JSON"),
+        ('{"edit": "SkipLayer"}', "must be a JSON list of objects"),
+        ('[{"edit": "Fly"}]', "unknown edit 'Fly'; choose from SkipLayer"),
+        ('[{"edit": "SkipLayer"}]', "SkipLayer needs layer as well"),
+        ('[{"edit": "SkipLayer", "layer": 1, "x": 2}]', "SkipLayer has no x; it has layer, tokens"),
+    ],
+)
+def test_json_that_is_no_edit_is_refused(text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        E.loads(text)
+
+
+def test_edits_are_values():
+    assert E.SkipLayer(1, tokens=range(3)) == E.SkipLayer(1, tokens=(0, 1, 2))
+    assert len({E.SkipLayer(1), E.SkipLayer(1)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        E.SkipLayer(1).layer = 2

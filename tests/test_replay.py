@@ -1,0 +1,205 @@
+"""Replay: runs from the middle equal whole runs, and say what they changed."""
+
+import pytest
+import torch
+from test_edits import ALL, in_full, some_prompt
+from tiny import CONFIG, tiny
+
+import llama4_lab as l4
+from llama4_lab import edits as E
+from llama4_lab.points import NO_TAP
+from llama4_lab.replay import Replay, _Rows
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return some_prompt(0)
+
+
+@pytest.fixture(scope="module")
+def replay(model, prompt):
+    return Replay(model, prompt, {"other": some_prompt(1)})
+
+
+@torch.no_grad()
+def test_many_runs_at_once_equal_each_by_itself(model, prompt, replay):
+    runs = [[edit] for edit in ALL] + [[], [E.SkipLayer(1), E.DropExpert(3, 2)]]
+    together = replay.many(runs)
+    sources = {"clean": prompt, "other": some_prompt(1)}
+    for edits, found in zip(runs, together, strict=True):
+        assert found.edits == tuple(edits)
+        expected = in_full(model, prompt, sources, edits)
+        torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_small_passes_give_the_same(model, prompt, replay):
+    runs = [[E.AblateHead(layer, head)] for layer in range(6) for head in range(6)]
+    one_each = Replay(model, prompt, max_tokens=1).many(runs)
+    for a, b in zip(replay.many(runs), one_each, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [4, 8, 64])
+@pytest.mark.parametrize("backend", ["loop", "grouped", "padded"])
+@torch.no_grad()
+def test_every_first_token_and_backend_equals_the_whole_run(prompt, chunk, backend):
+    model = tiny(attention_chunk_size=chunk)
+    model.backend = backend
+    replay = Replay(model, prompt)
+    for token in range(0, 29, 3):
+        edit = E.Steer("layers.2.mlp.out", (0.5,) * 48, tokens=(token,))
+        torch.testing.assert_close(
+            replay.edited([edit]).logits, in_full(model, prompt, {}, [edit]), atol=1e-5, rtol=0
+        )
+
+
+def test_only_what_comes_after_the_edit_is_run_again(model, replay):
+    seen = []
+    layers = [layer.register_forward_pre_hook(lambda *a: None) for layer in model.layers]
+    original = [(layer.self_attn.mix, layer.feed_forward.forward) for layer in model.layers]
+    try:
+        for i, layer in enumerate(model.layers):
+            mix, feed = original[i]
+
+            def watched_mix(x, *rest, i=i, mix=mix):
+                seen.append((i, "attention", x.shape[1]))
+                return mix(x, *rest)
+
+            def watched_feed(x, *rest, i=i, feed=feed):
+                seen.append((i, "experts", x.shape[1]))
+                return feed(x, *rest)
+
+            layer.self_attn.mix, layer.feed_forward.forward = watched_mix, watched_feed
+        replay.edited([E.AblateShared(3, tokens=(20,))])
+        assert seen == [
+            (3, "experts", 9),
+            *((i, part, 9) for i in (4, 5) for part in ("attention", "experts")),
+        ]
+        seen.clear()
+        replay.edited([E.AblateHead(5, 0)])
+        assert seen == [(5, "experts", 29)]
+        seen.clear()
+        replay.edited([E.Scale("final_norm", 2.0)])
+        assert seen == []
+    finally:
+        for layer, (mix, feed) in zip(model.layers, original, strict=True):
+            layer.self_attn.mix, layer.feed_forward.forward = mix, feed
+        for hook in layers:
+            hook.remove()
+
+
+@torch.no_grad()
+def test_the_effect_is_what_its_formulas_say(model, prompt, replay):
+    edit = E.SkipLayer(3, tokens=(15, 16))
+    effect = replay.edited([edit]).effect
+    clean, mine = (
+        logits.double().log_softmax(-1)
+        for logits in (model(**prompt)[0], in_full(model, prompt, {}, [edit]))
+    )
+    ids = prompt["input_ids"][0]
+    assert effect.positions.tolist() == list(range(15, 29))
+    kl = (clean.exp() * (clean - mine)).sum(-1)[15:]
+    torch.testing.assert_close(effect.kl.double(), kl, atol=1e-6, rtol=1e-3)
+    rise = [float(clean[t, ids[t + 1]] - mine[t, ids[t + 1]]) for t in range(15, 28)]
+    assert effect.loss_change[:-1].tolist() == pytest.approx(rise, abs=1e-5)
+    assert effect.loss_change[-1].isnan()
+    assert torch.equal(effect.top_changed, (clean.argmax(-1) != mine.argmax(-1))[15:])
+
+
+@torch.no_grad()
+def test_routing_flips_are_counted_layer_by_layer(model, prompt, replay):
+    edit = E.SkipLayer(2)
+    names = [f"layers.{i}.router.indices" for i in (1, 3, 5)]
+    with l4.trace(model, names) as clean:
+        model(**prompt)
+    with E.edited(model, [edit]), l4.trace(model, names) as mine:
+        model(**prompt)
+    expected = {
+        layer: int((clean[n].sort().values != mine[n].sort().values).any(-1).sum())
+        for layer, n in zip((1, 3, 5), names, strict=True)
+    }
+    assert replay.edited([edit]).effect.flips == expected
+    assert expected[1] == 0 < expected[3]
+    assert replay.edited([E.TopK(5, 1)]).effect.flips == {1: 0, 3: 0, 5: 29}
+
+
+def test_a_change_that_the_model_does_not_read_is_called_unseen(model, prompt, monkeypatch):
+    replay = Replay(model, prompt)
+    honest = _Rows.__call__
+
+    def ignored(self, name, value):
+        honest(self, name, value)
+        return value  # what an edit that nobody reads looks like
+
+    monkeypatch.setattr(_Rows, "__call__", ignored)
+    effect = replay.edited([E.AblateHead(3, 1)]).effect
+    assert effect.unseen == ["layers.3.attn.z"]
+    assert "NOT SEEN by the model: layers.3.attn.z" in str(effect)
+    assert effect.kl.max() < 1e-6
+
+
+def test_an_edit_that_changes_nothing_says_so(replay):
+    effect = replay.edited([E.Scale("layers.2.resid_mid", 1.0)]).effect
+    assert effect.evidence["layers.2.resid_mid"].changed == 0
+    assert effect.unseen == []
+    assert effect.kl.max() < 1e-9
+
+
+def test_a_text_tells_the_effect_in_units(replay):
+    text = str(replay.edited([E.SkipLayer(3)]).effect)
+    assert "KL to the clean run: mean 0." in text
+    assert "routing flips; loss" in text
+    assert text.endswith("nats")
+
+
+def test_nothing_stays_behind_after_an_interrupt(model, prompt, replay, monkeypatch):
+    plain = model(**prompt)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model.norm), "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        replay.edited([E.SkipLayer(3, tokens=(20,)), E.Chunk(1, 16)])
+    monkeypatch.undo()
+    assert model.tap is NO_TAP
+    assert model.first_slot == 0
+    assert torch.equal(model(**prompt), plain)
+
+
+def test_a_replay_keeps_a_fixed_number_of_floats_a_token(model):
+    def kept(t):
+        ids = torch.randint(4, 89, (1, t), generator=torch.Generator().manual_seed(0))
+        return Replay(model, ids).bytes()
+
+    small, large = kept(40), kept(80)
+    assert large <= 2 * small  # nothing grows with the square of the length
+    d, kv = CONFIG.hidden_size, CONFIG.num_key_value_heads * CONFIG.head_dim
+    heads = CONFIG.num_attention_heads * CONFIG.head_dim
+    floats = CONFIG.num_hidden_layers * (2 * d + heads + 2 * kv) + 3 * d
+    routing = 3 * CONFIG.num_experts_per_tok * 8
+    assert large <= 80 * (4 * floats + routing)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        (
+            {"input_ids": torch.full((2, 5), 7)},
+            "one row without padding can be replayed, not 2 rows",
+        ),
+        (
+            {"input_ids": torch.full((1, 5), 7), "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])},
+            "not 1 rows with padding",
+        ),
+    ],
+)
+def test_batches_and_padding_are_refused(model, inputs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Replay(model, inputs)
