@@ -1,0 +1,92 @@
+"""What a token would have led to, had the router sent it elsewhere."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llama4_lab.edits import Route
+from llama4_lab.replay import Replay
+
+
+@dataclass(frozen=True, eq=False)
+class Counterfactual:
+    """The prediction at one position, with a token sent to each expert of each layer in turn."""
+
+    token: int  # the position that is sent
+    read: int  # the position whose prediction is looked at
+    gate: str
+    layers: tuple[int, ...]  # MoE layers: the axis l
+    chosen: Int[np.ndarray, "l topk"]  # what the router chose
+    clean: Float[np.ndarray, " v"]  # log-probabilities without any change, in nats
+    logprobs: Float[np.ndarray, "l e v"]  # with the token sent to expert e of layer l
+
+    @property
+    def kl(self) -> Float[np.ndarray, "l e"]:
+        """Nats from the clean distribution to the one that would have come."""
+        return (np.exp(self.clean) * (self.clean - self.logprobs)).sum(axis=-1).clip(min=0.0)
+
+    @property
+    def top(self) -> Int[np.ndarray, "l e"]:
+        """The token that would have been the likeliest."""
+        return self.logprobs.argmax(axis=-1)
+
+    def change(self, target: int) -> Float[np.ndarray, "l e"]:
+        """Return by how many nats a token's log-probability changes."""
+        return self.logprobs[..., target] - self.clean[target]
+
+    @property
+    def is_choice(self) -> Bool[np.ndarray, "l e"]:
+        """Whether the router itself sends the token there."""
+        experts = np.arange(self.logprobs.shape[1])
+        return (self.chosen[:, :, None] == experts).any(axis=1)
+
+
+@torch.no_grad()
+def counterfactual(
+    replay: Replay, token: int, *, gate: str = "own", read: int = -1
+) -> Counterfactual:
+    """Send a token to every expert of every MoE layer, one at a time, in shared passes.
+
+    `gate` is what multiplies the expert's input: the sigmoid of its "own" logit, that of the
+    "winner", or "one" (see `llama4_lab.edits.Route`). `read` is the position whose prediction is
+    compared, -1 the last one.
+
+    Raises:
+        ValueError: a position outside the prompt, or one that the token cannot reach.
+    """
+    config, length = replay.model.config, len(replay)
+    for position in (token, read):
+        if not -length <= position < length:
+            raise ValueError(
+                f"token {position} is out of range: this prompt has {length} tokens "
+                f"(0 to {length - 1})"
+            )
+    token, read = token % length, read % length
+    if read < token:
+        raise ValueError(f"position {read} comes before token {token} and cannot change with it")
+    layers = tuple(replay.experts)
+    runs = [
+        [Route(layer, token, expert, gate)]
+        for layer in layers
+        for expert in range(config.num_local_experts)
+    ]
+    at = read - token
+    found = [run.logits_of(slice(at, at + 1))[0] for run in replay.many(runs)]
+    logprobs = torch.stack(found).float().log_softmax(dim=-1)
+    return Counterfactual(
+        token=token,
+        read=read,
+        gate=gate,
+        layers=layers,
+        chosen=np.stack([chosen[token].cpu().numpy() for chosen in replay.experts.values()]),
+        clean=_numpy(F.log_softmax(replay.logits[read].float(), dim=-1)),
+        logprobs=_numpy(logprobs).reshape(len(layers), config.num_local_experts, -1),
+    )
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.cpu().numpy()
