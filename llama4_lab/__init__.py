@@ -16,7 +16,7 @@ from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
 from llama4_lab.points import points
 from llama4_lab.replay import Replay
-from llama4_lab.trace import intervene, trace
+from llama4_lab.trace import intervene, run_with_cache, trace
 
 __all__ = [
     "BEHEMOTH_ESTIMATE",
@@ -34,6 +34,7 @@ __all__ = [
     "load",
     "points",
     "random",
+    "run_with_cache",
     "save",
     "trace",
 ]

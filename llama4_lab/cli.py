@@ -1,4 +1,4 @@
-"""``llama4-lab``: train, measure, convert and plan from the command line."""
+"""``llama4-lab``: train, measure, convert, plan and list from the command line."""
 
 import argparse
 import dataclasses
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 import llama4_lab as l4
+
+_CONFIGS = "scout, maverick, behemoth, a shipped model's name, or a folder"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +67,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("target", type=Path)
 
     sub = command("plan", plan, "count parameters and bytes of a preset or a folder's config")
-    sub.add_argument("model", help="scout, maverick, behemoth, or a folder")
+    sub.add_argument("model", help=_CONFIGS)
+
+    sub = command("points", list_points, "list every value that can be watched and changed")
+    sub.add_argument("--model", default="maverick", help=f"{_CONFIGS} (default %(default)s)")
+    sub.add_argument("--markdown", action="store_true", help="write the page of the documentation")
     return top
 
 
@@ -143,16 +149,33 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> None:
-    presets = {"scout": l4.SCOUT, "maverick": l4.MAVERICK, "behemoth": l4.BEHEMOTH_ESTIMATE}
-    if options.model.lower() in presets:
-        config = presets[options.model.lower()]
-    else:
-        raw = Path(options.model, "config.json").read_text(encoding="utf-8")
-        config = l4.Llama4Config.from_dict(json.loads(raw))
+    config = _config(options.model)
     if config.is_estimate:
         print("AN ESTIMATE: this model was never released, its sizes are invented")
     for part, count in config.parameter_counts().items():
         print(f"{part:16} {count:>22,} {2 * count / 1e9:>10.2f} GB in bfloat16")
+
+
+def list_points(options: argparse.Namespace) -> None:
+    from llama4_lab.points_page import as_markdown
+
+    config = _config(options.model)
+    if options.markdown:
+        print(as_markdown(config), end="")
+        return
+    for name, axes in l4.points(config).items():
+        print(f"{name:40} {axes}")
+
+
+def _config(name: str) -> l4.Llama4Config:
+    """Return a preset's config, or that of a shipped model or a folder."""
+    from llama4_lab.checkpoint.shipped import find
+
+    presets = {"scout": l4.SCOUT, "maverick": l4.MAVERICK, "behemoth": l4.BEHEMOTH_ESTIMATE}
+    if name.lower() in presets:
+        return presets[name.lower()]
+    raw = (find(name) / "config.json").read_text(encoding="utf-8")
+    return l4.Llama4Config.from_dict(json.loads(raw))
 
 
 if __name__ == "__main__":

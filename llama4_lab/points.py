@@ -4,30 +4,57 @@ The model hands every value that has a name to a `Tap`, and goes on with what th
 `points` lists the names with their axes; `llama4_lab.trace` is how people use them.
 """
 
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import NamedTuple
+
 from torch import Tensor
 
 from llama4_lab.config import Llama4Config
 
+
+class Point(NamedTuple):
+    axes: str
+    meaning: str
+
+
+_RESID_PRE = Point("b t d", "the residual stream that the layer reads")
+_RESID_MID = Point("b t d", "the residual stream between attention and feed-forward")
+_RESID_POST = Point("b t d", "the residual stream that the layer leaves")
 _ATTENTION = {
-    "attn.q": "b t h dh",  # straight from the projection
-    "attn.k": "b t k dh",
-    "attn.v": "b t k dh",
-    "attn.rot_q": "b t h dh",  # as they enter the scores: rotated, normalised, tempered
-    "attn.rot_k": "b t k dh",
-    "attn.scores": "b h t s",  # before the softmax; -inf where the mask forbids
-    "attn.pattern": "b h t s",
-    "attn.z": "b t h dh",
-    "attn.out": "b t d",
+    "attn.q": Point("b t h dh", "queries, straight from the projection"),
+    "attn.k": Point("b t k dh", "keys, straight from the projection"),
+    "attn.v": Point("b t k dh", "values, straight from the projection"),
+    "attn.rot_q": Point(
+        "b t h dh",
+        "queries as they enter the scores: rotated; on text's RoPE layers normalised too, on its "
+        "NoPE layers only tempered",
+    ),
+    "attn.rot_k": Point(
+        "b t k dh",
+        "keys as they enter the scores: rotated; on text's RoPE layers normalised too, on its NoPE "
+        "layers as they were",
+    ),
+    "attn.scores": Point("b h t s", "logits before the softmax; -inf where the mask forbids"),
+    "attn.pattern": Point("b h t s", "shares of attention; each query's sum to one"),
+    "attn.z": Point("b t h dh", "what each head gathers: its pattern times the values"),
+    "attn.out": Point("b t d", "what attention adds to the residual stream"),
 }
-_MLP = {"mlp.hidden": "b t f", "mlp.out": "b t d"}
+_MLP = {
+    "mlp.hidden": Point("b t f", "neurons: what the down projection reads"),
+    "mlp.out": Point("b t d", "what the MLP adds to the residual stream"),
+}
 _MOE = {
-    "router.logits": "b t e",
-    "router.indices": "b t topk",
-    "router.scores": "b t topk",  # sigmoid of the chosen logits; they multiply the expert's input
-    "experts.in": "b t topk d",
-    "experts.hidden": "b t topk f",
-    "experts.out": "b t topk d",
-    "shared.out": "b t d",
+    "router.logits": Point("b t e", "the router's logit for each expert"),
+    "router.indices": Point("b t topk", "the chosen experts, strongest first"),
+    "router.scores": Point(
+        "b t topk", "sigmoid of the chosen logits; they multiply the expert's input"
+    ),
+    "experts.in": Point("b t topk d", "what each chosen expert reads: the score times the token"),
+    "experts.hidden": Point("b t topk f", "neurons of each chosen expert"),
+    "experts.out": Point("b t topk d", "what each chosen expert adds to the residual stream"),
+    "shared.out": Point("b t d", "what the shared expert adds to the residual stream"),
 }
 
 
@@ -43,24 +70,35 @@ def points(config: Llama4Config) -> dict[str, str]:
         >>> points(SCOUT)["layers.3.router.logits"]
         'b t e'
     """
-    names: dict[str, str] = {}
+    return {name: point.axes for name, point in described(config).items()}
+
+
+@lru_cache(maxsize=16)
+def described(config: Llama4Config) -> Mapping[str, Point]:
+    """Return every point with axes and meaning, in the order of a forward pass."""
+    names: dict[str, Point] = {}
     if config.vision_config is not None:
-        names["vision.embed"] = "b t d"
+        names["vision.embed"] = Point(
+            "b t d", "patches and class token with their places, normalised"
+        )
         for layer in range(config.vision_config.num_hidden_layers):
             names |= _block(f"vision.layers.{layer}.", _MLP)
-        names |= {"vision.out": "b p d", "projector.out": "b p d"}
-    names["embed"] = "b t d"
+        names["vision.out"] = Point(
+            "b p d", "image tokens, a block of patches each, in the vision width"
+        )
+        names["projector.out"] = Point("b p d", "image tokens as they are put among the text's")
+    names["embed"] = Point("b t d", "token embeddings, image tokens in their places")
     for layer in range(config.num_hidden_layers):
         names |= _block(f"layers.{layer}.", _MOE if config.is_moe(layer) else _MLP)
-    return names | {"final_norm": "b t d", "logits": "b t v"}
+    names["final_norm"] = Point("b t d", "the last residual stream, normalised and weighted")
+    names["logits"] = Point("b t v", "next-token logits, before any temperature")
+    return MappingProxyType(names)
 
 
-def _block(prefix: str, feed_forward: dict[str, str]) -> dict[str, str]:
-    stream = {"resid_pre": "b t d"} | _ATTENTION | {"resid_mid": "b t d"}
-    return {
-        prefix + name: axes
-        for name, axes in (stream | feed_forward | {"resid_post": "b t d"}).items()
-    }
+def _block(prefix: str, feed_forward: dict[str, Point]) -> dict[str, Point]:
+    attention = {"resid_pre": _RESID_PRE} | _ATTENTION | {"resid_mid": _RESID_MID}
+    whole = attention | feed_forward | {"resid_post": _RESID_POST}
+    return {prefix + name: point for name, point in whole.items()}
 
 
 class Tap:

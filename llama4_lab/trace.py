@@ -5,51 +5,138 @@
 in any order: a trace sees what the model goes on with, after every change.
 """
 
-import difflib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from llama4_lab import spill as disk
+from llama4_lab.aliases import aliases, match, resolve
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.points import Tap, points
 
 Change = Callable[[Tensor], Tensor]
+Choice = int | slice | Sequence[int] | np.integer | np.ndarray | Tensor
 
 
 @contextmanager
 def trace(
-    model: Llama4, names: str | Iterable[str], *, detach: bool = True
+    model: Llama4,
+    names: str | Iterable[str],
+    *,
+    detach: bool = True,
+    positions: Choice | None = None,
+    heads: Choice | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    spill: str | Path | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Fill a dict with the named values of each forward pass inside the block.
 
     `names` are point names or patterns (``layers.*.router.logits``); `llama4_lab.points` lists
-    them with their axes. A later forward pass replaces the values of an earlier one. Logits are the
-    same to the bit, unless a value was asked for that only another path of the same mathematics
-    makes: ``attn.scores``, ``attn.pattern`` (explicit attention) and ``experts.*`` (readable
-    experts), which equal the usual path to rounding.
+    them with their axes. TransformerLens's names (``blocks.3.hook_resid_pre``) stand for the same
+    points, and their values are kept under them; `llama4_lab.aliases` says where the meaning
+    differs. A pattern stands for points, and for aliases only if no point fits.
+
+    A later forward pass replaces the values of an earlier one. Logits are the same to the bit,
+    unless a value was asked for that only another path of the same mathematics makes:
+    ``attn.scores``, ``attn.pattern`` (explicit attention) and ``experts.*`` (readable experts),
+    which equal the usual path to rounding.
+
+    Args:
+        detach: keep values without their gradients.
+        positions: which places of the axis t to keep; they count the tokens of one forward pass,
+            padding included. Values without that axis are kept whole, and so are all of the vision
+            encoder, whose t counts patch slots. An int keeps an axis of length one; negative ones
+            count from the end. What is kept is a copy, the rest is freed.
+        heads: likewise for the axis h of ``attn.q, rot_q, scores, pattern, z``, in text and vision.
+            Keys and values (axis k) are kept whole.
+        device, dtype: of what is kept; `dtype` concerns floating-point values only.
+        spill: a new or empty folder that values are written to, one safetensors file each. The dict
+            holds them memory-mapped, so that they take no memory until they are used, and only
+            what is used.
 
     Raises:
         KeyError: a name or pattern that no point has, with the closest one.
+        TypeError, ValueError: positions, heads or options that are impossible; a place outside a
+            value is found during the forward pass.
+        FileExistsError: the folder to spill to is a file, or holds something.
     """
+    if spill is not None and (device is not None or not detach):
+        raise ValueError("spill keeps values on disk, without gradients: leave out device, detach")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"values cannot be kept as {dtype}: give a floating-point dtype")
+    kept = _Kept(
+        axes={name: axes.split() for name, axes in points(model.config).items()},
+        detach=detach,
+        places={"t": _places("positions", positions), "h": _places("heads", heads)},
+        to={"device": device, "dtype": dtype},
+    )
+    asked: dict[str, list[str]] = {}
+    for name, point in resolve(model.config, names).items():
+        asked.setdefault(point, []).append(name)
+    folder = None if spill is None else disk.claim(spill)
     cache: dict[str, Tensor] = {}
     outer = model.tap
-    model.tap = _Recorder(outer, frozenset(match(model.config, names)), cache, detach)
     try:
+        model.tap = _Recorder(outer, asked, cache, kept, folder)
         yield cache
     finally:
         model.tap = outer
+
+
+def run_with_cache(
+    model: Llama4,
+    prompt: Any,
+    names_filter: str | Iterable[str] | Callable[[str], bool] | None = None,
+    *,
+    detach: bool = True,
+    **options: Any,
+) -> tuple[Float[Tensor, "b t v"], dict[str, Tensor]]:
+    """Run a prompt and return its logits and a dict of values, as TransformerLens does.
+
+    `prompt` is what ``model.prompt`` returns, a text or chat messages for it, or token ids
+    (``[b t]`` or ``[t]``). `names_filter` names points or aliases, as for `trace`, or is a function
+    that says which to keep: it is asked for every point, and for aliases if it wants no point. The
+    dict has the spelling that was asked for. None keeps every point but ``attn.scores`` and
+    ``attn.pattern``, which grow with the square of the length: ask for them by name.
+
+    Neither logits nor values carry gradients unless ``detach=False``. The other options are those
+    of `trace`: positions, heads, device, dtype, spill.
+
+    Raises:
+        KeyError: a name or pattern that no point has, or a function that wants none.
+        TypeError, ValueError, FileExistsError: as `trace` and ``model.prompt``.
+    """
+    if isinstance(prompt, Tensor):
+        prompt = {"input_ids": prompt if prompt.ndim > 1 else prompt[None]}
+    elif not hasattr(prompt, "keys"):
+        prompt = model.prompt(prompt)
+    inputs = {
+        key: value.to(model.device) for key, value in dict(prompt).items() if value is not None
+    }
+    names = _filtered(model.config, names_filter)
+    with (
+        torch.set_grad_enabled(not detach and torch.is_grad_enabled()),
+        trace(model, names, detach=detach, **options) as cache,
+    ):
+        return model(**inputs), cache
 
 
 @contextmanager
 def intervene(model: Llama4, changes: Mapping[str, Change]) -> Iterator[None]:
     """Replace named values by ``change(value)`` in each forward pass inside the block.
 
-    Names may be patterns, as for `trace`. What the change returns is what the model computes with
-    from there on; it must have the value's shape, dtype and device. Of nested blocks the innermost
+    Names may be patterns and aliases, as for `trace`. What the change returns is what the model
+    computes with from there on; it must have the value's shape, dtype and device. The change may
+    alter its value in place, which is a copy, but has to return it. Of nested blocks the innermost
     changes first. Scores and patterns of attention are made by another path of the same mathematics
     then, and so are values inside the experts: a change that changes nothing leaves the logits
     equal to a traced run's to the bit.
@@ -63,62 +150,105 @@ def intervene(model: Llama4, changes: Mapping[str, Change]) -> Iterator[None]:
         for name in match(model.config, pattern):
             by_name.setdefault(name, []).append(change)
     outer = model.tap
-    model.tap = _Editor(outer, by_name)
     try:
+        model.tap = _Editor(outer, by_name)
         yield
     finally:
         model.tap = outer
 
 
-def match(config: Llama4Config, names: str | Iterable[str]) -> list[str]:
-    """Return the points that the names and patterns stand for, in the order of a forward pass."""
+def _filtered(
+    config: Llama4Config, names_filter: str | Iterable[str] | Callable[[str], bool] | None
+) -> str | Iterable[str]:
     known = points(config)
-    wanted = set()
-    for name in [names] if isinstance(names, str) else names:
-        found = [point for point in known if fnmatchcase(point, name)]
-        if not found:
-            raise KeyError(_unknown(config, name, known))
-        wanted.update(found)
-    return [point for point in known if point in wanted]
+    if names_filter is None:
+        return [name for name, axes in known.items() if "s" not in axes.split()]
+    if not callable(names_filter):
+        return names_filter
+    for spelled in (known, aliases(known)):
+        if wanted := [name for name in spelled if names_filter(name)]:
+            return wanted
+    raise KeyError(
+        f"names_filter wants none of this model's {len(known)} points and of their aliases: "
+        "points(config) lists all"
+    )
 
 
-def _unknown(config: Llama4Config, name: str, known: Iterable[str]) -> str:
-    parts = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    if parts:
-        layer = int(parts[1])
-        if layer >= config.num_hidden_layers:
-            last = config.num_hidden_layers - 1
-            return f"{name!r}: this model has {config.num_hidden_layers} layers (0 to {last})"
-        kinds = {"router": True, "experts": True, "shared": True, "mlp": False}
-        asks_moe = kinds.get(parts[2].split(".")[0])
-        if asks_moe is not None and asks_moe != config.is_moe(layer):
-            others = [
-                str(i) for i in range(config.num_hidden_layers) if config.is_moe(i) == asks_moe
-            ]
-            kind, other = ("dense", "MoE") if asks_moe else ("MoE", "dense")
-            listed = ", ".join(others) or "none"
-            return f"{name!r}: layer {layer} is a {kind} layer; {other} layers are {listed}"
-    if name.startswith(("vision.", "projector.")) and config.vision_config is None:
-        return f"{name!r}: this model has no vision encoder"
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown point {name!r}: {hint}points(config) lists all"
+def _places(what: str, choice: Choice | None) -> slice | list[int] | None:
+    """Check what was given for `positions` or `heads`; only a value can say whether it fits."""
+    plain: Any = getattr(choice, "tolist", lambda: choice)()
+    if plain is None or isinstance(plain, slice):
+        return plain
+    places = (
+        [plain] if isinstance(plain, int) else list(plain) if isinstance(plain, Sequence) else None
+    )
+    if places is None or any(type(place) is not int for place in places):
+        raise TypeError(f"{what}={choice!r}: give an int, a slice or a sequence of ints")
+    return places
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is kept of a value."""
+
+    axes: dict[str, list[str]]
+    detach: bool
+    places: dict[str, slice | list[int] | None]  # of an axis
+    to: dict[str, Any]
+
+    def __call__(self, point: str, value: Tensor) -> Tensor:
+        value = value.detach() if self.detach else value
+        for axis, places in self.places.items():
+            if places is None or axis not in self.axes[point]:
+                continue
+            if axis == "t" and point.startswith("vision."):
+                continue
+            dim = self.axes[point].index(axis)
+            index = _index(point, axis, places, value.shape[dim])
+            value = value.index_select(
+                dim, torch.tensor(index, device=value.device, dtype=torch.long)
+            )
+        dtype = self.to["dtype"] if value.is_floating_point() else None
+        return value.to(device=self.to["device"], dtype=dtype)
+
+
+def _index(point: str, axis: str, places: slice | list[int], size: int) -> list[int]:
+    if isinstance(places, slice):
+        return list(range(size)[places])
+    for place in places:
+        if not -size <= place < size:
+            what, many = ("position", "tokens") if axis == "t" else ("head", "heads")
+            raise ValueError(
+                f"{what} {place} is out of range: {point!r} has {size} {many} in this forward pass "
+                f"(0 to {size - 1})"
+            )
+    return [place % size for place in places]
 
 
 class _Recorder(Tap):
-    def __init__(self, outer: Tap, names: frozenset[str], cache: dict[str, Tensor], detach: bool):
+    def __init__(
+        self,
+        outer: Tap,
+        asked: dict[str, list[str]],
+        cache: dict[str, Tensor],
+        kept: _Kept,
+        folder: Path | None,
+    ):
         self.outer = outer
-        self.names = names
+        self.asked = asked  # point -> names to keep it under
         self.cache = cache
-        self.detach = detach
+        self.kept = kept
+        self.folder = folder
 
     def watches(self, name: str) -> bool:
-        return name in self.names or self.outer.watches(name)
+        return name in self.asked or self.outer.watches(name)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         value = self.outer(name, value)
-        if name in self.names:
-            self.cache[name] = value.detach() if self.detach else value
+        if name in self.asked:
+            kept = self.kept(name, value)
+            for asked in self.asked[name]:
+                self.cache[asked] = disk.put(self.folder, asked, kept) if self.folder else kept
         return value
 
 
@@ -132,7 +262,9 @@ class _Editor(Tap):
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         for change in self.changes.get(name, ()):
-            value = _checked(name, value, change(value))
+            # A copy, so that changing it in place spares what shares its memory: the value that was
+            # kept under another name, or the keys before their rotation on NoPE layers.
+            value = _checked(name, value, change(value.clone()))
         return self.outer(name, value)
 
 

@@ -1,0 +1,50 @@
+"""Values on disk: one memory-mapped safetensors file for each."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_ENDING = ".safetensors"
+
+
+def claim(folder: str | Path) -> Path:
+    """Make a folder for values, or take an empty one.
+
+    Raises:
+        FileExistsError: it is a file, or holds something.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give the name of a folder to spill to")
+    folder.mkdir(parents=True, exist_ok=True)
+    if held := sorted(file.name for file in folder.iterdir()):
+        what = "an earlier spill" if any(name.endswith(_ENDING) for name in held) else held[0]
+        raise FileExistsError(f"{folder} holds {what}: give a new or empty folder to spill to")
+    return folder
+
+
+def put(folder: Path, name: str, value: Tensor) -> Tensor:
+    """Write a value to its file and return it memory-mapped: read when it is used, not before.
+
+    It replaces an earlier value of the name, whose tensor stays readable. Changing the tensor in
+    place does not change the file.
+
+    Raises:
+        OSError: it could not be written; the earlier file is intact.
+    """
+    file = folder / f"{name}{_ENDING}"
+    unfinished = file.with_suffix(".unfinished")
+    try:
+        save_file({name: value.detach().cpu().contiguous()}, unfinished)
+        unfinished.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{name!r} ({value.nbytes:,} bytes) could not be spilled to {folder} ({error}): make "
+            "room, or trace fewer names or positions"
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    with safe_open(file, framework="pt") as content:
+        return content.get_tensor(name)
