@@ -90,6 +90,13 @@ def test_sums_score_answers_only(material):
     assert all(answer.removesuffix("<|eot|>").isdigit() for answer in answers)
 
 
+def test_sums_are_of_the_kinds_that_are_asked_for(material):
+    rows = Sums(2, kinds=("subtract",)).draw(np.random.default_rng(0), material)
+    lines, chat = (material.tokenizer.decode(row.tolist()) for row in rows.inputs)
+    assert all(" - " in line for line in lines.split("\n")[:-1])
+    assert chat.count("What is") == chat.count(" - ") > 1
+
+
 @pytest.mark.parametrize("kind", ["words", "prose"])
 def test_codes_are_scored_where_they_are_asked_for(material, kind):
     rows = Needle(1, kind=kind, length=384, facts=(3, 3)).draw(np.random.default_rng(0), material)
