@@ -1,4 +1,4 @@
-"""Which experts the tokens of one prompt chose, and how close each choice was."""
+"""Which experts the tokens of a prompt or of a batch chose, and how close each choice was."""
 
 from dataclasses import dataclass
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 from llama4_lab.trace import trace
+
+Batch = Tensor | Prompt | tuple[Prompt, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +68,7 @@ def routing_of(model: Llama4, prompt: Prompt) -> Routing:
         ValueError: a model without MoE layers, or a prompt of several rows.
     """
     tokens = prompt.tokens
-    config = model.config
-    layers = tuple(i for i in range(config.num_hidden_layers) if config.is_moe(i))
-    if not layers:
-        raise ValueError(
-            f"this model routes nothing: all its {config.num_hidden_layers} layers are dense"
-        )
+    layers = moe_layers(model)
     prompt = prompt.to(model.device)
     with trace(model, "layers.*.router.*") as cache:
         model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
@@ -83,6 +80,61 @@ def routing_of(model: Llama4, prompt: Prompt) -> Routing:
     runner_up, margin = _next_best(logits, expert)
     arrays = (logits, expert, stacked("scores"), runner_up, margin)
     return Routing(tokens, layers, *map(_numpy, arrays))
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What the routers decided about the n tokens of a batch that count, row after row."""
+
+    expert: Int[np.ndarray, "l n topk"]  # strongest first
+    logits: Float[np.ndarray, "l n e"]
+    token: Int[np.ndarray, " n"]  # ids
+    row: Int[np.ndarray, " n"]  # of the batch
+    num_rows: int
+
+
+@torch.inference_mode()
+def choices(model: Llama4, batch: Batch) -> Choices:
+    """Run a batch and keep what the routers decided about its tokens.
+
+    A batch is token ids ``[b, t]``, a prompt, whose padding does not count, or a prompt and a mask
+    ``[b, t]`` of the tokens that count.
+
+    Raises:
+        ValueError: a model without MoE layers.
+    """
+    layers = moe_layers(model)
+    if isinstance(batch, Tensor):
+        ids, pixels, mask, counts = batch, None, None, torch.ones_like(batch).bool()
+    else:
+        prompt, counts = batch if isinstance(batch, tuple) else (batch, batch.attention_mask.bool())
+        prompt = prompt.to(model.device)
+        ids, pixels, mask = prompt.input_ids, prompt.pixel_values, prompt.attention_mask
+    with trace(model, ["layers.*.router.logits", "layers.*.router.indices"]) as cache:
+        model.hidden(ids.to(model.device), pixels, mask)
+    counts = counts.cpu()
+
+    def stacked(name: str) -> np.ndarray:
+        return np.stack([_numpy(cache[f"layers.{i}.router.{name}"])[counts] for i in layers])
+
+    row = counts.nonzero()[:, 0]
+    arrays = (stacked("indices"), stacked("logits"), _numpy(ids)[counts], _numpy(row))
+    return Choices(*arrays, num_rows=len(ids))
+
+
+def moe_layers(model: Llama4) -> tuple[int, ...]:
+    """Return the layers of a model that route.
+
+    Raises:
+        ValueError: a model without MoE layers.
+    """
+    config = model.config
+    layers = tuple(i for i in range(config.num_hidden_layers) if config.is_moe(i))
+    if not layers:
+        raise ValueError(
+            f"this model routes nothing: all its {config.num_hidden_layers} layers are dense"
+        )
+    return layers
 
 
 def _next_best(
