@@ -1,0 +1,158 @@
+"""The benchmark scripts run, and time nothing whose output is not equal."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llama4_lab as l4
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import clock
+import instruments
+import peers
+
+TINY = instruments.CONFIG.replace(
+    vocab_size=97,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    head_dim=8,
+    intermediate_size=24,
+    num_local_experts=3,
+    attention_chunk_size=8,
+)
+THEIRS = [row for row in instruments.MEASURES if row != "share"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("benchmark") / "model"
+
+
+@pytest.fixture(scope="module")
+def lab(folder, no_grad):
+    return instruments.prepare(TINY, 16, folder, repeats=1)
+
+
+@pytest.fixture
+def no_clock(monkeypatch):
+    def ratios(*args, **kwargs):
+        raise AssertionError("a clock was started")
+
+    monkeypatch.setattr(instruments, "ratios", ratios)
+    monkeypatch.setattr(peers, "ratios", ratios)
+
+
+@pytest.mark.parametrize("row", [row for row in THEIRS if row not in ("honesty", "exactness")])
+def test_every_row_of_ours_gives_cells_of_the_table(lab, row):
+    cells = getattr(lab, row)()
+    assert cells
+    assert cells.keys() <= instruments.ROWS.keys()
+
+
+def test_the_shares_are_those_of_layers_and_tokens(lab):
+    lines = lab.share().splitlines()
+    assert [line.split("|")[0].strip() for line in lines[1:]] == [*"0123", "tokens only"]
+    assert lines[1].count("× 0.750") == 1
+    assert lines[3].endswith("× 0.031")  # half of the layers, a sixteenth of the tokens
+
+
+def test_transformers_fills_its_column_in_an_interpreter_of_its_own(lab, folder):
+    found = instruments.ask("transformers", sys.executable, folder, THEIRS, repeats=1)
+    cells = found["cells"]
+    assert [cell.note for cell in cells.values() if cell.text == "failed"] == []
+    assert {"routers", "everything", "heads", "counterfactual", peers.OURS} <= cells.keys()
+    assert cells["exactness"].value == 0
+    text = instruments.table({"exactness": cells[peers.OURS]}, {"transformers": found})
+    assert "largest difference to transformers' logits" in text
+
+
+def test_a_peer_that_is_not_installed_has_rows_that_say_so(folder, monkeypatch, capsys):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["peers.py", "nnsight", str(folder)])
+    peers.main()
+    found = {"version": "", "cells": {}}
+    assert peers.json.loads(capsys.readouterr().out) == found
+    text = instruments.table({"honesty": clock.Cell("0")}, {"nnsight": found})
+    assert "not installed" in text
+
+
+@pytest.mark.parametrize("row", ["routers", "everything", "resume", "heads", "counterfactual"])
+def test_nothing_of_ours_is_timed_that_is_not_equal(lab, row, no_clock, monkeypatch):
+    with pytest.raises(AssertionError, match="clock"):
+        getattr(lab, row)()
+    in_full = instruments.Lab.in_full
+    monkeypatch.setattr(instruments.Lab, "in_full", lambda lab, edits: in_full(lab, edits) + 0.01)
+    monkeypatch.setitem(lab.__dict__, "logits", lab.logits + 0.01)
+    with pytest.raises(ValueError, match=r"differs by .* it is not timed"):
+        getattr(lab, row)()
+
+
+@pytest.mark.parametrize(
+    ("row", "value"),
+    [("routers", "router_logits"), ("heads", "headless"), ("counterfactual", "forced")],
+)
+def test_nothing_of_a_peer_is_timed_that_is_not_equal(lab, folder, row, value, no_clock):
+    peer = peers.Transformers(folder)
+    with pytest.raises(AssertionError, match="clock"):
+        peers.MEASURES[row](peer, 1)
+    peer.expected[value] += 0.01
+    with pytest.raises(ValueError, match=r"differs by .* it is not timed"):
+        peers.MEASURES[row](peer, 1)
+
+
+def test_a_peer_with_other_weights_is_refused(lab, folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    values = load_file(folder / peers.EXPECTED)
+    save_file(values | {"logits": values["logits"] + 0.01}, other / peers.EXPECTED)
+    with pytest.raises(ValueError, match="logits: differs"):
+        peers.measure("transformers", other, THEIRS, 1)
+
+
+def test_an_edit_is_silent_only_without_change_warning_and_error():
+    plain = torch.zeros(2)
+
+    def warned():
+        peers.warnings.warn("discarded", stacklevel=1)
+        return plain
+
+    def refused():
+        raise ValueError("no such point")
+
+    edits = {"a.3.x": lambda: plain, "b": lambda: plain + 1, "c": warned, "d": refused}
+    cell = peers.honesty_cell(edits, plain)
+    assert (cell.text, cell.value) == ("1 of 4", 1)
+    assert cell.note == "2 of 4 edits refused or warned of; silent: a.*.x"
+
+
+def test_a_nudge_changes_every_number():
+    floats, whole = torch.randn(5), torch.tensor([0, 0])
+    changed = peers.nudge((floats, [whole], torch.tensor([True]), "name"))
+    assert (changed[0] != floats).all()
+    assert (changed[1][0] != whole).all()
+    assert not changed[2].any()
+    assert changed[3] == "name"
+
+
+def test_shared_memory_is_counted_once():
+    x = torch.zeros(6)
+    assert clock.floats([x, x[:2], x.view(2, 3), torch.zeros(4)]) == 10
+
+
+def test_every_point_is_edited(lab):
+    assert lab.honesty()["honesty"].text == f"0 of {len(l4.points(TINY))}"
+
+
+def test_interpreters_are_named_for_all_or_one():
+    found = instruments.interpreters(["python3", "nnsight=other"])
+    assert found == {"transformers": "python3", "transformer_lens": "python3", "nnsight": "other"}
