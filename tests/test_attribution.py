@@ -383,3 +383,18 @@ def test_a_model_without_tokenizer_has_no_adapter():
 def test_a_batch_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="this prompt has 2 rows: take one"):
         token_features(model, build_prompt(tokenizer, ["one", "two"]))
+
+
+def test_a_change_of_almost_nothing_is_not_chased():
+    runs = []
+
+    def value(on, fixed_routing):
+        runs.append(len(on))
+        return 1e-6 * torch.sin(40 * on.sum(dim=1))
+
+    parts = Features(
+        ("part",), np.array([[0], [1]]), ["a", "b"], value, Target(), torch.device("cpu")
+    )
+    found = attribute(parts, "integrated_gradients")
+    assert sum(runs) < 100
+    assert abs(found.values.sum() - (found.all_on - found.all_off)) < 1e-5

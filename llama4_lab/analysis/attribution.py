@@ -28,6 +28,7 @@ METHODS = {  # our names of captum's classes
     "shapley_sampling": "ShapleyValueSampling",
     "integrated_gradients": "IntegratedGradients",
 }
+_LEAST = 0.1  # nats or logits of change; a share of less than that is not worth chasing
 _POINTS = 16  # on each piece of the way from all off to all on
 _MOST_EXACT = 8  # features; their 40,320 orders take some 10 seconds to walk through
 
@@ -84,7 +85,8 @@ def attribute(
     - ``integrated_gradients``: the gradient on the straight way from all off to all on
       (Sundararajan et al. 2017, eq. 1), at 16 points of Gauss and Legendre. The piece of the way
       that misses most of its part of the change is halved into pieces of 16 points each, until all
-      together miss less than `tolerance` (a share of the change), or there are `max_pieces`.
+      together miss less than `tolerance` (a share of the change, or of 0.1 if it is smaller),
+      or there are `max_pieces`.
 
     Args:
         batch_size: runs in one forward pass.
@@ -199,7 +201,7 @@ def _along(
         bar.update()
         return abs(values.sum().item() - change(start, end)), start, end, values
 
-    allowed = tolerance * abs(change(0.0, 1.0))
+    allowed = tolerance * max(abs(change(0.0, 1.0)), _LEAST)
     with tqdm(total=2 * max_pieces - 1, desc="at most", delay=0.5, disable=not progress) as bar:
         pieces = [piece(0.0, 1.0)]
         while sum(missing for missing, *_ in pieces) > allowed and len(pieces) < max_pieces:
