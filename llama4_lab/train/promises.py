@@ -70,10 +70,11 @@ def busiest(at_most: float) -> Promise:
     return Promise("share of the fullest expert", lambda card: max(card.fullest), at_most=at_most)
 
 
+SEEN = ("shape", "shape_at", "colour_at", "object_at")
 PROMISES: dict[str, tuple[Promise, ...]] = {
     "mini": (
-        loss("english", 1.9),
-        loss("python", 1.7),
+        loss("english", 1.7),
+        loss("python", 1.5),
         layers_with(0.8, 0.5),
         busiest(0.3),
         recall("same chunk", 0.95),
@@ -81,11 +82,11 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
         recall("1001 to 1500", 0.9),
         recall("251 to 500", at_most=0.05, how="NoPE layers see one chunk"),
         recall("1001 to 1500", at_most=0.05, how="NoPE layers see one chunk"),
-        *(picture(task, 0.6) for task in ("scan", "colour_at", "shape_at", "object_at")),
-        *(picture(task, 0.9, "changed") for task in ("colour_at", "shape_at", "object_at")),
-        sums("multiply", 0.6),
-        sums("larger", 0.85),
-        sums("smaller", 0.85),
+        *(picture(task, 0.9) for task in (*SEEN, "scan", "caption")),
+        *(picture(task, 0.95, "changed") for task in SEEN),
+        *(picture(task, 0.9, "kept") for task in SEEN),
+        *(sums(kind, 0.9) for kind in ("add", "subtract", "multiply", "larger", "smaller")),
+        sums("sequence", 0.8),
     ),
     "nano": (
         loss("english", 2.4),
