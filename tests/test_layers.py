@@ -30,7 +30,7 @@ LAYERS = [
     "llama4_lab.model",
     "llama4_lab.experts",
     "llama4_lab.cache",
-    "llama4_lab.points",
+    "llama4_lab.points llama4_lab.packed",
     "llama4_lab.config",
 ]
 LINE = {name: line for line, names in enumerate(LAYERS) for name in names.split()}
