@@ -6,7 +6,7 @@ rest; many runs share the batches, each joining at the layer where it begins.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -67,8 +67,9 @@ class Replay:
         names = [f"layers.*.{part}" for part in _KEPT] + ["embed", "final_norm"]
         if any(model.config.is_moe(i) for i in range(model.config.num_hidden_layers)):
             names.append("layers.*.router.indices")
-        with torch.no_grad(), trace(model, names) as self._kept:
+        with torch.no_grad(), trace(model, names) as kept:
             model.hidden(**self.inputs)
+        self._kept = {name: model.ranks.mine(name, value) for name, value in kept.items()}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -131,7 +132,8 @@ class Replay:
 
     def _run(self, variants: list["_Variant"]) -> dict[int, "Edited"]:
         rows, first = _Rows(variants), variants[0].first
-        with self._reading_from(first), ruled(self.model, variants[0].edits), rows.witness:
+        rules = ruled(self.model, variants[0].edits)
+        with self._reading_from(first), rules, closing(rows.witness):
             hidden = self._pass(variants, first, rows)
         return {
             variant.index: Edited(
@@ -140,7 +142,7 @@ class Replay:
                 first=first,
                 hidden=hidden[row],
                 experts={i: chosen[row] for i, chosen in rows.experts.items() if row < len(chosen)},
-                evidence=rows.evidence(row, variant),
+                evidence=rows.evidence(row),
                 change_logits=variant.change("logits"),
             )
             for row, variant in enumerate(variants)
@@ -353,21 +355,28 @@ class _Rows(Tap):
         self.experts: dict[int, Int[Tensor, "b t topk"]] = {}
         self._changed: list[dict[str, float]] = [{} for _ in variants]
         self._by_point: dict[str, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
+        self._seen_by: dict[str, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
         for row, variant in enumerate(variants):
-            for point in variant.changes:
-                self._by_point.setdefault(point, []).append((row, variant.change(point)))
+            for point, changes in variant.changes.items():
+                only_sees = all(isinstance(change, See) for change in changes)
+                found = self._seen_by if only_sees else self._by_point
+                found.setdefault(point, []).append((row, variant.change(point)))
 
     def watches(self, name: str) -> bool:
-        return name in self._by_point
+        return name in self._by_point or name in self._seen_by
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
+        self.witness.settle()
+        for row, see in self._seen_by.get(name, ()):
+            see(value[row : row + 1])
         if changes := self._by_point.get(name):
             with self.witness.looking_away():
-                new = value.clone()
+                rows = list(value.split(1))
                 for row, change in changes:
-                    one = slice(row, row + 1)
-                    new[one] = change(value[one])
-                    self._changed[row][name] = _distance(new[one], value[one])
+                    new = change(rows[row])
+                    self._changed[row][name] = _distance(new, rows[row])
+                    rows[row] = new
+                new = rows[0] if len(rows) == 1 else torch.cat(rows)
             self.witness.follow(name, new, instead_of=value)
             value = new
         if name.endswith("router.indices"):
@@ -387,15 +396,14 @@ class _Rows(Tap):
 
         return changed
 
-    def evidence(self, row: int, variant: _Variant) -> dict[str, Evidence]:
+    def evidence(self, row: int) -> dict[str, Evidence]:
         """Return what is known of each of a row's changes."""
         return {
             point: Evidence(changed, self.witness.used_by.get(point))
             for point, changed in self._changed[row].items()
-            if not all(isinstance(change, See) for change in variant.changes[point])
         }
 
 
 def _distance(new: Tensor, old: Tensor) -> float:
     same = new == old  # infinities included
-    return (new.double() - old.double()).abs().masked_fill(same, 0.0).max().item()
+    return (new - old).masked_fill_(same, 0).abs().max().item()

@@ -197,7 +197,7 @@ class _Kept:
     to: dict[str, Any]
 
     def __call__(self, point: str, value: Tensor) -> Tensor:
-        value = value.detach() if self.detach else value
+        value = value.detach() if self.detach and value.requires_grad else value
         for axis, places in self.places.items():
             if places is None or axis not in self.axes[point]:
                 continue

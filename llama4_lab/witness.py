@@ -1,5 +1,6 @@
 """Proof that a value was read: the first operation that uses it, seen from outside the model."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 class Witness(TorchFunctionMode):
     """Sees which operation first reads a value, through views and concatenations.
 
-    Inside ``with witness:`` every torch function passes by here. One counts as a reader in
-    `used_by` only if the value's checksum is still that of `follow`: what was handed out is what
-    was read.
+    From `follow` on every torch function passes by here, until `settle` finds that all is known, or
+    `close`. A function counts as a reader in `used_by` only if the value's checksum is still that
+    of `follow`: what was handed out is what was read.
     """
 
     def __init__(self) -> None:
@@ -23,12 +24,31 @@ class Witness(TorchFunctionMode):
         self.used_by: dict[str, str] = {}
         self._followed: dict[int, tuple[Tensor, list[str], float]] = {}
         self._is_looking = True
+        self._is_entered = False
 
     def follow(self, name: str, value: Tensor, instead_of: Tensor) -> None:
         """Watch for the operation that reads `value`, which was put in another one's place."""
         _, earlier, _ = self._followed.pop(id(instead_of), (None, [], 0.0))
         with self.looking_away():
             self._followed[id(value)] = (value, [*earlier, name], _checksum(value))
+        if not self._is_entered:
+            self.__enter__()
+            self._is_entered = True
+
+    def settle(self) -> None:
+        """Forget what has been read, and step out of the way if nothing is left to follow."""
+        known = self.used_by.keys()
+        self._followed = {
+            key: found for key, found in self._followed.items() if not known >= set(found[1])
+        }
+        if not self._followed:
+            self.close()
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._is_entered:
+            self.__exit__(None, None, None)
+            self._is_entered = False
 
     @contextmanager
     def looking_away(self) -> Iterator[None]:
@@ -80,4 +100,7 @@ def _is_view(new: Tensor, old: Tensor) -> bool:
 
 
 def _checksum(value: Tensor) -> float:
-    return value.double().nan_to_num(neginf=-1e9).sum().item()
+    total = value.sum(dtype=torch.float64).item()
+    if math.isfinite(total):
+        return total
+    return value.double().nan_to_num(neginf=-1e9).sum().item()  # masked scores are -inf

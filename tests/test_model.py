@@ -5,6 +5,7 @@ import torch
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
+from llama4_lab.model.attention import attend
 
 
 @pytest.fixture(autouse=True)
@@ -175,3 +176,15 @@ def test_random_weights_are_the_same_for_a_seed_and_keep_the_stream_in_range():
     assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
     logits = tiny()(some_ids())
     assert 0.3 < logits.std() < 3
+
+
+@pytest.mark.parametrize("t", [1, 4])
+def test_a_shared_past_is_attended_to_like_copies_of_it(t):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, t, 8, generator=generator) for heads in (4, 2, 2))
+    past_k, past_v = torch.randn(2, 1, 2, 5, 8, generator=generator).expand(-1, 3, -1, -1, -1)
+    copied = attend(q, k, v, past_k.clone(), past_v.clone())
+    shared = attend(q, k, v, past_k, past_v)
+    torch.testing.assert_close(shared, copied, atol=1e-6, rtol=0)
+    later = attend(q, k, v.index_fill(2, torch.tensor([t - 1]), 9.0), past_k, past_v)
+    assert torch.equal(later[:, :, : t - 1], shared[:, :, : t - 1])  # causal among the new ones

@@ -23,6 +23,10 @@ def attend(
     into the batch, because no chunk sees another, and the tail is a batch of its own.
     """
     t, seen = k.shape[2], past_k.shape[2]
+    is_shared = seen > 0 and len(q) > 1 and past_k.stride(0) == past_v.stride(0) == 0
+    # Explicit scores are smaller than a copy of the past for each row up to so many new tokens.
+    if is_shared and t <= q.shape[-1] // 2 and (chunk is None or seen + t <= chunk):
+        return after_shared_past(q, k, v, past_k[0], past_v[0])
     if seen:
         k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
     if chunk is None or seen + t <= chunk:
@@ -40,6 +44,27 @@ def attend(
     if whole < q.shape[2]:
         parts.append(causal(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:]))
     return torch.cat(parts, dim=2)
+
+
+def after_shared_past(
+    q: Float[Tensor, "b h t dh"],
+    k: Float[Tensor, "b k t dh"],
+    v: Float[Tensor, "b k t dh"],
+    past_k: Float[Tensor, "k p dh"],
+    past_v: Float[Tensor, "k p dh"],
+) -> Float[Tensor, "b h t dh"]:
+    """Attend causally behind a past that all rows share, which is read once and never copied."""
+    b, t, seen, heads = len(q), q.shape[2], past_k.shape[1], len(past_k)
+    q = rearrange(q * q.shape[-1] ** -0.5, "b (k g) t dh -> k b (g t) dh", k=heads)
+    k, v = (rearrange(x, "b k t dh -> k b t dh") for x in (k, v))
+    own = q @ k.mT
+    if t > 1:
+        later = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+        own = own.unflatten(2, (-1, t)).masked_fill(later, float("-inf")).flatten(2, 3)
+    past = (q.flatten(1, 2) @ past_k.mT).unflatten(1, (b, -1))
+    pattern = torch.cat([past, own], dim=-1).softmax(dim=-1)
+    z = (pattern[..., :seen].flatten(1, 2) @ past_v).unflatten(1, (b, -1)) + pattern[..., seen:] @ v
+    return rearrange(z, "k b (g t) dh -> b (k g) t dh", t=t)
 
 
 def causal(
