@@ -23,8 +23,8 @@ function draw(tag, parent, attributes, text = "") {
 
 // Draws one bar a height, named by its position and coloured by `colours`, with rules every `step`
 // up to `top` and a dashed line at `reference`. Bars in `chosen` are framed. `label` writes a value;
-// `each(bar, position, text)` gets every bar's element.
-function drawBars(svg, heights, { colours, axis, step, top, label, reference, chosen, each }) {
+// `each(bar, position, text)` gets every bar's element; `ghosts` are heights to compare with.
+function drawBars(svg, heights, { colours, axis, step, top, label, reference, ghosts, chosen, each }) {
   const width = svg.parentElement.clientWidth;
   if (!width) return; // not in the page yet; whoever watches the size draws later
   const [left, right, above, below, tall] = [46, 8, 24, 34, 200];
@@ -48,6 +48,7 @@ function drawBars(svg, heights, { colours, axis, step, top, label, reference, ch
     const box = { x: middle - pitch * 0.38, width: pitch * 0.76 };
     draw("rect", bar, { ...box, y: 0, height: tall, fill: "transparent" }); // easy to point at
     draw("rect", bar, { ...box, y: y(height), height: y(0) - y(height), fill: colours[i], class: "l4-bar-box" });
+    if (ghosts) draw("line", bar, { x1: box.x, x2: box.x + box.width, y1: y(ghosts[i]), y2: y(ghosts[i]), class: "l4-ghost" });
     if (pitch >= 34) write(bar, middle, y(height) - 5, label(height), "middle");
     if (heights.length <= 32 || i % 8 === 0) write(bar, middle, tall - below + 15, i, "middle");
     each(bar, i, `${axis} ${i}: ${label(height)}`);

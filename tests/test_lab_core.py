@@ -1,0 +1,160 @@
+"""The core of the lab without a browser: selection, panels, board, moment, the router's view."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import traitlets
+
+import llama4_lab as l4
+from llama4_lab import edits as E
+from llama4_lab.analysis.routing import routing_of
+from llama4_widgets.app import LabApp
+from llama4_widgets.board import Board, page
+from llama4_widgets.moment import Moment
+from llama4_widgets.panels import Axis, Content, pack, sequential
+from llama4_widgets.selection import Selection
+from llama4_widgets.still import picked, unpack
+from llama4_widgets.views.router import RouterView
+
+TEXT = "def add(a, b):\n    return a + b"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return l4.load("nano")
+
+
+@pytest.fixture
+def moment(model):
+    return Moment(model, model.prompt(TEXT))
+
+
+def test_a_choice_in_one_board_reaches_selection_and_other_boards():
+    selection = Selection()
+    boards = [Board(selection), Board(selection)]
+    chosen = {**selection.shared, "token": 4, "seq": selection.shared["seq"] + 1}
+    boards[0].set_state({"selection": chosen})  # what a browser sends
+    assert selection.token == 4
+    assert boards[1].selection == chosen
+    selection.layer = 2
+    assert boards[0].selection["layer"] == boards[1].selection["layer"] == 2
+    assert boards[0].selection["seq"] > chosen["seq"]
+
+
+def test_an_older_choice_does_not_undo_a_newer_one():
+    selection = Selection()
+    board = Board(selection)
+    old = {**selection.shared, "token": 4}
+    selection.token = 7
+    board.set_state({"selection": old})
+    assert selection.token == 7
+
+
+def test_a_choice_outside_the_prompt_is_explained(moment):
+    view = RouterView(moment)
+    with pytest.raises(traitlets.TraitError, match=r"layer 9 is out of range: .* \(0 to 3\)"):
+        view.selection.layer = 9
+    assert view.selection.layer == 0
+
+
+def test_arrays_arrive_exactly_or_within_half_a_step():
+    rng = np.random.default_rng(0)
+    small, large = rng.normal(size=(3, 5)), rng.normal(size=(300, 300))
+    large[0, 0] = np.nan
+    assert np.array_equal(unpack(pack(small)), small.astype(np.float32))
+    assert np.array_equal(unpack(pack(np.arange(5))), np.arange(5))
+    back = unpack(pack(large))
+    step = (np.nanmax(large) - np.nanmin(large)) / 254
+    assert np.isnan(back[0, 0]) and np.nanmax(abs(back - large)) <= step / 2 + 1e-12
+    assert len(pack(large)["data"]) == large.size  # a byte each
+
+
+def test_a_panel_picks_what_it_does_not_show():
+    values = np.arange(24).reshape(2, 3, 4)
+    content = Content(
+        {"layer": Axis("layer", 2, "layer", values=[1, 5]), "y": Axis("y", 3), "x": Axis("x", 4)}
+    )
+    content.add("one", "One", values, ("layer", "y", "x"), sequential(0, 1), shown=("x", "y"))
+    found = picked(content, content.panels[0], {"layer": 5})
+    assert np.array_equal(found, values[1].T)
+
+
+def test_the_router_view_shows_the_librarys_numbers(moment, model):
+    view = RouterView(moment)
+    routing = routing_of(model, moment.prompt)
+    shown = unpack(view.board.content.arrays["chosen"])
+    assert np.array_equal(shown, routing.expert[..., 0])
+    probability = unpack(view.board.content.arrays["probability"])
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-routing.logits)), atol=1e-6)
+    assert view.board.summary.startswith("layer 0, token 0 ‘<|begin_of_text|>’: expert")
+
+
+def test_an_edited_moment_is_the_edited_model_beside_the_clean_one(moment, model):
+    edits = [E.DropExpert(0, expert=int(routing_of(model, moment.prompt).expert[0, 3, 0]))]
+    other = moment.with_edits(edits)
+    with E.edited(model, edits):
+        expected = routing_of(model, moment.prompt)
+    assert np.array_equal(other.edited(routing_of).expert, expected.expert)
+    assert other.clean(routing_of) is moment.clean(routing_of)
+    assert (other.edited(routing_of).expert != other.clean(routing_of).expert).any()
+    names = [panel["name"] for panel in RouterView(other).board.content.panels]
+    assert "flips" in names and "flips" not in [
+        panel["name"] for panel in RouterView(moment).board.content.panels
+    ]
+
+
+def test_a_hidden_view_computes_when_it_is_shown(moment, model):
+    view = RouterView(moment)
+    view.is_shown = False
+    before = view.board.content
+    view.moment = Moment(model, model.prompt("two times two"))
+    assert view.board.content is before
+    view.is_shown = True
+    assert view.board.content is not before
+
+
+def test_a_failing_view_says_why_in_words(moment):
+    class Broken(RouterView):
+        def content(self):
+            raise ValueError("this model has no experts")
+
+    assert Broken(moment).board.problem == "this model has no experts"
+
+
+def test_the_page_holds_everything_it_needs(moment):
+    view = RouterView(moment)
+    text = page([view.board], "A title")
+    assert "{{" not in text.replace("${{", "") and "http" not in text.split("<script")[1]
+    states = text.split('id="states">')[1].split("</script>")[0]
+    (state,) = json.loads(states)
+    assert state["content"]["axes"]["token"]["size"] == len(moment.tokens)
+    assert state["content"]["arrays"]["chosen"]["data"]["base64"]
+
+
+def test_stills_show_every_view_without_a_browser(moment):
+    view = RouterView(moment)
+    view.selection.layer = 2
+    chosen = view.figure().to_dict()["data"][0]
+    assert np.array_equal(chosen["z"], moment.clean(routing_of).expert[..., 0])
+    bundle = view._repr_mimebundle_()
+    assert bundle["text/plain"].startswith("Router: layer")
+    assert bundle["image/svg+xml"].count("<image") == 3
+
+
+def test_the_lab_runs_texts_and_edits(model):
+    app = LabApp(model, TEXT, shown=["router"])
+    assert app.views["router"].moment is app.moment
+    app.edits = (E.SkipLayer(1),)
+    assert app.moment.edits == (E.SkipLayer(1),)
+    before = app.moment
+    app._text.value = "x" * 9000
+    app._run.click()
+    assert "shows at most 4096: shorten it" in app._problem.value
+    assert app.moment is before
+    with pytest.raises(ValueError, match="layer 40 is out of range"):
+        app.edits = (E.SkipLayer(40),)
+    app.run("two")
+    assert app.moment.edits == (E.SkipLayer(1),) and len(app.moment.tokens) == 2
+    assert torch.equal(app.moment.prompt.input_ids, model.prompt("two").input_ids)

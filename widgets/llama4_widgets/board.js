@@ -1,0 +1,495 @@
+// The live view of a Board, after elements.js. Its trait `content` holds named arrays over named axes,
+// and panels that draw them; what an axis does not show is picked by the selection, which all boards
+// of a group share here, without waiting for Python.
+
+const GROUPS = (globalThis.llama4Groups ??= new Map()); // group -> { selection, boards }
+const TYPES = { u1: Uint8Array, i2: Int16Array, f4: Float32Array };
+const SCALES = {
+  sequential: ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838"], // cividis
+  diverging: ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"],
+};
+const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const SETTLE = 120; // milliseconds without a zoom before finer numbers are asked for
+const [LEFT, TOP, RIGHT, BOTTOM] = [46, 6, 8, 30]; // margins of a map, in pixels
+
+// ---- numbers
+
+const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+
+function colourOf({ kind, low = 0, high = 1, colours }) {
+  const stops = (colours ?? SCALES[kind]).map(rgb);
+  if (kind === "category") return (value) => (value < 0 ? [128, 128, 128] : stops[value % stops.length]);
+  return (value) => {
+    const at = clamp((value - low) / (high - low || 1), 0, 1) * (stops.length - 1);
+    const from = Math.min(Math.floor(at), stops.length - 2);
+    return stops[from].map((start, i) => start + (at - from) * (stops[from + 1][i] - start));
+  };
+}
+
+// A number as people read it: few digits, and no more than the array keeps.
+function written(value, unit = "") {
+  if (!Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  const text = Number.isInteger(value) || size >= 1000 ? Math.round(value) : size < 0.001 && size > 0 ? value.toExponential(1) : Number(value.toPrecision(3));
+  return `${text}${unit && (unit === "%" ? " %" : ` ${unit}`)}`.replace("-", "−");
+}
+
+class Values {
+  constructor({ dtype, shape, axes, low, high, data }) {
+    const bytes = data.buffer.slice(data.byteOffset, data.byteOffset + data.byteLength);
+    this.raw = new TYPES[dtype](bytes);
+    this.axes = axes;
+    this.strides = shape.map((_, i) => shape.slice(i + 1).reduce((a, b) => a * b, 1));
+    this.read = dtype === "u1" ? (i) => (this.raw[i] ? low + ((this.raw[i] - 1) * (high - low)) / 254 : NaN) : (i) => this.raw[i];
+  }
+  // The number at given indices of some axes; `index(axis)` says the others.
+  slice(shown, index) {
+    let offset = 0;
+    const steps = shown.map((name) => this.strides[this.axes.indexOf(name)]);
+    this.axes.forEach((name, i) => shown.includes(name) || (offset += this.strides[i] * index(name)));
+    return (...at) => this.read(at.reduce((sum, k, i) => sum + k * steps[i], offset));
+  }
+}
+
+// ---- the view
+
+function render({ model, el }) {
+  const root = make("section", el, { className: "l4-board" });
+  const head = make("header", root);
+  const title = make("b", head);
+  const help = make("button", head, { className: "l4-help", textContent: "?" }, { ...OWN_KEYS, "aria-expanded": false });
+  const explanation = make("p", root, { className: "l4-explanation", hidden: true });
+  const summary = make("p", root, { className: "l4-summary" }, { role: "status" });
+  const problem = make("p", root, { className: "l4-problem" }, { role: "alert" });
+  const body = make("div", root, { className: "l4-panels" });
+  const tip = make("div", root, { className: "l4-tip", hidden: true });
+  const name = model.get("group");
+  const group = GROUPS.get(name) ?? { selection: model.get("selection"), boards: new Set() };
+  GROUPS.set(name, group);
+  if ((model.get("selection").seq ?? 0) > (group.selection.seq ?? 0)) group.selection = model.get("selection");
+  let content, arrays;
+  let drawn = []; // a function for each panel that draws it anew
+  const own = { redraw: () => drawn.forEach((again) => again()) };
+  group.boards.add(own);
+
+  help.onclick = () => {
+    explanation.hidden = !explanation.hidden;
+    help.setAttribute("aria-expanded", !explanation.hidden);
+  };
+
+  function select(change) {
+    group.selection = { ...group.selection, ...change, seq: (group.selection.seq ?? 0) + 1 };
+    for (const board of group.boards) board.redraw();
+    model.set("selection", group.selection);
+    model.save_changes();
+  }
+
+  // -- axes
+
+  const axis = (name) => content.axes[name];
+  function index(name) {
+    const { select: field, values, size } = axis(name);
+    const chosen = group.selection[field] ?? 0;
+    return values ? Math.max(values.indexOf(chosen), 0) : clamp(chosen, 0, size - 1);
+  }
+  const place = (name, i) => axis(name).values?.[i] ?? i; // what the selection calls an index
+  function called(name, i) {
+    const { title, labels } = axis(name);
+    return `${title} ${place(name, i)}${labels ? ` ‘${labels[i]}’` : ""}`;
+  }
+  const choose = (pairs) => {
+    const change = Object.fromEntries(pairs.filter(([name]) => axis(name).select).map(([name, i]) => [axis(name).select, place(name, i)]));
+    if (Object.keys(change).length) select(change);
+  };
+  const picked = (array) => (shown) => arrays[array].slice(shown, index);
+
+  function describe(panel, indices) {
+    const value = picked(panel.array)(panel.axes)(...indices);
+    const named = panel.scale?.kind === "category" ? `${panel.scale.unit} ${value}` : written(value, panel.scale?.unit);
+    return `${panel.axes.map((name, i) => called(name, indices[i])).join(", ")}: ${named}`;
+  }
+
+  function point(event, text) {
+    tip.hidden = !text;
+    if (!text) return;
+    tip.textContent = text;
+    const frame = root.getBoundingClientRect();
+    tip.style.left = `${clamp(event.clientX - frame.left + 12, 0, frame.width - tip.offsetWidth - 4)}px`;
+    tip.style.top = `${event.clientY - frame.top + 16}px`;
+  }
+
+  // -- kinds of panel: each adds its elements to a figure and returns the function that draws them
+
+  const kinds = { strip: addStrip, map: addMap, bars: addBars, lines: addLines, picture: addPicture, words: addWords, table: addTable };
+
+  function addStrip(figure, panel) {
+    const [name] = panel.axes;
+    const box = make("div", figure, { className: "l4-words", tabIndex: 0 }, { ...OWN_KEYS, role: "listbox", "aria-label": panel.title });
+    const words = axis(name).labels.map((word, i) => {
+      const node = make("span", box, { textContent: word, onclick: () => choose([[name, i]]) }, { role: "option" });
+      if (word.includes("↵")) make("br", box);
+      node.onpointermove = (event) => point(event, describe(panel, [i]));
+      node.onpointerleave = () => point();
+      return node;
+    });
+    box.onkeydown = (event) => {
+      const step = STEPS[event.key];
+      if (!step) return;
+      event.preventDefault();
+      choose([[name, clamp(index(name) + step[0] + step[1], 0, words.length - 1)]]);
+    };
+    return () => {
+      const value = picked(panel.array)(panel.axes);
+      const colour = colourOf(panel.scale);
+      const strength = panel.scale.kind === "category" ? () => 0.55 : (v) => clamp((v - panel.scale.low) / (panel.scale.high - panel.scale.low), 0, 1);
+      words.forEach((node, i) => {
+        const v = value(i);
+        const [r, g, b] = panel.scale.kind === "sequential" ? [224, 139, 0] : colour(v);
+        node.style.background = v === v ? `rgb(${r} ${g} ${b} / ${panel.scale.kind === "diverging" ? 0.75 : strength(v)})` : "none";
+        node.classList.toggle("l4-selected", i === index(name));
+        node.setAttribute("aria-selected", i === index(name));
+      });
+    };
+  }
+
+  function addMap(figure, panel) {
+    const [down, across] = panel.axes;
+    const canvas = make("canvas", figure, { tabIndex: 0 }, { ...OWN_KEYS, role: "img" });
+    const whole = panel.extent ?? { x: [0, axis(across).size], y: [0, axis(down).size] };
+    let window = { x: [...whole.x], y: [...whole.y] }; // what is on screen, in cells
+    let timer, grabbed;
+    const size = () => {
+      const width = figure.clientWidth;
+      const inner = width - LEFT - RIGHT;
+      const rows = whole.y[1] - whole.y[0];
+      return { width, inner, tall: panel.square ? Math.min(inner, 420) : clamp(rows * 20, 60, 320) };
+    };
+    const cell = (event) => {
+      const frame = canvas.getBoundingClientRect();
+      const { inner, tall } = size();
+      const across = window.x[0] + ((event.clientX - frame.left - LEFT) / inner) * (window.x[1] - window.x[0]);
+      const down = window.y[0] + ((event.clientY - frame.top - TOP) / tall) * (window.y[1] - window.y[0]);
+      return [Math.floor(down), Math.floor(across), down, across];
+    };
+    const inside = ([y, x]) => y >= whole.y[0] && y < whole.y[1] && x >= whole.x[0] && x < whole.x[1];
+    function zoom(factor, [, , y, x]) {
+      for (const [name, middle] of [["x", x], ["y", y]]) {
+        const [low, high] = whole[name];
+        const length = clamp((window[name][1] - window[name][0]) * factor, Math.min(8, high - low), high - low);
+        const start = clamp(middle - ((middle - window[name][0]) / (window[name][1] - window[name][0])) * length, low, high - length);
+        window[name] = [start, start + length];
+      }
+      moved();
+    }
+    function moved() {
+      again();
+      clearTimeout(timer);
+      if (panel.region) timer = setTimeout(() => model.send({ region: { panel: panel.name, ...window } }), SETTLE);
+    }
+    if (panel.zoom) {
+      canvas.onwheel = (event) => {
+        event.preventDefault();
+        zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event));
+      };
+      canvas.ondblclick = () => zoom(1e9, cell({ clientX: 0, clientY: 0 }));
+    }
+    canvas.onpointerdown = (event) => {
+      grabbed = { at: cell(event), moved: false };
+      canvas.setPointerCapture(event.pointerId);
+    };
+    canvas.onpointermove = (event) => {
+      const at = cell(event);
+      if (!grabbed || !panel.zoom) return point(event, inside(at) && describe(panel, cells(at)));
+      for (const [name, shift] of [["x", grabbed.at[3] - at[3]], ["y", grabbed.at[2] - at[2]]]) {
+        const length = window[name][1] - window[name][0];
+        const start = clamp(window[name][0] + shift, whole[name][0], whole[name][1] - length);
+        grabbed.moved ||= Math.abs(shift) > 2 && start !== window[name][0];
+        window[name] = [start, start + length];
+      }
+      if (grabbed.moved) moved();
+    };
+    canvas.onpointerup = (event) => {
+      const at = cell(event);
+      if (grabbed && !grabbed.moved && inside(at)) choose([[down, at[0]], [across, at[1]]]);
+      grabbed = null;
+    };
+    canvas.onpointerleave = () => point();
+    canvas.onkeydown = (event) => {
+      const step = STEPS[event.key];
+      if (step) choose([[across, clamp(index(across) + step[0], 0, axis(across).size - 1)], [down, clamp(index(down) + step[1], 0, axis(down).size - 1)]]);
+      else if (panel.zoom && "+-0".includes(event.key)) zoom({ "+": 0.7, "-": 1.4, 0: 1e9 }[event.key], [0, 0, index(down), index(across)]);
+      else return;
+      event.preventDefault();
+    };
+    // Arrays may be pooled: one of their cells stands for `pool` of the axis, from `from` on.
+    const tile = () => content.arrays[panel.array].tile ?? { x: [0, axis(across).size], y: [0, axis(down).size], rows: axis(down).size, cols: axis(across).size };
+    const cells = ([y, x]) => {
+      const { x: xs, y: ys, rows, cols } = tile();
+      return [clamp(Math.floor(((y + 0.5 - ys[0]) / (ys[1] - ys[0])) * rows), 0, rows - 1), clamp(Math.floor(((x + 0.5 - xs[0]) / (xs[1] - xs[0])) * cols), 0, cols - 1)];
+    };
+    function again() {
+      const { width, inner, tall } = size();
+      if (inner <= 0) return;
+      const { x: xs, y: ys, rows, cols } = tile();
+      const value = picked(panel.array)(panel.axes);
+      const colour = colourOf(panel.scale);
+      const image = new ImageData(cols, rows);
+      for (let i = 0, k = 0; i < rows; i++) {
+        for (let j = 0; j < cols; j++, k += 4) {
+          const v = value(i, j);
+          if (v !== v) continue; // nothing there: transparent
+          const [r, g, b] = colour(v);
+          image.data.set([r, g, b, 255], k);
+        }
+      }
+      const source = new OffscreenCanvas(cols, rows);
+      source.getContext("2d").putImageData(image, 0, 0);
+      const ratio = globalThis.devicePixelRatio || 1;
+      Object.assign(canvas, { width: width * ratio, height: (tall + TOP + BOTTOM) * ratio });
+      Object.assign(canvas.style, { width: `${width}px`, height: `${tall + TOP + BOTTOM}px` });
+      const pen = canvas.getContext("2d");
+      const style = getComputedStyle(root);
+      const px = (x) => LEFT + ((x - window.x[0]) / (window.x[1] - window.x[0])) * inner;
+      const py = (y) => TOP + ((y - window.y[0]) / (window.y[1] - window.y[0])) * tall;
+      pen.scale(ratio, ratio);
+      pen.save();
+      pen.rect(LEFT, TOP, inner, tall);
+      pen.clip();
+      pen.imageSmoothingEnabled = false;
+      pen.drawImage(source, px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
+      pen.strokeStyle = style.getPropertyValue("--muted");
+      pen.setLineDash([4, 3]);
+      for (const edge of panel.borders ?? []) {
+        pen.strokeRect(px(edge[0]), py(edge[0]), px(edge[1]) - px(edge[0]), py(edge[1]) - py(edge[0]));
+      }
+      pen.setLineDash([]);
+      for (const [colour, wide] of [[style.getPropertyValue("--paper"), 4], [style.getPropertyValue("--accent"), 2]]) {
+        Object.assign(pen, { strokeStyle: colour, lineWidth: wide });
+        const [i, j] = [axis(down).select ? index(down) : -1, axis(across).select ? index(across) : -1];
+        const [y, h] = i < 0 ? [TOP, tall] : [py(i), Math.max(py(i + 1) - py(i), 2)];
+        const [x, w] = j < 0 ? [LEFT, inner] : [px(j), Math.max(px(j + 1) - px(j), 2)];
+        if (i >= 0 || j >= 0) pen.strokeRect(x, y, w, h);
+      }
+      pen.restore();
+      Object.assign(pen, { fillStyle: style.getPropertyValue("--muted"), font: "11px system-ui, sans-serif", textAlign: "center" });
+      const ticks = (name, [low, high], room) => {
+        const step = [1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16384, 32768].find((s) => (high - low) / s <= room) ?? 65536;
+        const found = [];
+        for (let i = Math.ceil(low / step) * step; i < high; i += step) found.push(i);
+        return found.filter((i) => i < axis(name).size);
+      };
+      for (const j of ticks(across, window.x, inner / 44)) pen.fillText(place(across, j), (px(j) + px(j + 1)) / 2, TOP + tall + 13);
+      pen.fillText(axis(across).title, LEFT + inner / 2, TOP + tall + 26);
+      pen.textAlign = "right";
+      for (const i of ticks(down, window.y, tall / 13)) pen.fillText(place(down, i), LEFT - 6, (py(i) + py(i + 1)) / 2 + 4);
+      pen.translate(10, TOP + tall / 2);
+      pen.rotate(-Math.PI / 2);
+      pen.textAlign = "center";
+      pen.fillText(axis(down).title, 0, 0);
+      canvas.setAttribute("aria-label", `${panel.title}. ${describe(panel, cells([index(down), index(across)]))}`);
+    }
+    addScale(figure, panel.scale);
+    return again;
+  }
+
+  function addScale(figure, scale) {
+    if (!scale || (scale.kind === "category" && scale.colours.length > 16)) return;
+    const box = make("div", figure, { className: "l4-scale" });
+    if (scale.kind === "category") {
+      make("span", box, { textContent: scale.unit });
+      scale.colours.forEach((colour, i) => make("i", box, { textContent: i, style: `background:${colour};color:${scale.inks[i]}` }));
+      return;
+    }
+    make("span", box, { textContent: written(scale.low, scale.unit) });
+    make("i", box, { className: "l4-ramp", style: `background:linear-gradient(90deg,${(scale.colours ?? SCALES[scale.kind]).join()})` });
+    make("span", box, { textContent: `${written(scale.high, scale.unit)}${scale.label ? ` ${scale.label}` : ""}` });
+  }
+
+  function addBars(figure, panel) {
+    const svg = draw("svg", figure, { role: "img" });
+    const [name] = panel.axes;
+    const count = axis(name).size;
+    return () => {
+      const value = picked(panel.array)(panel.axes);
+      const heights = Array.from({ length: count }, (_, i) => value(i));
+      const top = panel.scale.high ?? Math.max(...heights, panel.reference ?? 0, 1e-9) * 1.1;
+      const ghosts = panel.clean && Array.from({ length: count }, (_, i) => picked(panel.clean)(panel.axes)(i));
+      drawBars(svg, heights, {
+        colours: panel.colours ?? heights.map(() => "#6c9cfc"),
+        axis: axis(name).title,
+        step: top / 4,
+        top,
+        ghosts,
+        reference: panel.reference,
+        label: (v) => written(v, panel.scale.unit),
+        chosen: axis(name).select ? [index(name)] : [],
+        each: (bar, i, text) => {
+          bar.onclick = () => choose([[name, i]]);
+          bar.onpointermove = (event) => point(event, text + (ghosts ? `; clean ${written(ghosts[i], panel.scale.unit)}` : ""));
+          bar.onpointerleave = () => point();
+        },
+      });
+    };
+  }
+
+  function addLines(figure, panel) {
+    const svg = draw("svg", figure, { role: "img", "aria-label": panel.title, height: 180 });
+    const [name] = panel.axes;
+    return () => {
+      const width = figure.clientWidth;
+      const series = panel.series.map((one) => ({ ...one, at: picked(one.array)(panel.axes) }));
+      const count = axis(name).size;
+      const all = series.flatMap(({ at }) => Array.from({ length: count }, (_, i) => at(i))).filter(Number.isFinite);
+      const [low, high] = [panel.scale.low ?? Math.min(...all), panel.scale.high ?? Math.max(...all)];
+      const x = (i) => LEFT + ((i + 0.5) / count) * (width - LEFT - RIGHT);
+      const y = (v) => 150 - ((v - low) / (high - low || 1)) * 130;
+      svg.replaceChildren();
+      svg.setAttribute("viewBox", `0 0 ${width} 180`);
+      for (const v of [low, (low + high) / 2, high]) {
+        draw("line", svg, { x1: LEFT, x2: width - RIGHT, y1: y(v), y2: y(v), class: "l4-rule" });
+        draw("text", svg, { x: LEFT - 6, y: y(v) + 4, "text-anchor": "end" }, written(v));
+      }
+      series.forEach(({ at, colour, label, dash }, k) => {
+        const path = Array.from({ length: count }, (_, i) => (Number.isFinite(at(i)) ? `${x(i)},${y(at(i))}` : null)).filter(Boolean);
+        draw("path", svg, { d: `M${path.join("L")}`, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash ?? "" });
+        draw("text", svg, { x: LEFT + 8 + k * 150, y: 12, fill: colour }, label);
+      });
+      if (axis(name).select) draw("line", svg, { x1: x(index(name)), x2: x(index(name)), y1: 18, y2: 150, class: "l4-reference" });
+      draw("text", svg, { x: width / 2, y: 176, "text-anchor": "middle" }, `${axis(name).title} (${panel.scale.unit} upwards)`);
+      svg.onclick = (event) => {
+        const frame = svg.getBoundingClientRect();
+        choose([[name, clamp(Math.floor(((event.clientX - frame.left - LEFT) / (width - LEFT - RIGHT)) * count), 0, count - 1)]]);
+      };
+    };
+  }
+
+  // `positions` say, row by row of the picture's grid, which index of the axis shows each cell.
+  function addPicture(figure, panel) {
+    const [name] = panel.axes;
+    const { rows, cols, positions, boxes = [] } = panel;
+    const box = make("div", figure, { className: "l4-picture", tabIndex: 0 }, { ...OWN_KEYS, role: "img" });
+    box.style.aspectRatio = `${panel.width} / ${panel.height}`;
+    make("img", box, { src: panel.source, alt: "" });
+    const cells = positions.map((position) => {
+      const node = make("i", box, { onclick: () => choose([[name, position]]) });
+      node.onpointermove = (event) => point(event, describe(panel, [position]));
+      node.onpointerleave = () => point();
+      return node;
+    });
+    box.style.setProperty("--grid", `repeat(${rows}, 1fr) / repeat(${cols}, 1fr)`);
+    for (const [left, top, right, bottom, label] of boxes) {
+      const part = (value, whole) => `${(100 * value) / whole}%`;
+      const style = `left:${part(left, panel.width)};top:${part(top, panel.height)};width:${part(right - left, panel.width)};height:${part(bottom - top, panel.height)}`;
+      make("b", box, { textContent: label, style });
+    }
+    box.onkeydown = (event) => {
+      const step = STEPS[event.key];
+      if (!step) return;
+      event.preventDefault();
+      const at = Math.max(positions.indexOf(index(name)), 0) + step[0] + step[1] * cols;
+      choose([[name, positions[clamp(at, 0, positions.length - 1)]]]);
+    };
+    if (panel.scale) addScale(figure, panel.scale);
+    return () => {
+      const value = picked(panel.array)(panel.axes);
+      const colour = colourOf(panel.scale);
+      cells.forEach((node, i) => {
+        const v = value(positions[i]);
+        node.style.background = v === v ? `rgb(${colour(v).join(" ")} / ${panel.opacity ?? 0.6})` : "none";
+        node.classList.toggle("l4-selected", positions[i] === index(name));
+      });
+      box.setAttribute("aria-label", `${panel.title}. ${describe(panel, [index(name)])}`);
+    };
+  }
+
+  // A table of words, `text[row][column]`, around the selected column, coloured by an array.
+  function addWords(figure, panel) {
+    const [down, across] = panel.axes;
+    const table = make("table", make("div", figure, { className: "l4-scroll" }));
+    return () => {
+      const room = Math.max(3, Math.floor((figure.clientWidth - 60) / 84));
+      const first = clamp(index(across) - Math.floor(room / 2), 0, Math.max(axis(across).size - room, 0));
+      const columns = Array.from({ length: Math.min(room, axis(across).size) }, (_, j) => first + j);
+      const value = picked(panel.array)(panel.axes);
+      const colour = colourOf(panel.scale);
+      table.replaceChildren();
+      const top = make("tr", table);
+      make("th", top, { textContent: axis(down).title });
+      columns.forEach((j) => make("th", top, { textContent: `${place(across, j)} ${axis(across).labels?.[j] ?? ""}`, onclick: () => choose([[across, j]]) }));
+      for (let i = 0; i < axis(down).size; i++) {
+        const row = make("tr", table);
+        make("th", row, { textContent: axis(down).labels?.[i] ?? place(down, i) });
+        for (const j of columns) {
+          const back = colour(value(i, j));
+          const dark = back[0] * 0.299 + back[1] * 0.587 + back[2] * 0.114 < 140;
+          const cell = make("td", row, { textContent: panel.text[i][j], onclick: () => choose([[down, i], [across, j]]) });
+          Object.assign(cell.style, { background: `rgb(${back.join(" ")})`, color: dark ? "#fff" : "#000" });
+          cell.classList.toggle("l4-selected", j === index(across) && (!axis(down).select || i === index(down)));
+          cell.onpointermove = (event) => point(event, `${panel.text[i][j]} – ${describe(panel, [i, j])}`);
+          cell.onpointerleave = () => point();
+        }
+      }
+    };
+  }
+
+  function addTable(figure, panel) {
+    const table = make("table", make("div", figure, { className: "l4-scroll" }));
+    const top = make("tr", table);
+    panel.columns.forEach((text) => make("th", top, { textContent: text }));
+    const rows = panel.rows.map((cells, i) => {
+      const row = make("tr", table);
+      cells.forEach((cell) => make("td", row, { textContent: typeof cell === "number" ? written(cell) : cell }));
+      if (panel.choices) row.onclick = () => select(panel.choices[i]);
+      return row;
+    });
+    return () =>
+      rows.forEach((row, i) => {
+        const fits = Object.entries(panel.choices?.[i] ?? { none: 1 }).every(([field, v]) => group.selection[field] === v);
+        row.classList.toggle("l4-selected", fits);
+      });
+  }
+
+  // -- putting it together
+
+  function rebuild() {
+    content = model.get("content");
+    arrays = Object.fromEntries(Object.entries(content.arrays).map(([name, array]) => [name, new Values(array)]));
+    body.replaceChildren();
+    drawn = content.panels.map((panel) => {
+      const figure = make("figure", body, { className: `l4-${panel.wide === false ? "narrow" : "wide"}` }, { "data-panel": panel.name });
+      const caption = make("figcaption", figure);
+      make("b", caption, { textContent: panel.title });
+      if (panel.note) caption.append(` ${panel.note}`);
+      return kinds[panel.kind](figure, panel);
+    });
+    own.redraw();
+  }
+  function retitle() {
+    title.textContent = model.get("title");
+    explanation.textContent = model.get("help");
+    help.title = help.ariaLabel = `What ${model.get("title")} shows`;
+    summary.textContent = model.get("summary");
+    problem.textContent = model.get("problem");
+    root.classList.toggle("l4-busy", Boolean(model.get("busy")));
+    root.dataset.busy = model.get("busy");
+  }
+  function listen() {
+    const theirs = model.get("selection");
+    if ((theirs.seq ?? 0) <= (group.selection.seq ?? 0)) return; // older than what people chose here
+    group.selection = theirs;
+    for (const board of group.boards) board.redraw();
+  }
+  model.on("change:content", rebuild);
+  model.on("change:selection", listen);
+  for (const trait of ["title", "help", "summary", "problem", "busy"]) model.on(`change:${trait}`, retitle);
+  retitle();
+  rebuild();
+  const watch = new ResizeObserver(() => own.redraw());
+  watch.observe(body);
+  return () => {
+    watch.disconnect();
+    group.boards.delete(own);
+  };
+}
+
+export default { render };

@@ -1,0 +1,85 @@
+"""One moment of a model: a prompt, the edits, and what was computed of both, each once.
+
+With `explore` this is the only module here that needs torch; views ask it for arrays.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+
+from llama4_lab.edits import Edit, check, edited
+from llama4_lab.model import Llama4
+from llama4_lab.prompt import Prompt
+from llama4_lab.replay import Replay
+from llama4_widgets.words import visible
+
+T = TypeVar("T")
+
+
+class Moment:
+    """A prompt in a model, clean and with edits.
+
+        >>> moment = Moment(model, model.prompt("two times two"))       # doctest: +SKIP
+        >>> moment.clean(routing_of).expert.shape                       # doctest: +SKIP
+
+    `pictures` are the pictures of the prompt as given, `boxes` (left, top, right, bottom, name) of
+    what they show, where that is known.
+
+    Raises:
+        ValueError: a prompt of several rows, or edits that model or prompt cannot have.
+    """
+
+    def __init__(
+        self,
+        model: Llama4,
+        prompt: Prompt,
+        edits: Sequence[Edit] = (),
+        *,
+        pictures: Sequence[Any] = (),
+        boxes: Sequence[tuple[float, float, float, float, str]] = (),
+    ):
+        self.model = model
+        self.prompt = prompt
+        self.pictures = list(pictures)
+        self.boxes = list(boxes)
+        self.tokens: list[str] = prompt.tokens  # of the one row
+        self.words = [visible(token) for token in self.tokens]
+        self.edits = tuple(edits)
+        check(self.edits, model.config, len(self.tokens))
+        self._clean: dict[Any, Any] = {}
+        self._edited: dict[Any, Any] = {}
+
+    def with_edits(self, edits: Sequence[Edit]) -> "Moment":
+        """Return the same moment with other edits; what is known of the clean run stays."""
+        other = Moment(self.model, self.prompt, edits, pictures=self.pictures, boxes=self.boxes)
+        other._clean = self._clean
+        if "replay" in self.__dict__:
+            other.__dict__["replay"] = self.replay
+        return other
+
+    @cached_property
+    def replay(self) -> Replay:
+        """The clean run, from which edited ones begin."""
+        return Replay(self.model, self.prompt)
+
+    def clean(self, compute: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Return ``compute(model, prompt, *args, **options)``, computed once."""
+        return self._known(self._clean, compute, args, options)
+
+    def edited(self, compute: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Return the same of a run with the edits; without any, of the clean one."""
+        if not self.edits:
+            return self.clean(compute, *args, **options)
+        with edited(self.model, self.edits, {"clean": self.prompt}):
+            return self._known(self._edited, compute, args, options)
+
+    @torch.no_grad()
+    def _known(
+        self, known: dict[Any, Any], compute: Callable[..., T], args: Any, options: Any
+    ) -> T:
+        key = (compute, args, tuple(sorted(options.items())))
+        if key not in known:
+            known[key] = compute(self.model, self.prompt, *args, **options)
+        return known[key]

@@ -1,0 +1,133 @@
+"""What a board draws: named axes, arrays over them, and panels that show them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from llama4_widgets.colours import PALETTE, ink
+
+_EXACT = 65_536  # numbers; larger arrays are sent in 254 steps
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of arrays; a click on one of its places sets `select` of the selection.
+
+    `values` are the selection's numbers of the places, where those are not 0, 1, 2, …
+    """
+
+    title: str
+    size: int
+    select: str | None = None
+    labels: Sequence[str] | None = None
+    values: Sequence[int] | None = None
+
+
+@dataclass
+class Content:
+    """Everything that a board shows.
+
+    >>> content = Content({"layer": Axis("layer", 2, "layer"), "token": Axis("token", 3, "token")})
+    >>> content.add("map", "Scores", np.zeros((2, 3)), ("layer", "token"), sequential(0, 1))
+    >>> content.message()["arrays"]["map"]["shape"]
+    [2, 3]
+    """
+
+    axes: dict[str, Axis] = field(default_factory=dict)
+    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
+    panels: list[dict[str, Any]] = field(default_factory=list)
+
+    def array(
+        self, name: str, values: Shaped[np.ndarray, "..."], axes: Sequence[str], **tile: Any
+    ) -> None:
+        """Add an array; not-a-number is "nothing there".
+
+        `tile` says that the array stands for a part of its last two axes, pooled: ``x=(from, to)``,
+        ``y=(from, to)`` in places of the axes.
+        """
+        assert values.ndim == len(axes), (name, values.shape, axes)
+        packed = pack(values)
+        if tile:
+            packed["tile"] = tile | {"rows": values.shape[-2], "cols": values.shape[-1]}
+        self.arrays[name] = packed | {"axes": list(axes)}
+
+    def add(
+        self,
+        name: str,
+        title: str,
+        values: Shaped[np.ndarray, "..."] | None,
+        axes: Sequence[str],
+        scale: Mapping[str, Any] | None = None,
+        *,
+        kind: str = "map",
+        shown: Sequence[str] | None = None,
+        array: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Add a panel and its array, or a panel for an `array` that is there.
+
+        `shown` are the axes that it draws (one of a strip, bars, lines or picture, two of a map,
+        down and across); the others are picked by the selection. None: the last one or two.
+        """
+        if values is not None:
+            self.array(name, values, axes)
+        count = 2 if kind in ("map", "words") else 1
+        panel = {"name": name, "kind": kind, "title": title, "array": array or name}
+        panel |= {"axes": list(shown or axes[-count:]), "scale": dict(scale or sequential(0, 1))}
+        self.panels.append(panel | options)
+
+    def table(
+        self,
+        name: str,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        choices: Sequence[Mapping[str, int]] | None = None,
+        **options: Any,
+    ) -> None:
+        """Add rows of words and numbers; a click on row i sets ``choices[i]``."""
+        panel = {"name": name, "kind": "table", "title": title, "columns": list(columns)}
+        panel |= {"rows": [list(row) for row in rows], "choices": choices and list(choices)}
+        self.panels.append(panel | options)
+
+    def message(self) -> dict[str, Any]:
+        """Return plain values and bytes, as a browser takes them."""
+        axes = {name: dict(vars(axis)) for name, axis in self.axes.items()}
+        return {"axes": axes, "arrays": self.arrays, "panels": self.panels}
+
+
+def pack(values: Shaped[np.ndarray, "..."]) -> dict[str, Any]:
+    """Return an array as bytes: integers and small arrays exactly, large ones in 254 steps."""
+    shape = list(values.shape)
+    if values.dtype.kind in "bui":
+        return {"dtype": "i2", "shape": shape, "data": values.astype("<i2").tobytes()}
+    if values.size <= _EXACT:
+        return {"dtype": "f4", "shape": shape, "data": values.astype("<f4").tobytes()}
+    finite = np.isfinite(values)
+    low = float(values[finite].min()) if finite.any() else 0.0
+    high = float(values[finite].max()) if finite.any() else 0.0
+    share = (np.where(finite, values, low) - low) / ((high - low) or 1.0)
+    steps = np.where(finite, 1 + np.rint(254 * share), 0).astype(np.uint8)
+    return {"dtype": "u1", "shape": shape, "low": low, "high": high, "data": steps.tobytes()}
+
+
+def experts(count: int) -> dict[str, Any]:
+    """Return the colours of experts, with their numbers as a legend."""
+    colours = [PALETTE[i % len(PALETTE)] for i in range(count)]
+    inks = [ink(colour) for colour in colours]
+    return {"kind": "category", "unit": "expert", "colours": colours, "inks": inks}
+
+
+def sequential(low: float, high: float, unit: str = "", label: str = "") -> dict[str, Any]:
+    """Return a scale from dark (low) to bright (high)."""
+    kind = {"kind": "sequential", "low": float(low), "high": float(high)}
+    return kind | {"unit": unit, "label": label}
+
+
+def diverging(bound: float, unit: str = "", label: str = "") -> dict[str, Any]:
+    """Return a scale from blue (below zero) over white to red (above)."""
+    kind = {"kind": "diverging", "low": -float(bound or 1.0), "high": float(bound or 1.0)}
+    return kind | {"unit": unit, "label": label}

@@ -1,0 +1,128 @@
+"""What all views are: a board and its controls, drawn from a moment and a selection."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+import plotly.graph_objects as go
+import traitlets
+
+from llama4_widgets.board import Board, page
+from llama4_widgets.panels import Axis, Content
+from llama4_widgets.selection import Selection
+from llama4_widgets.still import figure, svg
+
+if TYPE_CHECKING:
+    from llama4_widgets.moment import Moment
+
+
+class View(ipywidgets.VBox):
+    """A view of a moment; several share a `selection`, and each works alone in a cell.
+
+    A kind of view says in `content` what is drawn, and in `summary` the same in a sentence. It is
+    drawn anew when the moment changes, and when a field of the selection changes that it `follows`;
+    what only picks from arrays that are there happens in the browser.
+    """
+
+    title = ""
+    help = ""
+    follows: tuple[str, ...] = ()
+    moment = traitlets.Any(help="the llama4_widgets.moment.Moment that is shown")
+    is_shown = traitlets.Bool(True, help="a view that is not shown computes nothing")
+
+    def __init__(self, moment: "Moment", selection: Selection | None = None, **traits: Any):
+        self.selection = Selection() if selection is None else selection
+        self.board = Board(self.selection, title=self.title, help=self.help)
+        self._is_stale = True
+        super().__init__(**traits)
+        self.children = [*self.controls(), self.board]
+        self.selection.observe(self._follow, list(self.follows))
+        self.board.on_msg(self._receive)
+        self.add_class("l4-view")
+        self.moment = moment
+
+    # ---- what a kind of view says
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        """Return the widgets above the board."""
+        return []
+
+    def content(self) -> Content:
+        """Return what is drawn of `moment`."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Say what is on screen."""
+        return ""
+
+    def region(self, wish: dict[str, Any]) -> None:
+        """Draw a part of a panel finer: ``{"panel", "x": [from, to], "y": [from, to]}``."""
+
+    # ---- what all views do
+
+    def refresh(self) -> None:
+        """Draw anew what is on screen, or tell there what went wrong."""
+        if not self.is_shown:
+            self._is_stale = True
+            return
+        self._is_stale = False
+        try:
+            content, summary = self.content(), self.summary()
+        except (ValueError, KeyError, RuntimeError) as error:
+            self.board.problem = str(error.args[0] if error.args else error)
+            return
+        with self.board.hold_sync():
+            self.board.problem = ""
+            self.board.content = content
+            self.board.summary = summary
+
+    def axes(self) -> dict[str, Axis]:
+        """Return the axes that most views share."""
+        config = self.moment.model.config
+        count = len(self.moment.words)
+        moe = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
+        return {
+            "token": Axis("token", count, "token", labels=self.moment.words),
+            "layer": Axis("layer", config.num_hidden_layers, "layer"),
+            "moe layer": Axis("layer", len(moe), "layer", values=moe),
+            "head": Axis("head", config.num_attention_heads, "head"),
+            "expert": Axis("expert", config.num_local_experts, "expert"),
+        }
+
+    def figure(self) -> go.Figure:
+        """Return what is on screen as one static figure."""
+        return figure(self.board.content, self.selection.shared, self.title)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the view as one page that works by itself: no kernel, no network."""
+        Path(path).write_text(page([self.board], self.title), encoding="utf-8")
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """Add a picture and a sentence, for pages that run no script."""
+        data = super()._repr_mimebundle_(**kwargs) or {}
+        data["text/plain"] = f"{self.title}: {self.board.summary}"
+        data["image/svg+xml"] = svg(self.board.content, self.selection.shared, self.title)
+        return data
+
+    @traitlets.observe("moment")
+    def _show(self, _change: Any) -> None:
+        config = self.moment.model.config
+        self.selection.bounds = {
+            "token": len(self.moment.words),
+            "layer": config.num_hidden_layers,
+            "head": config.num_attention_heads,
+            "expert": config.num_local_experts,
+        }
+        self.refresh()
+
+    @traitlets.observe("is_shown")
+    def _wake(self, _change: Any) -> None:
+        if self.is_shown and self._is_stale:
+            self.refresh()
+
+    def _follow(self, _change: Any) -> None:
+        self.refresh()
+
+    def _receive(self, _board: Any, message: dict[str, Any], _buffers: Any) -> None:
+        if "region" in message:
+            self.region(message["region"])
