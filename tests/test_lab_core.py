@@ -1,6 +1,7 @@
 """The core of the lab without a browser: selection, panels, board, moment, the router's view."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,8 +137,8 @@ def test_the_page_holds_everything_it_needs(moment):
 def test_stills_show_every_view_without_a_browser(moment):
     view = RouterView(moment)
     view.selection.layer = 2
-    chosen = view.figure().to_dict()["data"][0]
-    assert np.array_equal(chosen["z"], moment.clean(routing_of).expert[..., 0])
+    chosen: Any = view.figure().data[0]
+    assert np.array_equal(chosen.z, moment.clean(routing_of).expert[..., 0])
     bundle = view._repr_mimebundle_()
     assert bundle["text/plain"].startswith("Router: layer")
     assert bundle["image/svg+xml"].count("<image") == 3

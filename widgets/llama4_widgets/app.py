@@ -92,8 +92,11 @@ class LabApp(ipywidgets.VBox):
 
     @traitlets.observe("edits")
     def _edit(self, _change: Any) -> None:
-        if self.moment is not None:
-            self.moment = self.moment.with_edits(self.edits)
+        if self.moment is None:
+            return
+        made = [view.moment for view in self.views.values() if view.moment.edits == self.edits]
+        made = [moment for moment in made if moment.prompt is self.moment.prompt]
+        self.moment = made[0] if made else self.moment.with_edits(self.edits)
 
     @traitlets.observe("moment")
     def _show_moment(self, _change: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from llama4_lab.edits import Edit, check, edited
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
-from llama4_lab.replay import Replay
+from llama4_lab.replay import Edited, Replay
 from llama4_widgets.words import visible
 
 T = TypeVar("T")
@@ -63,6 +63,11 @@ class Moment:
     def replay(self) -> Replay:
         """The clean run, from which edited ones begin."""
         return Replay(self.model, self.prompt)
+
+    @cached_property
+    def edited_run(self) -> Edited:
+        """The run with the edits, from where they begin, with what they did."""
+        return self.replay.edited(self.edits)
 
     def clean(self, compute: Callable[..., T], *args: Any, **options: Any) -> T:
         """Return ``compute(model, prompt, *args, **options)``, computed once."""

@@ -1,0 +1,358 @@
+"""Switches and sliders that change the model, and what each change does to its answer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import traitlets
+
+from llama4_lab import edits as E
+from llama4_lab.config import Llama4Config
+from llama4_lab.edits import Edit
+from llama4_widgets.panels import Axis, Content, diverging, sequential
+from llama4_widgets.view import View
+from llama4_widgets.words import visible
+
+_TOP = 6  # words that could follow
+_STRENGTH = [round(0.1 * i, 1) for i in range(31)]
+_WARMTH = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]
+_SCALES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0]
+
+Fits = Callable[[Llama4Config, int], bool]
+
+
+def _always(_config: Llama4Config, _layer: int) -> bool:
+    return True
+
+
+def _is_moe(config: Llama4Config, layer: int) -> bool:
+    return config.is_moe(layer)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A widget that stands for one edit of the selected layer; at `usual` there is none."""
+
+    widget: Any
+    make: Callable[[int, Any], Edit]  # layer and value
+    usual: Any = False
+    field: str | None = None  # of the edit, that the value is; None for a switch
+    fits: Fits = _always
+
+    def is_one(self, edit: Edit, layer: int) -> bool:
+        """Whether an edit is what this control makes, with any value."""
+        mine = self.make(layer, self.usual)
+        if self.field is None:
+            return edit == mine
+        at = ("layer", "point")
+        return type(edit) is type(mine) and all(
+            getattr(edit, name, None) == getattr(mine, name, None) for name in at
+        )
+
+    def show(self, config: Llama4Config, layer: int, edits: Sequence[Edit]) -> None:
+        """Show the value that a layer has; hide what it cannot have."""
+        fits = self.fits(config, layer)
+        self.widget.layout.display = "" if fits else "none"
+        if not fits:
+            return
+        found = next((edit for edit in edits if self.is_one(edit, layer)), None)
+        if self.field is None:
+            self.widget.value = found is not None
+        else:
+            value = self.usual if found is None else getattr(found, self.field)
+            options = [option for _, option in self.widget.options]
+            self.widget.value = min(options, key=lambda option: abs(option - value))
+
+
+def _switch(text: str, tip: str, make: Callable[[int], Edit], fits: Fits = _always) -> Control:
+    button = ipywidgets.ToggleButton(description=text, tooltip=tip)
+    return Control(button, lambda layer, _: make(layer), fits=fits)
+
+
+def _slider(
+    text: str,
+    values: Sequence[float],
+    usual: float,
+    make: Callable[[int, Any], Edit],
+    field: str,
+    fits: Fits = _always,
+) -> Control:
+    slider = ipywidgets.SelectionSlider(
+        options=[(f"{value:g}", value) for value in values],
+        value=usual,
+        description=text,
+        style={"description_width": "128px"},
+        layout={"width": "290px"},
+    )
+    return Control(slider, make, usual, field, fits)
+
+
+def _switches(config: Llama4Config) -> Iterator[Control]:
+    chunk = config.attention_chunk_size or 128
+    yield _switch("skip layer", "leave the layer out", E.SkipLayer)
+    yield _switch("no attention", "attention adds nothing", E.AblateAttention)
+    yield _switch("no MLP", "MLP or experts add nothing", E.AblateMLP)
+    yield _switch("no shared expert", "it adds nothing", E.AblateShared, _is_moe)
+    for on, text, tip in (
+        (False, "NoPE", "turn rotary positions off"),
+        (True, "RoPE", "turn rotary positions on"),
+    ):
+        yield _switch(
+            text, tip, lambda i, on=on: E.Rope(i, on), lambda c, i, on=on: c.uses_rope(i) != on
+        )
+    for size, text in ((None, "no chunks"), (chunk, f"chunks of {chunk}")):
+        yield _switch(
+            text,
+            "attend to the whole past" if size is None else "attend inside chunks only",
+            lambda i, size=size: E.Chunk(i, size),
+            lambda c, i, size=size: (c.attention_chunk(i) is None) != (size is None),
+        )
+
+
+def _sliders(config: Llama4Config) -> Iterator[Control]:
+    for text, part, fits in (
+        ("attention ×", "attn.out", _always),
+        ("routed experts ×", "experts.out", _is_moe),
+        ("shared expert ×", "shared.out", _is_moe),
+        ("MLP ×", "mlp.out", lambda c, i: not c.is_moe(i)),
+    ):
+        yield _slider(
+            text,
+            _STRENGTH,
+            1.0,
+            lambda i, factor, part=part: E.Scale(f"layers.{i}.{part}", factor),
+            "factor",
+            fits,
+        )
+    yield _slider("router temperature", _WARMTH, 1.0, E.RouterTemperature, "temperature", _is_moe)
+    count, topk = config.num_local_experts, config.num_experts_per_tok
+    yield _slider("top-k", range(1, count + 1), topk, E.TopK, "k", _is_moe)
+    yield _slider(
+        "temperature tuning",
+        sorted({*_SCALES, config.attn_scale}),
+        config.attn_scale,
+        E.AttentionTemperature,
+        "scale",
+        lambda c, i: not c.uses_rope(i) and c.attn_temperature_tuning,
+    )
+
+
+class AblateView(View):
+    """Edits of the selected layer as switches and sliders, beside what they did.
+
+    `edits` is the truth: controls and text set it, and show it.
+    """
+
+    title = "Ablate"
+    help = (
+        "Every switch changes the running model, and the colours say how far each token's "
+        "prediction moved from the clean one (KL divergence). What a part is for shows in what "
+        "breaks without it."
+    )
+    follows = ("layer", "token")
+    edits = traitlets.Tuple(help="what is different from the clean run")
+
+    # ---- controls
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        self._history: list[tuple[Edit, ...]] = []
+        self._is_showing = False
+        self._controls: list[Control] = []
+        self._made_for: Llama4Config | None = None
+        self._layer = ipywidgets.HTML()
+        self._rows = ipywidgets.VBox()
+        self._hide = ipywidgets.ToggleButton(description="hide token")
+        self._hide.observe(self._hide_token, "value")
+        self._text = ipywidgets.Textarea(layout={"width": "100%", "height": "48px"})
+        self._code = ipywidgets.HTML()
+        buttons = [
+            _button("Undo", "take back the last change", self.undo),
+            _button("Clear", "go back to the clean model", lambda: self._set(())),
+            _button("Apply text", "use the edits in the text field", self.apply_text),
+        ]
+        details = ipywidgets.Accordion(
+            [ipywidgets.VBox([self._text, ipywidgets.HBox(buttons), self._code])],
+            titles=["Edits as text and code"],
+        )
+        return [self._layer, self._rows, details]
+
+    def undo(self) -> None:
+        """Take back the last change."""
+        if self._history:
+            self.edits = self._history.pop()
+
+    def apply_text(self) -> None:
+        """Use the edits that stand in the text field, as JSON."""
+        try:
+            self._set(E.loads(self._text.value))
+        except (ValueError, TypeError) as error:
+            self.board.problem = str(error)
+
+    def _set(self, edits: Sequence[Edit]) -> None:
+        """Use other edits, or say what is wrong with them and keep those that are."""
+        edits, before = tuple(edits), self.edits
+        if edits == before:
+            return
+        try:
+            self.edits = edits
+        except (ValueError, traitlets.TraitError) as error:
+            self.board.problem = str(error)
+            self._show_controls()
+        else:
+            self._history.append(before)
+
+    def _build(self, config: Llama4Config) -> None:
+        """Make the controls that a model can have, once: a slider under the mouse must stay."""
+        switches, sliders = list(_switches(config)), list(_sliders(config))
+        heads = [
+            _switch(str(j), f"head {j} adds nothing", lambda i, j=j: E.AblateHead(i, j))
+            for j in range(config.num_attention_heads)
+        ]
+        dropped = [
+            _switch(
+                str(j),
+                f"drop expert {j}: its tokens go to their next best",
+                lambda i, j=j: E.DropExpert(i, j),
+                _is_moe,
+            )
+            for j in range(config.num_local_experts)
+        ]
+        self._controls = [*switches, *sliders, *heads, *dropped]
+        for control in self._controls:
+            control.widget.observe(lambda change, c=control: self._use(c, change["new"]), "value")
+        self._dropped = _row("experts dropped", dropped)
+        self._rows.children = [
+            _row("", switches, [self._hide]),
+            _row("", sliders),
+            _row("heads off", heads),
+            self._dropped,
+        ]
+        self._made_for = config
+
+    def _use(self, control: Control, value: Any) -> None:
+        if self._is_showing:
+            return
+        layer = self.selection.layer
+        kept = [edit for edit in self.edits if not control.is_one(edit, layer)]
+        new = [] if value == control.usual else [control.make(layer, value)]
+        self._set([*kept, *new])
+
+    def _hide_token(self, change: Any) -> None:
+        if not self._is_showing:
+            edit = E.RemoveTokens((self.selection.token,))
+            kept = [each for each in self.edits if each != edit]
+            self._set([*kept, edit] if change["new"] else kept)
+
+    def _show_controls(self) -> None:
+        """Show what the edits are, for the selected layer and token."""
+        config, layer, token = self.moment.model.config, self.selection.layer, self.selection.token
+        self._is_showing = True
+        try:
+            if self._made_for != config:
+                self._build(config)
+            kind = "RoPE" if config.uses_rope(layer) else "NoPE"
+            feed = "experts" if config.is_moe(layer) else "dense MLP"
+            self._layer.value = f"<b>Layer {layer}</b> ({kind}, {feed}); choose others in any view"
+            for control in self._controls:
+                control.show(config, layer, self.edits)
+            self._dropped.layout.display = "" if config.is_moe(layer) else "none"
+            self._hide.description = f"hide token {token}"
+            self._hide.tooltip = f"hide ‘{self.moment.words[token]}’ from all later tokens"
+            self._hide.value = E.RemoveTokens((token,)) in self.edits
+            self._text.value = E.dumps(self.edits)
+            code = ", ".join(f"l4.edits.{edit!r}" for edit in self.edits)
+            self._code.value = (
+                f"<code>with l4.edits.edited(model, [{code}]):<br>    model(**prompt)</code>"
+            )
+        finally:
+            self._is_showing = False
+
+    # ---- what is shown
+
+    @traitlets.validate("edits")
+    def _check(self, proposal: Any) -> tuple[Edit, ...]:
+        if self.moment is not None:
+            self.moment.with_edits(proposal["value"])  # raises what is wrong with them
+        return proposal["value"]
+
+    @traitlets.observe("edits")
+    def _apply(self, _change: Any) -> None:
+        if self.moment is not None and self.moment.edits != self.edits:
+            self.moment = self.moment.with_edits(self.edits)
+
+    def content(self) -> Content:
+        self.edits = self.moment.edits
+        self._show_controls()
+        run, count = self.moment.edited_run, len(self.moment.words)
+        kl, loss = np.zeros(count), np.full(count, np.nan)
+        kl[run.first :] = run.effect.kl.numpy()
+        loss[run.first :] = run.effect.loss_change.numpy()
+        content = Content(self.axes() | {"prompt": Axis("", 1, labels=["loss"])})
+        content.add(
+            "kl",
+            "How far each prediction moved",
+            kl,
+            ("token",),
+            sequential(0, max(float(kl.max()), 1e-3), "nats"),
+            kind="strip",
+            note=f"KL from the clean prediction; strongest: {kl.max():.3g} nats",
+        )
+        bound = float(np.nanmax(abs(loss), initial=0.0))
+        content.add(
+            "loss",
+            "Change of the loss on the next token",
+            loss[None],
+            ("prompt", "token"),
+            diverging(max(bound, 1e-3), "nats"),
+            note="red: worse than clean",
+        )
+        if run.effect.flips:
+            content.add(
+                "flips",
+                "Routing flips",
+                np.array(list(run.effect.flips.values())),
+                ("moe layer",),
+                sequential(0, max(4, *run.effect.flips.values())),
+                kind="bars",
+                wide=False,
+                note="tokens whose experts changed",
+            )
+        token = self.selection.token
+        title = f"What follows token {token} ‘{self.moment.words[token]}’"
+        columns = ["next token", "clean (%)", "edited (%)"]
+        content.table("answers", title, columns, self._answers(token), wide=False)
+        return content
+
+    def _answers(self, token: int) -> list[list[Any]]:
+        clean = self.moment.replay.logits[token].softmax(-1)
+        edited = self.moment.edited_run.logits[token].softmax(-1)
+        ids = clean.maximum(edited).topk(_TOP).indices
+        decode = self.moment.model.tokenizer.decode
+        return [
+            [
+                visible(decode([i])),
+                round(100 * float(clean[i]), 1),
+                round(100 * float(edited[i]), 1),
+            ]
+            for i in sorted(ids.tolist(), key=lambda i: -float(edited[i]))
+        ]
+
+    def summary(self) -> str:
+        if not self.moment.edits:
+            return "No edits: this is the model as it is."
+        return str(self.moment.edited_run.effect)
+
+
+def _row(text: str, controls: Sequence[Control], more: Sequence[Any] = ()) -> ipywidgets.Box:
+    label = [ipywidgets.Label(text, layout={"width": "110px"})] if text else []
+    row = ipywidgets.HBox([*label, *(control.widget for control in controls), *more])
+    row.add_class("l4-app-chips")
+    return row
+
+
+def _button(text: str, tip: str, act: Callable[[], None]) -> ipywidgets.Button:
+    button = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"})
+    button.on_click(lambda _: act())
+    return button
