@@ -1,5 +1,7 @@
 """What all views are: a board and its controls, drawn from a moment and a selection."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,11 @@ class View(ipywidgets.VBox):
         self.board = Board(self.selection, title=self.title, help=self.help)
         self._is_stale = True
         super().__init__(**traits)
-        self.children = [*self.controls(), self.board]
+        heading = ipywidgets.HTML(
+            f"<details class='l4-heading'><summary><b>{self.title}</b><span>?</span></summary>"
+            f"<p>{self.help}</p></details>"
+        )
+        self.children = [heading, *self.controls(), self.board]
         self.selection.observe(self._follow, list(self.follows))
         self.board.on_msg(self._receive)
         self.add_class("l4-view")
@@ -75,6 +81,17 @@ class View(ipywidgets.VBox):
             self.board.problem = ""
             self.board.content = content
             self.board.summary = summary
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Say in the view that something is under way, and what went wrong with it."""
+        self.board.busy = what + " "
+        try:
+            yield
+        except (ValueError, KeyError, RuntimeError, OSError) as error:
+            self.board.problem = str(error.args[0] if error.args else error)
+        finally:
+            self.board.busy = ""
 
     def axes(self) -> dict[str, Axis]:
         """Return the axes that most views share."""

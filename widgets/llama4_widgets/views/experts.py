@@ -1,0 +1,219 @@
+"""Who works how much, for what kind of text, and who follows whom."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+import traitlets
+
+from llama4_lab.analysis.counts import RoutingCounts
+from llama4_lab.analysis.load import effective_experts, gini, max_over_mean, normalised_entropy
+from llama4_lab.analysis.routing import Routing, routing_of
+from llama4_lab.analysis.specialisation import Specialisation, specialisation
+from llama4_lab.analysis.transitions import following
+from llama4_widgets.panels import Axis, Content, diverging, experts, sequential
+from llama4_widgets.view import View
+
+_ROWS, _LENGTH = 4, 96  # documents of each kind of text, and their tokens
+_CONTEXT = 4  # tokens on either side
+_MOST = 40  # tokens in the list
+
+
+class ExpertsView(View):
+    """Load and balance by layer, the tokens that the selected expert takes, flows, specialisation.
+
+    `domains` are texts by their kind, which the button measures; None takes the held-out texts that
+    come with the shipped models.
+    """
+
+    title = "Experts"
+    help = (
+        "An even load wastes no expert; an expert that prefers a kind of text has specialised. The "
+        "flow shows where the tokens of one layer's expert go in the next MoE layer: without "
+        "habits every row would look alike."
+    )
+    follows = ("layer", "expert")
+    specialised = traitlets.Any(help="the Specialisation that was measured")
+
+    def __init__(self, *args: Any, domains: dict[str, str] | None = None, **options: Any):
+        self._domains = domains
+        super().__init__(*args, **options)
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        button = ipywidgets.Button(
+            description="Measure kinds of text",
+            tooltip="count the experts of held-out texts, some seconds",
+            layout={"width": "auto"},
+        )
+        button.on_click(lambda _: self.measure())
+        return [button]
+
+    def measure(self) -> None:
+        """Count which experts the tokens of each kind of text choose."""
+        model = self.moment.model
+        with self.working("counting experts over held-out texts"):
+            rows = {name: _rows(model, text) for name, text in self._texts().items()}
+            self.specialised = specialisation(model, rows)
+        self.refresh()
+
+    def _texts(self) -> dict[str, str]:
+        if self._domains is None:
+            from llama4_lab.train.card import held_out_texts
+
+            return held_out_texts()
+        return self._domains
+
+    def content(self) -> Content:
+        clean, edited = self.moment.clean(routing_of), self.moment.edited(routing_of)
+        count = len(clean.layers)
+        content = Content(self.axes() | {"next": Axis("next layer's expert", edited.num_experts)})
+        scale = experts(edited.num_experts)
+        uniform = 100 / edited.num_experts
+        both = ("moe layer", "expert")
+        if self.moment.edits:
+            content.array("clean load", 100 * clean.load, both)
+        content.add(
+            "load",
+            f"Load of layer {self._layer(edited)}",
+            100 * edited.load,
+            both,
+            sequential(0, 100 * min(1.0, 1.2 * float(edited.load.max())), "%"),
+            kind="bars",
+            wide=False,
+            colours=scale["colours"],
+            clean="clean load" if self.moment.edits else None,
+            reference=uniform,
+            note=f"dashed: all alike, {uniform:.3g} %" + "; marks: clean" * bool(self.moment.edits),
+        )
+        content.add(
+            "loads",
+            "Load of all layers",
+            None,
+            both,
+            sequential(0, 100 * float(edited.load.max()), "%"),
+            array="load",
+            wide=False,
+        )
+        content.table(
+            "balance",
+            "Balance",
+            ["layer", "entropy", "experts in effect", "Gini", "max / mean"],
+            [
+                [
+                    layer,
+                    round(float(normalised_entropy(load)), 3),
+                    round(float(effective_experts(load)), 2),
+                    round(float(gini(load)), 3),
+                    round(float(max_over_mean(load)), 2),
+                ]
+                for layer, load in zip(edited.layers, edited.load, strict=True)
+            ],
+            [{"layer": layer} for layer in edited.layers],
+            wide=False,
+            note="entropy is 1, Gini 0 and max / mean 1 if all work alike",
+        )
+        self._add_tokens(content, edited)
+        if count > 1:
+            counts = RoutingCounts.empty(count, edited.num_experts, 1)
+            counts.update(edited.expert)
+            flow = np.full((count, edited.num_experts, edited.num_experts), np.nan)
+            flow[:-1] = 100 * following(counts.transitions)
+            content.add(
+                "flow",
+                "Flow to the next MoE layer",
+                flow,
+                ("moe layer", "expert", "next"),
+                sequential(0, 100, "%"),
+                wide=False,
+                note="of the tokens of an expert (down)",
+            )
+        if self.specialised is not None:
+            self._add_domains(content, self.specialised)
+        return content
+
+    def _layer(self, routing: Routing) -> int:
+        layer = self.selection.layer
+        return layer if layer in routing.layers else routing.layers[0]
+
+    def _add_tokens(self, content: Content, routing: Routing) -> None:
+        layer, expert = self._layer(routing), self.selection.expert
+        row = routing.layers.index(layer)
+        words = self.moment.words
+        taken = [i for i in range(len(words)) if expert in routing.expert[row, i]]
+        content.table(
+            "tokens",
+            f"Tokens of expert {expert} in layer {layer}",
+            ["token", "score", "in context"],
+            [
+                [
+                    words[i],
+                    round(
+                        float(routing.score[row, i, list(routing.expert[row, i]).index(expert)]), 2
+                    ),
+                    _context(words, i),
+                ]
+                for i in taken[:_MOST]
+            ],
+            [{"token": i} for i in taken[:_MOST]],
+            wide=False,
+            note=f"{len(taken)} of {len(words)}" + f", the first {_MOST}" * (len(taken) > _MOST),
+        )
+
+    def _add_domains(self, content: Content, found: Specialisation) -> None:
+        domains = len(found.domains)
+        content.axes["domain"] = Axis("kind of text", domains, labels=found.domains)
+        content.axes["of"] = Axis("kind of text", domains, labels=found.domains)
+        above = 100 * (found.share - found.mixed)
+        content.add(
+            "domains",
+            "What an expert prefers",
+            np.moveaxis(above, 1, 0),
+            ("moe layer", "domain", "expert"),
+            diverging(float(abs(above).max()), "%"),
+            note="share of a kind's tokens above the mean of all kinds, of the layer",
+        )
+        low, high = found.information_band()
+        null = np.quantile(found.shuffled_information(), 0.95, axis=0)
+        for name, values in (("low", low), ("high", high), ("null", null)):
+            content.array(f"bits {name}", values, ("moe layer",))
+        series = [
+            {"array": "bits", "label": "measured", "colour": "#6c9cfc"},
+            {"array": "bits low", "label": "95 % band", "colour": "#6c9cfc", "dash": "3 3"},
+            {"array": "bits high", "label": "", "colour": "#6c9cfc", "dash": "3 3"},
+            {"array": "bits null", "label": "shuffled kinds, 95 %", "colour": "#a83c00"},
+        ]
+        content.add(
+            "bits",
+            "Bits that an expert tells about the kind of text",
+            found.mutual_information,
+            ("moe layer",),
+            sequential(0, max(1.0, float(high.max())), "bits"),
+            kind="lines",
+            series=series,
+        )
+
+    def summary(self) -> str:
+        routing = self.moment.edited(routing_of)
+        layer = self.selection.layer
+        dense = f"Layer {layer} is dense: it has no experts. " * (layer not in routing.layers)
+        row = routing.layers.index(self._layer(routing))
+        load = routing.load[row]
+        return (
+            f"{dense}Layer {routing.layers[row]}: expert {load.argmax()} takes most, "
+            f"{100 * load.max():.0f} %; {int((load == 0).sum())} of {len(load)} take nothing; as "
+            f"even as {float(effective_experts(load)):.1f} experts with equal loads."
+        )
+
+
+def _rows(model: Any, text: str) -> list[torch.Tensor]:
+    ids = model.prompt(text[: 8 * _ROWS * _LENGTH]).input_ids[0, 1:]
+    count = max(1, min(_ROWS, len(ids) // _LENGTH))
+    size = min(_LENGTH, len(ids))
+    return [ids[: count * size].view(count, size)]
+
+
+def _context(words: Sequence[str], i: int) -> str:
+    before, after = words[max(0, i - _CONTEXT) : i], words[i + 1 : i + 1 + _CONTEXT]
+    return f"{''.join(before)}[{words[i]}]{''.join(after)}"
