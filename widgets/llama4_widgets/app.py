@@ -110,10 +110,16 @@ class LabApp(ipywidgets.VBox):
                 self.views[name] = VIEWS[name](self.moment, self.selection)
                 if self.views[name].has_trait("edits"):
                     traitlets.link((self, "edits"), (self.views[name], "edits"))
+                if self.views[name].has_trait("kept"):
+                    self.views[name].observe(self._keep, "kept")
         for name, view in self.views.items():
             view.is_shown = name in self.shown
         self._grid.children = [self.views[name] for name in self.shown]
         self._chips.children = [self._chip(name) for name in VIEWS]
+
+    def _keep(self, change: Any) -> None:
+        self._text.value = change["new"]
+        self._guard(lambda: self.run(change["new"]))
 
     def _chip(self, name: str) -> ipywidgets.ToggleButton:
         chip = ipywidgets.ToggleButton(

@@ -1,6 +1,6 @@
 """What all views are: a board and its controls, drawn from a moment and a selection."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,3 +143,10 @@ class View(ipywidgets.VBox):
     def _receive(self, _board: Any, message: dict[str, Any], _buffers: Any) -> None:
         if "region" in message:
             self.region(message["region"])
+
+
+def button(text: str, tip: str, act: Callable[[], None]) -> ipywidgets.Button:
+    """Return a button that does `act` when it is pressed."""
+    made = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"})
+    made.on_click(lambda _: act())
+    return made

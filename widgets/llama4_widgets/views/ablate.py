@@ -12,7 +12,7 @@ from llama4_lab import edits as E
 from llama4_lab.config import Llama4Config
 from llama4_lab.edits import Edit
 from llama4_widgets.panels import Axis, Content, diverging, sequential
-from llama4_widgets.view import View
+from llama4_widgets.view import View, button
 from llama4_widgets.words import visible
 
 _TOP = 6  # words that could follow
@@ -67,8 +67,8 @@ class Control:
 
 
 def _switch(text: str, tip: str, make: Callable[[int], Edit], fits: Fits = _always) -> Control:
-    button = ipywidgets.ToggleButton(description=text, tooltip=tip)
-    return Control(button, lambda layer, _: make(layer), fits=fits)
+    toggle = ipywidgets.ToggleButton(description=text, tooltip=tip)
+    return Control(toggle, lambda layer, _: make(layer), fits=fits)
 
 
 def _slider(
@@ -168,9 +168,9 @@ class AblateView(View):
         self._text = ipywidgets.Textarea(layout={"width": "100%", "height": "48px"})
         self._code = ipywidgets.HTML()
         buttons = [
-            _button("Undo", "take back the last change", self.undo),
-            _button("Clear", "go back to the clean model", lambda: self._set(())),
-            _button("Apply text", "use the edits in the text field", self.apply_text),
+            button("Undo", "take back the last change", self.undo),
+            button("Clear", "go back to the clean model", lambda: self._set(())),
+            button("Apply text", "use the edits in the text field", self.apply_text),
         ]
         details = ipywidgets.Accordion(
             [ipywidgets.VBox([self._text, ipywidgets.HBox(buttons), self._code])],
@@ -350,9 +350,3 @@ def _row(text: str, controls: Sequence[Control], more: Sequence[Any] = ()) -> ip
     row = ipywidgets.HBox([*label, *(control.widget for control in controls), *more])
     row.add_class("l4-app-chips")
     return row
-
-
-def _button(text: str, tip: str, act: Callable[[], None]) -> ipywidgets.Button:
-    button = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"})
-    button.on_click(lambda _: act())
-    return button

@@ -1,0 +1,100 @@
+"""Generating in a view: the tokens are those of decoding, edits included; branches differ."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+import llama4_lab as l4
+from llama4_lab import edits as E
+from llama4_lab.analysis.routing import routing_of
+from llama4_widgets.app import LabApp
+from llama4_widgets.moment import Moment
+from llama4_widgets.still import unpack
+from llama4_widgets.views.generate import GenerateView
+
+TEXT = "def add(a, b):"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return l4.load("nano")
+
+
+@pytest.fixture
+def view(model):
+    view = GenerateView(Moment(model, model.prompt(TEXT)))
+    view._temperature.value = 0.0  # always the likeliest
+    return view
+
+
+def write(view, count):
+    for _ in range(count):
+        view.step()
+    view.refresh()
+
+
+def test_the_likeliest_tokens_are_those_of_generate(view, model):
+    write(view, 6)
+    expected = l4.generate(model, model.prompt(TEXT), max_new_tokens=6, temperature=0)
+    assert view.text() == expected
+    assert "6 new tokens" in view.board.summary and "kB of" in view.board.summary
+
+
+def test_entropy_probability_and_experts_are_the_models(view, model):
+    write(view, 4)
+    ids = torch.cat([view.moment.prompt.input_ids, torch.tensor([[w.id for w in view.written]])], 1)
+    with torch.no_grad():
+        p = model(ids)[0, -5:-1].double().softmax(-1)
+    bits = -(p * p.log2()).sum(-1)
+    np.testing.assert_allclose(unpack(view.board.content.arrays["entropy"]), bits, atol=1e-4)
+    chosen = p.gather(1, ids[0, -4:, None])[:, 0]
+    np.testing.assert_allclose([w.probability for w in view.written], chosen, atol=1e-5)
+    whole = routing_of(model, model.prompt(TEXT + view.text()))
+    shown = unpack(view.board.content.arrays["experts"])
+    assert np.array_equal(shown, whole.expert[:, -5:-1, 0])
+
+
+def test_edits_change_what_is_written(view, model):
+    view.moment = view.moment.with_edits([E.SkipLayer(0), E.SkipLayer(1)])
+    assert view.written == []
+    write(view, 5)
+    with E.edited(model, view.moment.edits):
+        expected = l4.generate(model, model.prompt(TEXT), max_new_tokens=5, temperature=0)
+    assert view.text() == expected
+
+
+def test_a_branch_keeps_what_stands_before_it(view):
+    write(view, 5)
+    before, text = list(view.written), view.text()
+    view._temperature.value = 2.0
+    view.branch(3)
+    assert view.written[:3] == before[:3] and len(view.written) == 4
+    assert view.branches == [text]
+    with pytest.raises(ValueError, match="no new token 9 to branch at: 4 were written"):
+        view.branch(9)
+
+
+def test_play_writes_until_pause_and_lets_the_kernel_work(view):
+    async def press() -> int:
+        view._play.value = True
+        while len(view.written) < 3:
+            await asyncio.sleep(0.01)
+        view._play.value = False
+        await asyncio.sleep(0.05)
+        return len(view.written)
+
+    count = asyncio.run(press())
+    assert count == len(view.written) and 3 <= count < 50
+
+
+def test_what_was_written_can_be_looked_at_in_all_views(model):
+    app = LabApp(model, TEXT, shown=["router", "generate"])
+    view = app.views["generate"]
+    view._temperature.value = 0.0
+    write(view, 3)
+    text = TEXT + view.text()
+    view.keep()
+    assert app.moment.tokens == model.prompt(text).tokens
+    assert view.written == []

@@ -1,0 +1,43 @@
+"""The planner shows the figures of `llama4_lab.plan`."""
+
+import pytest
+
+import llama4_lab as l4
+from llama4_lab.hardware import GPUS
+from llama4_lab.plan import Plan
+from llama4_widgets.moment import Moment
+from llama4_widgets.views.planner import PlannerView
+
+
+@pytest.fixture(scope="module")
+def view():
+    model = l4.load("nano")
+    return PlannerView(Moment(model, model.prompt("two")))
+
+
+def panel(view, name):
+    return next(panel for panel in view.board.content.panels if panel["name"] == name)
+
+
+def test_memory_and_speed_are_those_of_the_plan(view):
+    view.choices["GPU"].value, view.choices["context"].value = "h200", 131072
+    plan = Plan(l4.SCOUT, GPUS["h200"], weights="int4")
+    needed = plan.needed(1, 131072)
+    rows = dict(panel(view, "memory")["rows"])
+    assert rows["weights"] == round(needed["weights"] / 1e9, 2)
+    assert rows["together"] == round(sum(needed.values()) / 1e9, 2)
+    decode = plan.decode(1, 131072).tokens_per_second
+    assert panel(view, "speed")["rows"][0][1] == round(decode, 1)
+    assert f"{decode:,.0f} tokens/s" in view.board.summary
+    assert view.board.summary.startswith("It fits; the longest context is")
+
+
+def test_what_cannot_be_is_told(view):
+    view.choices["GPU"].value, view.choices["weights"].value = "rtx4090", "bf16"
+    assert "It does not fit; the weights do not fit" in view.board.summary
+    view.choices["model"].value = "Behemoth (an estimate)"
+    assert view.board.summary.startswith("AN ESTIMATE, never released")
+    view.choices["model"].value = "this model"
+    view.choices["GPUs"].value = 8
+    heads = view.moment.model.config.num_key_value_heads
+    assert f"8 GPUs cannot share {heads} key/value heads" in view.board.problem

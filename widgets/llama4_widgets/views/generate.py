@@ -1,0 +1,213 @@
+"""Writing, token by token: how sure the model is, which experts work, what the cache holds."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+import traitlets
+
+from llama4_lab.analysis.routing import moe_layers
+from llama4_lab.edits import edited
+from llama4_lab.generate import sample
+from llama4_lab.trace import trace
+from llama4_widgets.panels import Axis, Content, experts, sequential
+from llama4_widgets.view import View, button
+from llama4_widgets.words import visible
+
+_TOP, _MOST = 6, 256  # words that could follow; tokens of one branch
+
+
+@dataclass(frozen=True)
+class Written:
+    """One new token, as it was chosen."""
+
+    id: int
+    probability: float
+    entropy: float  # bits, of the whole distribution
+    experts: tuple[int, ...]  # that read the token before it, by MoE layer; -1 is unknown
+
+
+class GenerateView(View):
+    """Continues the prompt, with the edits; stop it, go back to a token and branch.
+
+    `written` are the tokens of the branch on screen, `branches` the ones that were left.
+    """
+
+    title = "Generate"
+    help = (
+        "A model writes one token after the other, each drawn from a distribution; its entropy "
+        "says how open the choice was. RoPE layers keep the keys and values of one chunk, NoPE "
+        "layers those of everything."
+    )
+    kept = traitlets.Unicode(help="the text that is to be looked at in all views")
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        self.written: list[Written] = []
+        self.branches: list[str] = []
+        self._cache: Any = None
+        self._play = ipywidgets.ToggleButton(
+            description="Play", tooltip="write until it is pressed again"
+        )
+        self._play.observe(lambda change: change["new"] and self._begin(), "value")
+        self._temperature = ipywidgets.FloatSlider(
+            value=0.6,
+            min=0.0,
+            max=2.0,
+            step=0.1,
+            description="temperature",
+            layout={"width": "260px"},
+        )
+        self._at = ipywidgets.IntSlider(description="branch at", layout={"width": "260px"})
+        buttons = [
+            button("Step", "write one token", lambda: self._guarded(self.step)),
+            button(
+                "Branch",
+                "forget what follows, and go on otherwise",
+                lambda: self.branch(self._at.value),
+            ),
+            button("Start over", "go back to the prompt", self.restart),
+            button("Look at it", "show prompt and new text in all views", self.keep),
+        ]
+        row = ipywidgets.HBox([self._play, *buttons, self._temperature, self._at])
+        row.add_class("l4-app-chips")
+        return [row]
+
+    # ---- writing
+
+    @traitlets.observe("moment")
+    def _new_prompt(self, _change: Any) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the prompt."""
+        self._play.value = False
+        self.written, self.branches, self._cache = [], [], None
+        self._draws = torch.Generator().manual_seed(0)
+        self.refresh()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Write one token."""
+        moment = self.moment
+        model, layers = moment.model, moe_layers(moment.model)
+        if self._cache is None:
+            self._cache = model.new_cache()
+            ids = moment.prompt.input_ids
+            new = torch.tensor([[one.id for one in self.written]], dtype=ids.dtype)
+            given: dict[str, Any] = {"input_ids": torch.cat([ids, new], dim=1)}
+            given["pixel_values"] = moment.prompt.pixel_values
+        else:
+            given = {"input_ids": torch.tensor([[self.written[-1].id]])}
+        names = [f"layers.{i}.router.indices" for i in layers]
+        with (
+            edited(model, moment.edits, {"clean": moment.prompt}),
+            trace(model, names) as seen,
+        ):
+            logits = model(**given, cache=self._cache, keep_last=1)[0, -1]
+        logprob = logits.float().log_softmax(-1)
+        self.following = logprob.exp()
+        token = int(sample(logits[None], self._temperature.value, 0.95, self._draws))
+        bits = float(-(self.following * logprob).nan_to_num(0.0).sum() / np.log(2))
+        read = tuple(int(seen[name][0, -1, 0]) for name in names)
+        self.written.append(Written(token, float(self.following[token]), bits, read))
+
+    def branch(self, at: int) -> None:
+        """Forget the new tokens from number `at` on, and go on from there otherwise."""
+        if not 0 <= at <= len(self.written):
+            raise ValueError(
+                f"there is no new token {at} to branch at: {len(self.written)} were written"
+            )
+        self.branches.append(self.text())
+        self.written, self._cache = self.written[:at], None
+        self._guarded(self.step)
+
+    def text(self) -> str:
+        """Return what was written."""
+        ids = [
+            one.id for one in self.written if one.id not in self.moment.model.config.stop_token_ids
+        ]
+        return self.moment.model.tokenizer.decode(ids)
+
+    def keep(self) -> None:
+        """Ask for prompt and new text in all views."""
+        self.kept = "".join(self.moment.tokens[1:]) + self.text()
+
+    def _begin(self) -> None:
+        try:
+            self._task = asyncio.get_running_loop().create_task(self._write_on())
+        except RuntimeError:  # no loop: outside of a notebook nobody could press pause
+            while self._play.value:
+                self._write_one()
+
+    async def _write_on(self) -> None:
+        while self._play.value:
+            self._write_one()
+            await asyncio.sleep(0.01)  # lets the kernel hear what was pressed meanwhile
+
+    def _write_one(self) -> None:
+        self._guarded(self.step)
+        ended = self.written and self.written[-1].id in self.moment.model.config.stop_token_ids
+        if ended or len(self.written) >= _MOST or self.board.problem:
+            self._play.value = False
+
+    def _guarded(self, act: Any) -> None:
+        try:
+            act()
+        except (ValueError, RuntimeError) as error:
+            self.board.problem = str(error)
+        else:
+            self.refresh()
+
+    # ---- what is shown
+
+    def content(self) -> Content:
+        words = [visible(self.moment.model.tokenizer.decode([one.id])) for one in self.written]
+        self._at.max = len(words)
+        layers = moe_layers(self.moment.model)
+        content = Content(self.axes())
+        if not words:
+            return content
+        content.axes["new"] = Axis("new token", len(words), labels=words)
+        entropy = np.array([one.entropy for one in self.written])
+        top = max(1.0, float(entropy.max()))
+        content.add(
+            "entropy", "What it wrote, bright where the choice was open", entropy, ("new",),
+            sequential(0, top, "bits"), kind="strip",
+        )  # fmt: skip
+        chosen = np.array([one.experts for one in self.written]).T.reshape(len(layers), -1)
+        content.add(
+            "experts", "Experts at work", chosen, ("moe layer", "new"),
+            experts(self.moment.model.config.num_local_experts),
+            note="of the token before each new one",
+        )  # fmt: skip
+        likely = self.following.topk(_TOP)
+        decode = self.moment.model.tokenizer.decode
+        content.table(
+            "following", "What could stand at the last place", ["token", "%"],
+            [
+                [visible(decode([i])), round(100 * p, 1)]
+                for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
+            ],
+            wide=False,
+        )  # fmt: skip
+        if self.branches:
+            rows = [[text[-120:]] for text in self.branches]
+            content.table("branches", "Branches left", ["new text"], rows, wide=False)
+        return content
+
+    def summary(self) -> str:
+        if not self.written:
+            return "Nothing was written yet: press Play or Step."
+        last, cache = self.written[-1], self._cache
+        held = (
+            f"; the cache holds {cache.bytes() / 1e3:,.0f} kB of {cache.slots} tokens"
+            if cache
+            else ""
+        )
+        return (
+            f"{len(self.written)} new tokens; the last had probability {last.probability:.2f}, of "
+            f"{last.entropy:.1f} bits{held}."
+        )

@@ -1,0 +1,127 @@
+"""What a model needs on a GPU, how fast it can be at best, and why."""
+
+from typing import Any
+
+import ipywidgets
+import numpy as np
+
+from llama4_lab.config import BEHEMOTH_ESTIMATE, MAVERICK, SCOUT, Llama4Config
+from llama4_lab.hardware import GPUS
+from llama4_lab.plan import CACHE_BYTES, PRECISIONS, Plan
+from llama4_lab.plan_page import reason
+from llama4_widgets.panels import Axis, Content, sequential
+from llama4_widgets.view import View
+
+_CONTEXTS = [2**i for i in range(9, 21)]  # 512 to a million tokens
+_BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+class PlannerView(View):
+    """Model, precision, GPU and context: does it fit, how fast can it be, what holds it back."""
+
+    title = "Planner"
+    help = (
+        "Decoding reads every weight that a token needs, so bandwidth bounds it; a long prompt is "
+        "bound by products. No program is faster than these rooflines, and good ones reach half."
+    )
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        names = ["this model", "Scout", "Maverick", "Behemoth (an estimate)"]
+        self.choices: dict[str, Any] = {
+            "model": ipywidgets.Dropdown(options=names, value="Scout"),
+            "weights": ipywidgets.Dropdown(options=list(PRECISIONS), value="int4"),
+            "cache": ipywidgets.Dropdown(options=list(CACHE_BYTES), value="bf16"),
+            "GPU": ipywidgets.Dropdown(options=[(gpu.name, key) for key, gpu in GPUS.items()]),
+            "GPUs": ipywidgets.Dropdown(options=[1, 2, 4, 8], value=1),
+            "batch": ipywidgets.Dropdown(options=_BATCHES, value=1),
+            "context": ipywidgets.SelectionSlider(
+                options=[(f"{n:,}", n) for n in _CONTEXTS], value=8192
+            ),
+        }
+        self.choices["GPU"].value = "h100"
+        for name, widget in self.choices.items():
+            widget.description = name
+            widget.style.description_width = "56px"
+            widget.layout.width = "330px" if name == "context" else "210px"
+            widget.observe(lambda _: self.refresh(), "value")
+        row = ipywidgets.HBox(list(self.choices.values()))
+        row.add_class("l4-app-chips")
+        return [row]
+
+    def config(self) -> Llama4Config:
+        """Return the sizes of the chosen model."""
+        known = {"Scout": SCOUT, "Maverick": MAVERICK, "this model": self.moment.model.config}
+        return known.get(self.choices["model"].value, BEHEMOTH_ESTIMATE)
+
+    def plan(self) -> Plan:
+        """Return the plan that the controls describe.
+
+        Raises:
+            ValueError: GPUs that cannot share the model's heads.
+        """
+        chosen = {name: widget.value for name, widget in self.choices.items()}
+        gpu = GPUS[chosen["GPU"]]
+        return Plan(self.config(), gpu, chosen["GPUs"], chosen["weights"], chosen["cache"])
+
+    def content(self) -> Content:
+        plan, batch = self.plan(), self.choices["batch"].value
+        context = self.choices["context"].value
+        content = Content({"context": Axis("context in tokens", len(_CONTEXTS), values=_CONTEXTS)})
+        needed = plan.needed(batch, context)
+        rows = [[part, round(size / 1e9, 2)] for part, size in needed.items()]
+        rows.append(["together", round(sum(needed.values()) / 1e9, 2)])
+        rows.append(["a GPU holds", round(plan.usable / 1e9, 2)])
+        content.table("memory", "Memory of each GPU", ["part", "GB"], rows, wide=False)
+        steps = [
+            (f"decode {batch} row{'s' * (batch > 1)}", plan.decode(batch, context)),
+            (f"prefill {context:,} tokens", plan.prefill(context)),
+        ]
+        content.table(
+            "speed",
+            "Speed at best",
+            ["what", "tokens/s", "read (ms)", "products (ms)", "exchange (ms)"],
+            [
+                [
+                    name,
+                    round(roof.tokens_per_second, 1),
+                    *(
+                        round(1e3 * seconds, 3)
+                        for seconds in (
+                            roof.read_seconds,
+                            roof.math_seconds,
+                            roof.exchange_seconds,
+                        )  # fmt: skip
+                    ),
+                ]
+                for name, roof in steps
+            ],
+            wide=False,
+        )
+        speed = [
+            plan.decode(batch, n).tokens_per_second if plan.fits(batch, n) else np.nan
+            for n in _CONTEXTS
+        ]
+        series = [{"array": "decode", "label": "decode", "colour": "#6c9cfc"}]
+        content.add(
+            "decode",
+            "Decoding, by context",
+            np.array(speed),
+            ("context",),
+            sequential(0, max(1.0, *np.nan_to_num(speed).tolist()), "tokens/s"),
+            kind="lines",
+            series=series,
+            note="where it fits in memory; each step doubles the context",
+        )
+        return content
+
+    def summary(self) -> str:
+        plan, batch = self.plan(), self.choices["batch"].value
+        context, config = self.choices["context"].value, self.config()
+        step, longest = plan.decode(batch, context), plan.longest_context(batch)
+        estimate = "AN ESTIMATE, never released: " if config.is_estimate else ""
+        fits = "It fits" if plan.fits(batch, context) else "It does not fit"
+        most = f"the longest context is {longest:,} tokens" if longest else "the weights do not fit"
+        return (
+            f"{estimate}{fits}; {most} for {batch} row{'s' * (batch > 1)}. Decoding: at best "
+            f"{step.tokens_per_second:,.0f} tokens/s, {reason(step, plan)}."
+        )
