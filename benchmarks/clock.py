@@ -22,8 +22,8 @@ def ratios(
 ) -> dict[str, Cell]:
     """Return the CPU time of calls in units of `per` plain ones: of minima, and (of medians).
 
-    The cell "plain" is what one plain call takes. All take turns, in an order that is reversed each
-    round, after a round that does not count.
+    The cell "plain" is what one plain call takes, its value in seconds. All take turns, in an order
+    that is reversed each round, after a round that does not count.
     """
     everyone = {"": plain, **calls}
     times: dict[str, list[float]] = {name: [] for name in everyone}
@@ -39,11 +39,12 @@ def ratios(
                 times[name].append(time.process_time() - start)
     finally:
         gc.enable()
-    found = {"plain": Cell(f"{min(times['']) * 1e3:.0f} ms")}
+    least = min(times[""])
+    found = {"plain": Cell(f"{least * 1e3:.0f} ms", least)}
     for name in calls:
-        least = min(times[name]) / min(times[""]) / per
+        ratio = min(times[name]) / least / per
         middle = median(times[name]) / median(times[""]) / per
-        found[name] = Cell(f"{least:.3f} ({middle:.3f})", least)
+        found[name] = Cell(f"{ratio:.3f} ({middle:.3f})", ratio)
     return found
 
 

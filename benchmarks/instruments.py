@@ -25,6 +25,7 @@ import torch
 from clock import Cell, check_equal, floats, ratios
 from peers import Task
 from safetensors.torch import save_file
+from table import layout, verdict
 from torch import Tensor
 
 import llama4_lab as l4
@@ -268,12 +269,9 @@ def table(ours: dict[str, Cell], theirs: dict[str, dict[str, Any]]) -> str:
         text = [cell.text for cell in found.values()]
         value = found["llama4_lab"].value
         if most is not None and value is not None:
-            text[0] += " ✓" if value <= most else " ✗"
+            text[0] += verdict(value <= most)
         lines.append([what, text[0], target, *text[1:]])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    shown = [" | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*(line.rstrip() for line in shown), "", *notes])
+    return "\n".join([layout(lines), "", *notes])
 
 
 def head(lab: Lab, theirs: dict[str, dict[str, Any]]) -> str:

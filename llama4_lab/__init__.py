@@ -1,6 +1,6 @@
 """Llama 4, opened up: exact, readable, and every value inside it named."""
 
-from llama4_lab import edits
+from llama4_lab import edits, parallel
 from llama4_lab.cache import KVCache
 from llama4_lab.checkpoint import load, save
 from llama4_lab.config import (
@@ -32,6 +32,7 @@ __all__ = [
     "generate",
     "intervene",
     "load",
+    "parallel",
     "points",
     "random",
     "run_with_cache",

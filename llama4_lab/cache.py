@@ -73,11 +73,12 @@ class LayerCache:
                 first = end - end % self.chunk
             k, v = k[:, :, first - start :], v[:, :, first - start :]
             first, end = first % self.chunk, first % self.chunk + k.shape[2]
-        self._reserve(end)
+        self.reserve(end)
         self.buffer[0, rows, :, first:end] = k
         self.buffer[1, rows, :, first:end] = v
 
-    def _reserve(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
+        """Make room for so many positions."""
         size = self.buffer.shape[3]
         if count <= size:
             return

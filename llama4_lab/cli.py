@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 
 import llama4_lab as l4
+from llama4_lab import checkpoint
+from llama4_lab.packed import KINDS
+from llama4_lab.plan import PRECISIONS
 
 _CONFIGS = "scout, maverick, behemoth, a shipped model's name, or a folder"
 
@@ -65,9 +68,38 @@ def parser() -> argparse.ArgumentParser:
     sub = command("convert", convert, "write any readable checkpoint as a Hugging Face folder")
     sub.add_argument("source")
     sub.add_argument("target", type=Path)
+    sub.add_argument(
+        "--quantize",
+        choices=KINDS,
+        help="the text decoder's linears, for llama4-lab alone; goes on where it was interrupted",
+    )
 
-    sub = command("plan", plan, "count parameters and bytes of a preset or a folder's config")
-    sub.add_argument("model", help=_CONFIGS)
+    sub = command("plan", plan, "count parameters; with --gpu, what fits and how fast it can be")
+    sub.add_argument("name", nargs="?", metavar="MODEL", help=_CONFIGS)
+    sub.add_argument("--model", help="the same")
+    sub.add_argument("--gpu", help="h100, h200, a100, ...; an unknown name lists all")
+    sub.add_argument("--num-gpus", type=_count, help="equal GPUs of one machine (default 1)")
+    sub.add_argument("--quantize", choices=KINDS, help="of the text decoder's linears")
+    sub.add_argument("--head", choices=PRECISIONS, help="of the read-out (default: the same)")
+    sub.add_argument("--cache-dtype", choices=("bf16", "fp8"), help="(default bf16)")
+    sub.add_argument("--context", type=_count, help="tokens of each row (default 8192)")
+    sub.add_argument("--batch", type=_count, help="rows that decode together (default 1)")
+    sub.add_argument("--table", action="store_true", help="every preset on every GPU, in Markdown")
+
+    sub = command("bench", bench, "measure a seeded full-size model on the GPU at hand")
+    sub.add_argument("--model", default="scout", help=f"{_CONFIGS} (default %(default)s)")
+    sub.add_argument("--layers", type=_count, help="fewer than the model has")
+    sub.add_argument("--quantize", choices=PRECISIONS, default="int4", help="(default int4)")
+    sub.add_argument("--minutes", type=float, default=10.0, help="for all (default 10)")
+    sub.add_argument("--only", default="", help="stages, with commas; an unknown one lists all")
+    sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub.add_argument("--device", default="cuda")
+    sub.add_argument(
+        "--scale",
+        choices=("full", "tiny"),
+        default="full",
+        help="tiny tries all stages in a minute",
+    )
 
     sub = command("points", list_points, "list every value that can be watched and changed")
     sub.add_argument("--model", default="maverick", help=f"{_CONFIGS} (default %(default)s)")
@@ -144,16 +176,75 @@ def print_card(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    l4.save(l4.load(options.source), options.target)
+    if options.quantize:
+        checkpoint.convert(options.source, options.target, quantize=options.quantize)
+    else:
+        l4.save(l4.load(options.source), options.target)
     print(f"saved to {options.target}")
 
 
 def plan(options: argparse.Namespace) -> None:
+    from llama4_lab import plan_page
+    from llama4_lab.hardware import GPUS, find_gpu
+    from llama4_lab.plan import Plan
+
+    if options.table or options.model == "all":
+        print(plan_page.table_page(), end="")
+        return
+    if (name := options.model or options.name) is None:
+        raise ValueError("plan needs a model, or --table")
+    config, weights = _config(name), options.quantize or "bf16"
+    if options.gpu is None:
+        for option in ("num_gpus", "cache_dtype", "context", "batch"):
+            if getattr(options, option) is not None:
+                flag = option.replace("_", "-")
+                raise ValueError(f"--{flag} says nothing without --gpu; choose {', '.join(GPUS)}")
+        print(plan_page.counts(config, weights, options.head))
+        return
+    planned = Plan(
+        config,
+        find_gpu(options.gpu),
+        options.num_gpus or 1,
+        weights=weights,
+        cache=options.cache_dtype or "bf16",
+        head=options.head,
+    )
+    print(plan_page.report(planned, options.batch or 1, options.context or plan_page.CONTEXT))
+
+
+def bench(options: argparse.Namespace) -> None:
+    from llama4_lab.bench.base import HEAD, shrunk
+    from llama4_lab.bench.run import STAGES, Job, Results, run
+
+    device, is_tiny = torch.device(options.device), options.scale == "tiny"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "no CUDA GPU was found: run this on a machine with one, or try the stages here with "
+            "--device cpu --scale tiny"
+        )
+    if device.type != "cuda" and not is_tiny:
+        raise ValueError(f"the full scale needs a GPU: add --scale tiny to --device {device}")
+    only = [name for name in options.only.split(",") if name]
+    if unknown := set(only) - set(STAGES):
+        raise ValueError(f"unknown stage {min(unknown)!r}; choose {', '.join(STAGES)}")
     config = _config(options.model)
-    if config.is_estimate:
-        print("AN ESTIMATE: this model was never released, its sizes are invented")
-    for part, count in config.parameter_counts().items():
-        print(f"{part:16} {count:>22,} {2 * count / 1e9:>10.2f} GB in bfloat16")
+    config = shrunk(config) if is_tiny else config
+    if options.layers is not None:
+        config = config.replace(num_hidden_layers=options.layers)
+
+    def report(results: Results, line: str) -> None:
+        print(line, flush=True)
+        if options.json:
+            text = json.dumps(results.to_dict(), ensure_ascii=False, indent=1)
+            options.json.write_text(text + "\n", encoding="utf-8")
+
+    print(HEAD)
+    job = Job(config, options.quantize, options.scale, str(device), options.minutes)
+    results = run(job, only, report)
+    report(results, results.summary())
+    print(", ".join(f"{what} {value}" for what, value in results.machine.items()))
+    if results.failures:
+        raise RuntimeError(f"stages without all their figures: {', '.join(results.failures)}")
 
 
 def list_points(options: argparse.Namespace) -> None:
@@ -165,6 +256,13 @@ def list_points(options: argparse.Namespace) -> None:
         return
     for name, axes in l4.points(config).items():
         print(f"{name:40} {axes}")
+
+
+def _count(text: str) -> int:
+    """Read a whole number of at least 1; commas and underscores may group its digits."""
+    if not (digits := text.replace(",", "").replace("_", "")).isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(digits)
 
 
 def _config(name: str) -> l4.Llama4Config:

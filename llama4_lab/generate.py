@@ -9,10 +9,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llama4_lab.model import Llama4
+from llama4_lab.model.static import StaticDecoder
 
 
 def generate(
-    model: Llama4,
+    model: Llama4 | StaticDecoder,
     prompt: Any,
     max_new_tokens: int = 64,
     *,
@@ -29,6 +30,8 @@ def generate(
     return an iterator over pieces of text instead. Generation ends at a stop token (the config's,
     unless `stop` names others) or after `max_new_tokens`. Ctrl-C ends it early and keeps the text
     so far. A progress bar shows when it takes more than half a second.
+
+    A `StaticDecoder` stands in for its model, one prompt at a time.
 
     Args:
         temperature: 0 always takes the likeliest token.
@@ -81,7 +84,7 @@ def generate(
 
 
 def tokens(
-    model: Llama4,
+    model: Llama4 | StaticDecoder,
     prompt: Any,
     max_new_tokens: int = 64,
     *,
@@ -110,7 +113,7 @@ def tokens(
 
 @torch.no_grad()
 def _tokens(
-    model: Llama4, prompt, max_new_tokens, temperature, top_p, seed, stop
+    model: Llama4 | StaticDecoder, prompt, max_new_tokens, temperature, top_p, seed, stop
 ) -> Iterator[Tensor]:
     given = {key: x.to(model.device) for key, x in {**prompt}.items() if x is not None}
     stops = torch.tensor(model.config.stop_token_ids if stop is None else stop, device=model.device)
@@ -120,7 +123,7 @@ def _tokens(
     logits = model(**given, cache=cache, keep_last=1)
     ended = torch.zeros(len(logits), dtype=torch.bool, device=model.device)
     for count in range(1, max_new_tokens + 1):
-        chosen = sample(logits[:, -1], temperature, top_p, generator)
+        chosen = model.ranks.agreed(sample(logits[:, -1], temperature, top_p, generator))
         yield chosen
         ended |= torch.isin(chosen, stops)
         if ended.all() or count == max_new_tokens:

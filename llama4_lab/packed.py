@@ -10,15 +10,21 @@ contracts:
 - fp8: a scale for a whole row, codes in float8_e4m3fn: what scaled matrix products take.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 KINDS = ("int8", "int4", "fp8")
 GROUP = 128
+CODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+_PACKED_AT_ONCE = 1 << 20  # weights
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 
 
@@ -58,6 +64,10 @@ class Packed:
     def to(self, device: torch.device | str) -> "Packed":
         return Packed(self.kind, self.codes.to(device), self.scales.to(device))
 
+    def float(self) -> Float[Tensor, "*rows k"]:
+        """Return the weight in float32, as of a tensor."""
+        return self.unpack()
+
     def unpack(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*rows k"]:
         """Return the weight that the codes stand for; the product is taken in float32."""
         codes = unpack_nibbles(self.codes, self.group) if self.kind == "int4" else self.codes
@@ -77,9 +87,41 @@ def pack(weight: Float[Tensor, "*rows k"], kind: str, group: int | None = None) 
     Raises:
         ValueError: an unknown kind, or a group that does not divide the row.
     """
+    packed = empty(weight.shape, kind, group, weight.device)
+    rows = weight.detach().flatten(0, -2)
+    codes, scales = packed.codes.flatten(0, -2), packed.scales.flatten(0, -2)
+    step = max(1, _PACKED_AT_ONCE // weight.shape[-1])
+    for part in (slice(start, start + step) for start in range(0, len(rows), step)):
+        codes[part], scales[part] = _rounded(rows[part], kind, packed.group)
+    return packed
+
+
+def _rounded(rows: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of some rows; the steps in between are several times their size."""
+    grouped = rows.float().unflatten(-1, (-1, group))
+    scales = grouped.abs().amax(dim=-1) / _LARGEST[kind]
+    scales = scales if kind == "fp8" else scales.bfloat16()
+    scaled = grouped / scales.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    if kind == "fp8":
+        return scaled.flatten(-2).to(torch.float8_e4m3fn), scales
+    codes = scaled.round_().clamp_(-_LARGEST[kind], _LARGEST[kind]).to(torch.int8).flatten(-2)
+    return pack_nibbles(codes, group) if kind == "int4" else codes, scales
+
+
+def empty(
+    shape: Sequence[int],
+    kind: str,
+    group: int | None = None,
+    device: torch.device | str | None = None,
+) -> Packed:
+    """Return room for the codes and scales of a weight of this shape.
+
+    Raises:
+        ValueError: as for `pack`.
+    """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r} of packed weights; choose {', '.join(KINDS)}")
-    k = weight.shape[-1]
+    *rows, k = shape
     if kind == "fp8":
         group = k
     elif group is None:
@@ -89,14 +131,18 @@ def pack(weight: Float[Tensor, "*rows k"], kind: str, group: int | None = None) 
             f"rows of {k} weights cannot be cut into groups of {group} for {kind}: give a divisor"
             + (" that is even" if kind == "int4" else "")
         )
-    grouped = weight.detach().float().unflatten(-1, (-1, group))
-    scales = grouped.abs().amax(dim=-1) / _LARGEST[kind]
-    scales = scales if kind == "fp8" else scales.bfloat16()
-    scaled = grouped / scales.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-    if kind == "fp8":
-        return Packed(kind, scaled.flatten(-2).to(torch.float8_e4m3fn), scales)
-    codes = scaled.round().clamp(-_LARGEST[kind], _LARGEST[kind]).to(torch.int8).flatten(-2)
-    return Packed(kind, pack_nibbles(codes, group) if kind == "int4" else codes, scales)
+    width = k // 2 if kind == "int4" else k
+    scale_dtype = torch.float32 if kind == "fp8" else torch.bfloat16
+    return Packed(
+        kind,
+        torch.empty(*rows, width, dtype=CODES[kind], device=device),
+        torch.empty(*rows, k // group, dtype=scale_dtype, device=device),
+    )
+
+
+def kind_of(codes: Tensor) -> str:
+    """Tell the kind by the codes' dtype."""
+    return next(kind for kind, dtype in CODES.items() if dtype == codes.dtype)
 
 
 def pack_nibbles(codes: Tensor, group: int) -> UInt8[Tensor, "*rows half"]:
@@ -112,3 +158,79 @@ def unpack_nibbles(packed: UInt8[Tensor, "*rows half"], group: int) -> Tensor:
     """Undo `pack_nibbles`: int8 codes ``[*rows, k]``."""
     both = torch.stack([packed & 15, packed >> 4]).to(torch.int8) - 8
     return rearrange(both, "two ... (n j) -> ... (n two j)", j=group // 2)
+
+
+# ---- products
+
+_BLOCK = 1 << 19  # as many weights are unpacked at a time: they stay in the cache
+# Up to so many rows, reading the codes in a kernel is faster than unpacking them for a library's
+# product (2048 x 4096 on a Xeon with AMX; there, products in bfloat16 have a high price of entry).
+_FEW = {torch.float32: 3, torch.bfloat16: 6}
+_COMPILED = ("int8", "int4")
+
+
+def linear(x: Float[Tensor, "*batch k"], w: "Tensor | Packed") -> Float[Tensor, "*batch out"]:
+    """Return ``x @ w.T``, where the weight ``[out, k]`` may be packed.
+
+    The product is that of the unpacked weight, up to the order of the sum. For few rows on the CPU
+    it is taken in float32, and else in x's dtype. Gradients reach x.
+    """
+    if isinstance(w, Tensor):
+        return F.linear(x, w)
+    if has_torch_function_unary(x):  # what watches torch's functions sees this as one of them
+        return handle_torch_function(linear, (x,), x, w)
+    return _Product.apply(x, w)
+
+
+class _Product(torch.autograd.Function):
+    """Keeps the codes for the way back, not the unpacked weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Packed) -> Tensor:
+        ctx.w = w
+        if x.shape[:-1].numel() <= _FEW.get(x.dtype, 0) and _is_compiled(w):
+            return _product_of_few(x, w)
+        return torch.cat([F.linear(x, block) for block in _blocks(w, x.dtype)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        to_x = grad.new_zeros(*grad.shape[:-1], ctx.w.shape[-1])
+        start = 0
+        for block in _blocks(ctx.w, grad.dtype):
+            to_x += grad[..., start : start + len(block)] @ block
+            start += len(block)
+        return to_x, None
+
+
+def _is_compiled(w: Packed) -> bool:
+    return w.device.type == "cpu" and w.kind in _COMPILED
+
+
+def _product_of_few(x: Tensor, w: Packed) -> Tensor:
+    from llama4_lab.packed_kernels import PRODUCT
+
+    rows = x.detach().float().reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty(len(rows), len(w))
+    PRODUCT[w.kind](rows.numpy(), w.codes.numpy(), _bits(w.scales), out.numpy())
+    return out.view(*x.shape[:-1], len(w)).to(x.dtype)
+
+
+def _blocks(w: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the weight some rows at a time; a block is good until the next one is asked for."""
+    step = max(1, _BLOCK // w.shape[-1])
+    parts = [w[start : start + step] for start in range(0, len(w), step)]
+    if not _is_compiled(w):
+        yield from (part.unpack(dtype) for part in parts)
+        return
+    from llama4_lab.packed_kernels import UNPACK
+
+    space = torch.empty(parts[0].shape)
+    for part in parts:
+        block = space[: len(part)]
+        UNPACK[w.kind](part.codes.numpy(), _bits(part.scales), block.numpy())
+        yield block.to(dtype)
+
+
+def _bits(scales: Tensor) -> Any:
+    return scales.view(torch.uint16).numpy()

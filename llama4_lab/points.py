@@ -4,7 +4,7 @@ The model hands every value that has a name to a `Tap`, and goes on with what th
 `points` lists the names with their axes; `llama4_lab.trace` is how people use them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
@@ -112,6 +112,10 @@ class Tap:
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         return value
+
+    def records(self) -> Collection[str] | None:
+        """Return the names whose values it wants, if it changes none and wants no others."""
+        return () if type(self) is Tap else None
 
     def scope(self, prefix: str) -> "Tap":
         """Return a tap that puts `prefix` before every name."""

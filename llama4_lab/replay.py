@@ -123,15 +123,22 @@ class Replay:
         return [done[i] for i in range(len(runs))]
 
     def _batches(self, variants: list["_Variant"]) -> Iterator[list["_Variant"]]:
-        """Put together what has the same rules and first token; the earliest layers first."""
-        for (_, first), group in groupby(sorted(variants, key=_Variant.kind), key=_Variant.kind):
+        """Put together what has the same rules and first token; the earliest layers first.
+
+        Where experts are read from files, runs with other first tokens share the pass too: to read
+        an expert takes longer than to compute some tokens again.
+        """
+        is_on_disk = self.model.expert_memory is not None
+        kind = (lambda variant: (variant.rules, 0)) if is_on_disk else _Variant.kind
+        for _, group in groupby(sorted(variants, key=kind), key=kind):
             alike = sorted(group, key=lambda variant: variant.begin)
+            first = min(variant.first for variant in alike)
             most = max(1, self.max_tokens // max(1, len(self) - first))
             for i in range(0, len(alike), most):
                 yield alike[i : i + most]
 
     def _run(self, variants: list["_Variant"]) -> dict[int, "Edited"]:
-        rows, first = _Rows(variants), variants[0].first
+        rows, first = _Rows(variants), min(variant.first for variant in variants)
         rules = ruled(self.model, variants[0].edits)
         with self._reading_from(first), rules, closing(rows.witness):
             hidden = self._pass(variants, first, rows)

@@ -5,7 +5,7 @@
 in any order: a trace sees what the model goes on with, after every change.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,8 @@ def trace(
     A later forward pass replaces the values of an earlier one. Logits are the same to the bit,
     unless a value was asked for that only another path of the same mathematics makes:
     ``attn.scores``, ``attn.pattern`` (explicit attention) and ``experts.*`` (readable experts),
-    which equal the usual path to rounding.
+    which equal the usual path to rounding; and so does decoding on the CPU, where values other than
+    the routers' need the readable path.
 
     Args:
         detach: keep values without their gradients.
@@ -250,6 +251,10 @@ class _Recorder(Tap):
             for asked in self.asked[name]:
                 self.cache[asked] = disk.put(self.folder, asked, kept) if self.folder else kept
         return value
+
+    def records(self) -> Collection[str] | None:
+        outer = self.outer.records()
+        return None if outer is None else {*self.asked, *outer}
 
 
 class _Editor(Tap):

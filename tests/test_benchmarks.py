@@ -1,5 +1,6 @@
 """The benchmark scripts run, and time nothing whose output is not equal."""
 
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import llama4_lab as l4
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import clock
+import experts as layers
 import instruments
+import model as whole_model
 import peers
 
 TINY = instruments.CONFIG.replace(
@@ -156,3 +159,62 @@ def test_every_point_is_edited(lab):
 def test_interpreters_are_named_for_all_or_one():
     found = instruments.interpreters(["python3", "nnsight=other"])
     assert found == {"transformers": "python3", "transformer_lens": "python3", "nnsight": "other"}
+
+
+# ---- model.py
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, no_grad):
+    config = TINY.replace(num_local_experts=5)
+    return whole_model.prepare(config, 160, tmp_path_factory.mktemp("whole"), repeats=1)
+
+
+@pytest.mark.parametrize("measure", whole_model.MEASURES)
+def test_every_measure_of_the_model_gives_rows_of_the_table(bench, measure):
+    cells = getattr(bench, measure)()
+    assert cells
+    assert cells.keys() <= whole_model.ROWS.keys()
+    assert all(cell.value > 0 for cell in cells.values())
+
+
+@pytest.mark.parametrize("measure", ["decode", "prefill", "routers"])
+def test_nothing_of_the_model_is_timed_that_is_not_equal(bench, measure, monkeypatch):
+    def ratios(*args):
+        raise AssertionError("a clock was started")
+
+    monkeypatch.setattr(whole_model, "ratios", ratios)
+    with pytest.raises(AssertionError, match="clock"):
+        getattr(bench, measure)()
+    wrong = itertools.count(1)
+    with (
+        bench.ours.register_forward_hook(lambda _, ids, logits: logits + next(wrong)),
+        pytest.raises(ValueError, match=r"differs by .* it is not timed"),
+    ):
+        getattr(bench, measure)()
+
+
+def test_targets_of_the_model_are_held_against_their_columns():
+    cells = {"decode": clock.Cell("20", 20.0), "load": clock.Cell("20", 20.0)}
+    lines = whole_model.table({16: cells, 128: cells}).splitlines()
+    assert [part.strip() for part in lines[2].split("|")[1:]] == ["20 × ✓", "20 × ✗", "≥ 18, 90"]
+    assert [part.strip() for part in lines[3].split("|")[1:]] == ["20 ms ✓", "20 ms ✓", "≤ 30"]
+
+
+@pytest.fixture(scope="module")
+def moe_layer():
+    return layers.Layer(num_experts=3, width=16, hidden=24)
+
+
+def test_a_row_of_the_layer_benchmark_has_every_column(moe_layer):
+    cells = layers.row(moe_layer, tokens=2, repeats=1)
+    assert len(cells) == len(layers.COLUMNS)
+    assert cells[0] == "3 experts, 2 tokens"
+    assert layers.table([cells]).count("≥ 0") == 2
+
+
+def test_a_layer_that_is_not_equal_is_not_timed(moe_layer, monkeypatch):
+    monkeypatch.setattr(layers.Layer, "loop", lambda layer, x: layer.ours(x) * 1.001)
+    monkeypatch.setattr(layers, "ratios", None)
+    with pytest.raises(ValueError, match=r"loop, 2 tokens: differs by .* it is not timed"):
+        layers.row(moe_layer, tokens=2, repeats=1)

@@ -124,8 +124,8 @@ KINDS = {
             at / "config.json", quantization_config={"quant_method": "compressed-tensors"}
         ),
         ValueError,
-        "{at}/config.json: quant_method 'compressed-tensors': quantised files are not read yet; "
-        "use the bfloat16 checkpoint",
+        "{at}/config.json: quant_method 'compressed-tensors': only files that llama4-lab "
+        "quantised are read; convert the bfloat16 checkpoint with `llama4-lab convert --quantize`",
     ),
     "no weights": (
         "single",
@@ -236,7 +236,8 @@ KINDS = {
         ),
         ValueError,
         "{at}/model.safetensors: model.norm.weight holds I64 where weights are float32, bfloat16, "
-        "float16, float64; quantised files are not read yet",
+        "float16, float64; of quantised files only those of "
+        "llama4-lab are read",
     ),
     "two kinds of numbers": (
         "single",
@@ -377,7 +378,8 @@ KINDS = {
         ),
         ValueError,
         "{at}/consolidated.00.pth: layers.0.attention.wqkv.weight holds float8_e4m3fn where "
-        "weights are float32, bfloat16, float16, float64; quantised files are not read yet",
+        "weights are float32, bfloat16, float16, float64; of quantised files only those of "
+        "llama4-lab are read",
     ),
 }
 

@@ -33,10 +33,13 @@ LAYERS = [
     "llama4_lab.plan",
     "llama4_lab.points llama4_lab.packed",
     "llama4_lab.packed_kernels",
-    "llama4_lab.config llama4_lab.hardware",
+    "llama4_lab.config llama4_lab.hardware llama4_lab.loading",
 ]
 # The modules of the widgets that ask a model; the others draw, and need no torch.
-COMPUTE = tuple(f"llama4_widgets.{name}" for name in ("explore", "moment", "app", "views"))
+COMPUTE = tuple(
+    f"llama4_widgets.{name}"
+    for name in ("explore", "moment", "app", "bar", "keeping", "patterns", "views")
+)
 LINE = {name: line for line, names in enumerate(LAYERS) for name in names.split()}
 
 

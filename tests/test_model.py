@@ -45,26 +45,36 @@ def test_decoding_with_ragged_left_padding_equals_each_row_alone():
         torch.testing.assert_close(logits[row : row + 1, count:], alone, atol=1e-5, rtol=0)
 
 
-def test_a_later_token_never_changes_an_earlier_logit():
+# Compiled experts take two tokens of an expert at once, so that the rounding of a token depends on
+# who shares its expert: less than 1e-6 of logits of order 1. The loop is exact.
+ROUNDING = {"loop": 0.0, "numba": 1e-6}
+
+
+@pytest.mark.parametrize("backend", ROUNDING)
+def test_a_later_token_never_changes_an_earlier_logit(backend):
     model, ids = tiny(), some_ids(1)
+    model.backend = backend
     before = model(ids)
     changed = ids.clone()
     changed[0, 20] = (ids[0, 20] + 1) % 80 + 4
     after = model(changed)
-    assert torch.equal(before[:, :20], after[:, :20])
-    assert not torch.equal(before[:, 20:], after[:, 20:])
+    assert (before - after)[:, :20].abs().max() <= ROUNDING[backend]
+    assert (before - after)[:, 20:].abs().max() > 1e-3
 
 
-def test_rope_layers_do_not_see_past_their_chunk_and_nope_layers_do():
+@pytest.mark.parametrize("backend", ROUNDING)
+def test_rope_layers_do_not_see_past_their_chunk_and_nope_layers_do(backend):
     ids = some_ids(1)
     changed = ids.clone()
     changed[0, 3] = (ids[0, 3] + 1) % 80 + 4
     chunked = tiny(no_rope_layers=(1,) * 6)
+    chunked.backend = backend
     difference = (chunked(ids) - chunked(changed)).abs().amax(-1)[0]
-    assert difference[3:8].min() > 0
-    assert difference[8:].max() == 0
+    assert difference[3:8].min() > 1e-5
+    assert difference[8:].max() <= ROUNDING[backend]
     mixed = tiny()
-    assert (mixed(ids) - mixed(changed)).abs().amax(-1)[0, 8:].max() > 0
+    mixed.backend = backend
+    assert (mixed(ids) - mixed(changed)).abs().amax(-1)[0, 8:].max() > 1e-5
 
 
 def test_a_chunk_of_none_sees_the_whole_past():

@@ -1,5 +1,6 @@
 """What a token would have led to, had the router sent it elsewhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llama4_lab.edits import Route
-from llama4_lab.replay import Replay
+from llama4_lab.edits import Edit, Route
+from llama4_lab.replay import Edited, Replay
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +21,8 @@ class Counterfactual:
     read: int  # the position whose prediction is looked at
     gate: str
     layers: tuple[int, ...]  # MoE layers: the axis l
-    chosen: Int[np.ndarray, "l topk"]  # what the router chose
-    clean: Float[np.ndarray, " v"]  # log-probabilities without any change, in nats
+    chosen: Int[np.ndarray, "l topk"]  # what the router chose; -1 where a layer has fewer
+    clean: Float[np.ndarray, " v"]  # log-probabilities with the router's own choices, in nats
     logprobs: Float[np.ndarray, "l e v"]  # with the token sent to expert e of layer l
 
     @property
@@ -47,13 +48,13 @@ class Counterfactual:
 
 @torch.no_grad()
 def counterfactual(
-    replay: Replay, token: int, *, gate: str = "own", read: int = -1
+    replay: Replay, token: int, *, gate: str = "own", read: int = -1, edits: Sequence[Edit] = ()
 ) -> Counterfactual:
     """Send a token to every expert of every MoE layer, one at a time, in shared passes.
 
     `gate` is what multiplies the expert's input: the sigmoid of its "own" logit, that of the
     "winner", or "one" (see `llama4_lab.edits.Route`). `read` is the position whose prediction is
-    compared, -1 the last one.
+    compared, -1 the last one. All runs have the `edits`, and so has the one they are compared to.
 
     Raises:
         ValueError: a position outside the prompt, or one that the token cannot reach.
@@ -70,21 +71,34 @@ def counterfactual(
         raise ValueError(f"position {read} comes before token {token} and cannot change with it")
     layers = tuple(replay.experts)
     runs = [
-        [Route(layer, token, expert, gate)]
+        [*edits, Route(layer, token, expert, gate)]
         for layer in layers
         for expert in range(config.num_local_experts)
     ]
-    at = read - token
-    found = [run.logits_of(slice(at, at + 1))[0] for run in replay.many(runs)]
+    base = replay.edited(edits) if edits else None
+    found = [
+        run.logits_of(slice(read - run.first, read - run.first + 1))[0] for run in replay.many(runs)
+    ]
     logprobs = torch.stack(found).float().log_softmax(dim=-1)
     return Counterfactual(
         token=token,
         read=read,
         gate=gate,
         layers=layers,
-        chosen=np.stack([chosen[token].cpu().numpy() for chosen in replay.experts.values()]),
-        clean=_numpy(F.log_softmax(replay.logits[read].float(), dim=-1)),
+        chosen=_chosen(replay, base, token),
+        clean=_numpy(F.log_softmax((base or replay).logits[read].float(), dim=-1)),
         logprobs=_numpy(logprobs).reshape(len(layers), config.num_local_experts, -1),
+    )
+
+
+def _chosen(replay: Replay, base: Edited | None, token: int) -> Int[np.ndarray, "l topk"]:
+    """Return the experts of a token, of the edited run where that ran again."""
+    rows = {layer: _numpy(chosen[token]) for layer, chosen in replay.experts.items()}
+    if base is not None and token >= base.first:
+        rows |= {i: _numpy(chosen[token - base.first]) for i, chosen in base.experts.items()}
+    most = max(len(row) for row in rows.values())
+    return np.stack(
+        [np.pad(row, (0, most - len(row)), constant_values=-1) for row in rows.values()]
     )
 
 

@@ -21,6 +21,7 @@ from llama4_lab.analysis.lens import position_in
 from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
 from llama4_lab.model.text import RMSNorm
+from llama4_lab.packed import Packed
 from llama4_lab.prompt import Prompt
 from llama4_lab.trace import trace
 
@@ -86,6 +87,20 @@ class Decomposition:
         return _sums(self.layer.tolist(), self.values)
 
 
+@torch.no_grad()
+def written(model: Llama4, prompt: Prompt) -> dict[str, Tensor]:
+    """Run a prompt once and keep what all parts wrote, to ask many questions about it.
+
+    That is about three times the residual stream of every layer, on the model's device.
+    """
+    layers = model.config.num_hidden_layers
+    read = [f"layers.{layers - 1}.resid_post", "final_norm"]
+    for layer in range(layers):
+        if model.config.is_moe(layer):
+            read += [f"layers.{layer}.resid_mid", f"layers.{layer}.router.logits"]
+    return _run(model, prompt, 2 * layers, False, read)
+
+
 @torch.inference_mode()
 def decompose_logit(
     model: Llama4,
@@ -95,6 +110,7 @@ def decompose_logit(
     versus: int | Literal["runner_up"] | None = None,
     *,
     sources: bool = False,
+    kept: dict[str, Tensor] | None = None,
 ) -> Decomposition:
     """Split a next-token logit, or the difference of two, into the parts of the model.
 
@@ -109,6 +125,7 @@ def decompose_logit(
         sources: split each layer's heads by the positions they read instead of by head. The rows of
             the pattern come from `attn.rot_q` and `attn.rot_k`; a pattern that `intervene` changes
             afterwards shows up in the residual.
+        kept: of `written`, in place of a pass; not with `sources`.
 
     Raises:
         ValueError: a prompt of several rows; a position or token out of range.
@@ -116,7 +133,7 @@ def decompose_logit(
     t = position_in(prompt, position)
     halves = 2 * model.config.num_hidden_layers
     stream = f"layers.{halves // 2 - 1}.resid_post"
-    cache = _run(model, prompt, halves, sources, [stream, "final_norm"])
+    cache = kept or _run(model, prompt, halves, sources, [stream, "final_norm"])
     logits = model.lm_head(cache["final_norm"][0, t])
     ids = f"this vocabulary has ids 0 to {len(logits) - 1}"
     pair = _choose(
@@ -137,6 +154,7 @@ def decompose_router(
     versus: int | Literal["runner_up"] | None = None,
     *,
     sources: bool = False,
+    kept: dict[str, Tensor] | None = None,
 ) -> Decomposition:
     """Split a router logit ("why this expert?"), or the difference of two, into what came before.
 
@@ -148,7 +166,7 @@ def decompose_router(
         position: of the token that is routed; -1 is the last one.
         expert: None is the strongest chosen one.
         versus: an expert whose logit is subtracted, or the best other one that was not chosen.
-        sources: as in `decompose_logit`.
+        sources, kept: as in `decompose_logit`.
 
     Raises:
         ValueError: a prompt of several rows; a layer without experts; a position or expert out of
@@ -161,7 +179,7 @@ def decompose_router(
         raise ValueError(f"layer {layer} has no experts: the MoE layers are {known}")
     halves = 2 * layer + 1
     read = [f"layers.{layer}.{name}" for name in ("resid_mid", "router.logits", "router.indices")]
-    cache = _run(model, prompt, halves, sources, read)
+    cache = kept or _run(model, prompt, halves, sources, read)
     stream, logits, chosen = (cache[name][0, t] for name in read)
     known = f"layer {layer} has experts 0 to {len(logits) - 1}"
     pair = _choose(logits, chosen, expert, versus, f"expert {{}} is out of range: {known}")
@@ -202,7 +220,10 @@ def _choose(
 
 
 def _direction(
-    norm: RMSNorm, stream: Float[Tensor, " d"], rows: Float[Tensor, "options d"], pair: _Pair
+    norm: RMSNorm,
+    stream: Float[Tensor, " d"],
+    rows: Float[Tensor, "options d"] | Packed,
+    pair: _Pair,
 ) -> Float[Tensor, " d"]:
     """Return what the stream is multiplied by to give the logit, with the norm's scale frozen."""
     row = rows[pair.target].float()

@@ -15,10 +15,14 @@ from tqdm import tqdm
 from llama4_lab import experts
 from llama4_lab.analysis.quantisation import Ids, count_predicted, swapped
 from llama4_lab.analysis.routing import moe_layers
+from llama4_lab.checkpoint.quantised import require_plain
 from llama4_lab.edits import DropExpert, edited
 from llama4_lab.experts import loop
 from llama4_lab.model import Llama4
+from llama4_lab.packed import Packed
 from llama4_lab.trace import trace
+
+Stack = Float[Tensor, "e _ _"] | Packed
 
 HOW = ("remove", "merge")
 BY = ("load", "similarity")
@@ -192,6 +196,7 @@ def pruned(
         with edited(model, [DropExpert(i, expert) for i in layers for expert in gone[i]]):
             yield
         return
+    require_plain(model, "merging experts")
     weights = {}
     for i in layers:
         share = torch.from_numpy(found.shares(i, keep, by))
@@ -203,14 +208,12 @@ def pruned(
         yield
 
 
-def _weights(model: Llama4, layer: int) -> tuple[Float[Tensor, "e f2 d"], Float[Tensor, "e d f"]]:
+def _weights(model: Llama4, layer: int) -> tuple[Stack, Stack]:
     block: Any = model.layers[layer]
     return block.feed_forward.experts.gate_up_proj, block.feed_forward.experts.down_proj
 
 
-def _outputs(
-    x: Float[Tensor, "n d"], gate_up: Float[Tensor, "e f2 d"], down: Float[Tensor, "e d f"]
-) -> Float[Tensor, "e n d"]:
+def _outputs(x: Float[Tensor, "n d"], gate_up: Stack, down: Stack) -> Float[Tensor, "e n d"]:
     """Return what every expert makes of every input."""
     order, offsets = experts.sort(torch.zeros(len(x), 1, dtype=torch.long, device=x.device), 1)
     one = x.new_ones(len(x), 1)

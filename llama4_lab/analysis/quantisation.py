@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama4_lab.analysis import margins
+from llama4_lab.checkpoint.quantised import require_plain
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.trace import trace
@@ -102,8 +103,10 @@ def rounded(
     layers can be rounded.
 
     Raises:
-        ValueError: a layer out of range, an unknown kind, or a part that the layer does not have.
+        ValueError: a layer out of range, an unknown kind, a part that the layer does not have, or
+            a model whose weights are packed.
     """
+    require_plain(model, "rounding")
     parts = None if parts is None else tuple(parts)
     _check_layers(model.config, (layer,), parts)
     of_layer = PARTS[model.config.is_moe(layer)]

@@ -1,4 +1,4 @@
-"""Files in and out: `load` and `save`.
+"""Files in and out: `load`, `save` and `convert`.
 
 Read `llama4_lab.checkpoint.huggingface` and `.meta` for the formats, `.files` for the checks.
 """
@@ -7,17 +7,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from llama4_lab.checkpoint.converting import convert_folder
 from llama4_lab.checkpoint.files import DTYPES
 from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder
+from llama4_lab.checkpoint.mapping import leave_experts
 from llama4_lab.checkpoint.meta import PARAMS, MetaFolder
+from llama4_lab.checkpoint.quantised import Quantisation, declare, packable, read_packed
 from llama4_lab.checkpoint.saving import save
 from llama4_lab.checkpoint.shipped import MODELS, find
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Tokenizer, build_prompt
 
-__all__ = ["load", "save"]
+__all__ = ["convert", "load", "save"]
 
 
 def load(
@@ -25,6 +29,9 @@ def load(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    experts: str | None = None,
+    memory_limit: int | None = None,
     text_only: bool = False,
     max_tiles: int = 16,
 ) -> Llama4:
@@ -39,12 +46,24 @@ def load(
     Args:
         dtype: None keeps the files' dtype, and means float32 for a shipped model: they are small,
             and most CPUs are faster and exacter in it than in the bfloat16 of their files.
+        quantize: "int8", "int4" or "fp8" packs the weights of the text decoder's linear layers
+            (attention, experts, MLPs, lm_head unless it is tied) while they are read, one matrix in
+            memory at a time; `llama4_lab.packed` says how. Routers decide by small differences and
+            norms are small, embeddings are looked up and not multiplied with, and the vision
+            encoder has 1% of the weights: these stay. None takes the weights as the folder has
+            them, in few bits if they were saved so.
+        experts: "mmap" leaves the routed experts in the files, quantised or not. One is read when a
+            token asks for it, once in a forward pass for all its tokens: a batch of prompts, or the
+            variants that `Replay` runs together. The readable backend computes with them.
+        memory_limit: bytes of such experts that stay in memory, those read last; None stands for
+            those of two layers. ``model.expert_memory`` counts ``bytes_read`` and ``bytes_held``.
         text_only: leave the vision encoder out.
         max_tiles: of one picture, in prompts.
 
     Raises:
         FileNotFoundError, NotADirectoryError: no such folder, or a file that it needs is missing.
-        ValueError: unknown model, or a file that is broken, foreign or contradicts the config.
+        ValueError: unknown model, or a file that is broken, foreign or contradicts the config; a
+            `quantize` that does not exist, or not the one of a quantised folder.
     """
     if dtype is not None and dtype not in DTYPES.values():
         allowed = ", ".join(map(str, DTYPES.values()))
@@ -52,21 +71,28 @@ def load(
     folder, device = find(name_or_folder), torch.device(device)
     if dtype is None and folder.parent == MODELS:
         dtype = torch.float32
-    if (folder / CONFIG).is_file():
-        source = HuggingFaceFolder.open(folder, text_only)
-    elif (folder / PARAMS).is_file():
-        source = MetaFolder.open(folder, text_only)
-    else:
-        raise FileNotFoundError(
-            f"{folder} is not a checkpoint: it needs {CONFIG} (Hugging Face) or {PARAMS} (Meta)"
-        )
+    source = _open(folder, text_only)
     tokenizer = _tokenizer(folder, source.config)
     with torch.device("meta"):
         model = Llama4(source.config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    source.check(shapes)
-
-    state = dict(source.read(shapes, device, dtype))
+    if source.quantisation is not None:
+        _check_kind(folder, source.quantisation.kind, quantize)
+        declare(model, source.quantisation)
+    stored = dict(model.named_parameters()) | dict(model.named_buffers())
+    source.check(stored)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    if experts is not None or memory_limit is not None:
+        _check_experts(source, folder, experts, quantize)
+        assert isinstance(source, HuggingFaceFolder)
+        left = leave_experts(model, source, memory_limit, device, dtype)
+        stored = {name: tensor for name, tensor in stored.items() if name not in left}
+    state: dict[str, Tensor] = {}
+    if quantize is not None and source.quantisation is None:
+        chosen, packed = Quantisation(quantize), list(packable(model))
+        declare(model, chosen)
+        state |= read_packed(source, shapes, packed, chosen, device)
+        stored = {name: tensor for name, tensor in stored.items() if name not in packed}
+    state |= source.read({name: shapes[name] for name in stored}, device, dtype)
     if source.config.tie_word_embeddings:
         state["lm_head.weight"] = state["embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
@@ -77,6 +103,76 @@ def load(
             build_prompt, tokenizer, max_tiles=max_tiles, **_tile_sizes(source.config)
         )
     return model.eval()
+
+
+def convert(
+    name_or_folder: str | Path,
+    target: str | Path,
+    *,
+    quantize: str,
+    text_only: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Quantise a checkpoint of any size from folder to folder, an expert in memory at a time.
+
+    The target is the folder that saving ``load(..., quantize=...)`` would write, and `load` maps.
+    It becomes a checkpoint when all is written. After an interruption a second call goes on behind
+    the last whole file. Of Meta's folders the largest matrix (the embeddings) is in memory at once.
+
+    Raises:
+        FileExistsError, FileNotFoundError, NotADirectoryError, OSError: there is no such source, or
+            the target holds something else or cannot be written.
+        ValueError: as for `load`; a source that is quantised; or a target that is the source.
+    """
+    folder, target = find(name_or_folder), Path(target).expanduser()
+    if target.resolve() == folder.resolve():
+        raise ValueError(f"{target} is what is converted: give another folder to write to")
+    source, quantisation = _open(folder, text_only), Quantisation(quantize)
+    if source.quantisation is not None:
+        raise ValueError(
+            f"{folder} is quantised already, to {source.quantisation.kind}: convert the checkpoint "
+            "that it was made from"
+        )
+    tokenizer = _tokenizer(folder, source.config)
+    convert_folder(source, tokenizer, target, quantisation, max_shard_bytes)
+
+
+def _open(folder: Path, text_only: bool) -> HuggingFaceFolder | MetaFolder:
+    if (folder / CONFIG).is_file():
+        return HuggingFaceFolder.open(folder, text_only)
+    if (folder / PARAMS).is_file():
+        return MetaFolder.open(folder, text_only)
+    raise FileNotFoundError(
+        f"{folder} is not a checkpoint: it needs {CONFIG} (Hugging Face) or {PARAMS} (Meta)"
+    )
+
+
+def _check_kind(folder: Path, stored: str, asked: str | None) -> None:
+    if asked not in (None, stored):
+        raise ValueError(
+            f"{folder} holds {stored} weights, which cannot become {asked!r}: leave quantize out, "
+            "or quantise the checkpoint that they were made from"
+        )
+
+
+def _check_experts(
+    source: HuggingFaceFolder | MetaFolder, folder: Path, experts: str | None, quantize: str | None
+) -> None:
+    if experts != "mmap":
+        raise ValueError(
+            f"experts={experts!r}: give 'mmap' to leave the routed experts in their files, which "
+            "memory_limit is for, or None to load them"
+        )
+    if quantize is not None and source.quantisation is None:
+        raise ValueError(
+            f"{folder} is not quantised, and its experts cannot be both packed and left there: "
+            f"run `llama4-lab convert {folder} TARGET --quantize {quantize}`, and load TARGET"
+        )
+    if isinstance(source, MetaFolder):
+        raise ValueError(
+            f"{folder} is in Meta's format, whose files hold no expert in one piece: run "
+            f"`llama4-lab convert {folder} TARGET`, and load TARGET"
+        )
 
 
 def _tokenizer(folder: Path, config: Llama4Config) -> Tokenizer | None:

@@ -7,15 +7,18 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from llama4_lab.experts.mapped import pages
 
 # Names of safetensors, and of torch, for what a weight may be.
 DTYPES = {
@@ -24,6 +27,8 @@ DTYPES = {
     "F16": torch.float16,
     "F64": torch.float64,
 }
+# And for what codes in few bits may be.
+CODES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,35 @@ def map_tensor(stored: Stored) -> Tensor:
     """Map one tensor of a safetensors file into memory; its pages go when it goes."""
     with safe_open(stored.file, "pt") as file:
         return file.get_tensor(stored.name)
+
+
+def part_reader(stored: Stored) -> Callable[[int], Tensor]:
+    """Return a function that reads one item of a tensor's first axis, and nothing else.
+
+    It reads into memory of its own: pages of a mapped file would count as ours while they live.
+
+    Raises:
+        OSError: when a part is read, and the file has become shorter.
+    """
+    with stored.file.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(header_size))[stored.name]
+    begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
+    dtype = (DTYPES | CODES)[entry["dtype"]]
+    size = (end - begin) // stored.shape[0]
+
+    def read(index: int) -> Tensor:
+        part = pages((size,), torch.uint8)
+        room = memoryview(part.numpy().data)
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(begin + index * size)
+            while room and (count := file.readinto(room)):
+                room = room[count:]
+        if room:
+            raise OSError(f"{stored.file} is shorter than it was: {len(room)} bytes are missing")
+        return part.view(dtype).view(stored.shape[1:])
+
+    return read
 
 
 def _why_unreadable(path: Path, error: SafetensorError) -> str:
@@ -184,12 +218,14 @@ def check(
     *,
     listing: Path,
     config: str,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
     """Compare a checkpoint's tensors with what its config asks for.
 
     Args:
         listing: the file to name when a tensor is missing.
         config: the name of the file that asks.
+        dtypes: of codes and their scales; the other tensors are weights.
 
     Raises:
         ValueError: the first of the tensors that is missing, too many, mis-shaped or no weight.
@@ -206,11 +242,17 @@ def check(
                 f"{tensor.file}: {name} is {list(tensor.shape)} where {config} asks for "
                 f"{list(shape)}"
             )
-        if isinstance(tensor.dtype, str):
+        if wanted := dtypes.get(name):
+            if CODES.get(str(tensor.dtype), tensor.dtype) != wanted:
+                raise ValueError(
+                    f"{tensor.file}: {name} holds {str(tensor.dtype).removeprefix('torch.')} where "
+                    f"{config} asks for {str(wanted)[6:]}"
+                )
+        elif isinstance(tensor.dtype, str):
             raise ValueError(
                 f"{tensor.file}: {name} holds {tensor.dtype} where weights are "
-                f"{', '.join(str(dtype)[6:] for dtype in DTYPES.values())}; quantised files are "
-                "not read yet"
+                f"{', '.join(str(dtype)[6:] for dtype in DTYPES.values())}; of quantised files "
+                "only those of llama4-lab are read"
             )
 
 

@@ -1,7 +1,8 @@
 """Hugging Face folders: ``config.json`` and safetensors, in one file or in shards with an index.
 
 Parameters carry the same names in our model, up to a prefix; the routed experts' matrices are
-stored transposed. Read `llama4_lab.checkpoint.meta` for Meta's format.
+stored transposed. Read `llama4_lab.checkpoint.quantised` for what `save` and `convert` add when
+weights are packed, and `llama4_lab.checkpoint.meta` for Meta's format.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,14 +23,19 @@ from llama4_lab.checkpoint.files import (
     first_of,
     list_safetensors,
     map_tensor,
+    part_reader,
     read_json,
 )
+from llama4_lab.checkpoint.quantised import OF_PACKED, Quantisation
 from llama4_lab.config import Llama4Config
+from llama4_lab.experts.mapped import ExpertMemory, Mapped
+from llama4_lab.packed import Packed
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PREFIXES = ("language_model.model.", "language_model.", "model.")
+_PIECE = 1 << 26
 _VISION = ("vision_model.", "multi_modal_projector.")
 
 
@@ -59,7 +65,12 @@ def their_name(name: str, multimodal: bool) -> str:
 
 def is_transposed(name: str) -> bool:
     """Whether the files hold ``[e, inputs, outputs]`` where we hold ``[e, outputs, inputs]``."""
-    return ".experts." in name
+    return ".experts." in name and not is_of_packed(name)
+
+
+def is_of_packed(name: str) -> bool:
+    """Whether the tensor holds codes or scales of a packed weight."""
+    return name.endswith(OF_PACKED)
 
 
 def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,6 +88,7 @@ class HuggingFaceFolder:
     config: Llama4Config
     listing: Path  # the file that says which tensors there are
     tensors: dict[str, Stored]
+    quantisation: Quantisation | None  # of packed weights
 
     @classmethod
     def open(cls, folder: Path, text_only: bool = False) -> "HuggingFaceFolder":
@@ -85,7 +97,7 @@ class HuggingFaceFolder:
         Raises:
             FileNotFoundError, ValueError: files missing or broken, another model, or quantised.
         """
-        config = _read_config(folder / CONFIG)
+        config, quantisation = _read_config(folder / CONFIG)
         listing, files = _files(folder)
         tensors: dict[str, Stored] = {}
         for file, promised in files.items():
@@ -105,37 +117,45 @@ class HuggingFaceFolder:
             tensors = {name: t for name, t in tensors.items() if not name.startswith(_VISION)}
         if config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)  # the table of embeddings serves as both
-        return cls(config, listing, tensors)
+        return cls(config, listing, tensors, quantisation)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare the headers with our parameters' shapes.
+    def check(self, ours: Mapping[str, Tensor]) -> None:
+        """Compare the headers with our tensors' shapes, and of codes and scales the dtypes too.
 
         Raises:
             ValueError: with the first tensor that does not fit.
         """
         multimodal = any(t.name.startswith("language_model.") for t in self.tensors.values())
-        expected = {}
-        for name, shape in shapes.items():
+        expected, dtypes = {}, {}
+        for name, tensor in ours.items():
+            shape = tuple(tensor.shape)
             stored = self.tensors.get(name)
             theirs = stored.name if stored else their_name(name, multimodal)
             expected[theirs] = (shape[0], shape[2], shape[1]) if is_transposed(name) else shape
+            if is_of_packed(name):
+                dtypes[theirs] = tensor.dtype
         found = {stored.name: stored for stored in self.tensors.values()}
-        check(found, expected, listing=self.listing, config=CONFIG)
+        check(found, expected, listing=self.listing, config=CONFIG, dtypes=dtypes)
 
     def read(
         self, shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype | None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield our parameters; on the CPU those stored as we use them stay memory-mapped.
+        """Yield the tensors named; on the CPU those stored as we use them stay memory-mapped.
 
         The others are copied once, one at a time, each from a mapping of its own, so that no page
-        of a copied tensor stays in memory. `dtype` None keeps the files' one.
+        of a copied tensor stays in memory. `dtype` None keeps the files' one; codes and scales keep
+        theirs.
         """
         if dtype is None:
-            dtype = check_one_dtype(list(self.tensors.values()))
-        for file, names in groupby(self.tensors, key=lambda name: self.tensors[name].file):
+            dtype = self.dtype
+        wanted = [name for name in self.tensors if name in shapes]
+        for file, names in groupby(wanted, key=lambda name: self.tensors[name].file):
             with safe_open(file, "pt") as kept:
                 for name in names:
                     stored = self.tensors[name]
+                    if is_of_packed(name):
+                        yield name, kept.get_tensor(stored.name).to(device)
+                        continue
                     if device.type == "cpu" and stored.dtype == dtype and not is_transposed(name):
                         yield name, kept.get_tensor(stored.name)
                         continue
@@ -144,17 +164,66 @@ class HuggingFaceFolder:
                     fill(target, source.mT if is_transposed(name) else source)
                     yield name, target
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all weights that are not packed.
 
-def _read_config(path: Path) -> Llama4Config:
+        Raises:
+            ValueError: there are two.
+        """
+        return check_one_dtype([t for name, t in self.tensors.items() if not is_of_packed(name)])
+
+    def pieces(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+        """Yield a weight's rows in order: an expert's, or some 64 million weights, at a time.
+
+        Each piece has a mapping of its own, whose pages go when it goes.
+        """
+        stored, shape = self.tensors[name], shapes[name]
+        if len(shape) == 3:
+            for expert in range(shape[0]):
+                yield map_tensor(stored)[expert].mT
+        else:
+            step = max(1, _PIECE // shape[-1])
+            for start in range(0, shape[0], step):
+                yield map_tensor(stored)[start : start + step]
+
+    def mapped(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        memory: ExpertMemory,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> Mapped:
+        """Return a stack of experts that stays in its file, as it lies there or packed."""
+        if self.quantisation is None:
+            read = part_reader(self.tensors[name])
+
+            def expert(index: int) -> tuple[Tensor | Packed, int]:
+                part = read(index)
+                return part.mT, part.nbytes
+        else:
+            kind = self.quantisation.kind
+            codes, scales = (part_reader(self.tensors[name + part]) for part in OF_PACKED)
+
+            def expert(index: int) -> tuple[Tensor | Packed, int]:
+                packed = Packed(kind, codes(index), scales(index))
+                return packed, packed.nbytes
+
+        packed_size = None
+        if self.quantisation is not None:
+            packed_size = self.quantisation.empty(shape[1:], "meta").nbytes
+        like = torch.empty(0, dtype=dtype or self.dtype, device=device)
+        every = range(shape[0])
+        return Mapped(name, (shape[1], shape[2]), every, expert, memory, like, packed_size)
+
+
+def _read_config(path: Path) -> tuple[Llama4Config, Quantisation | None]:
     raw = read_json(path)
-    if quantised := raw.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ValueError(
-            f"{path}: quant_method {method!r}: quantised files are not read yet; "
-            "use the bfloat16 checkpoint"
-        )
+    quantised = raw.get("quantization_config")
+    quantisation = Quantisation.from_dict(quantised, path) if quantised else None
     with describing(path):
-        return Llama4Config.from_dict(raw)
+        return Llama4Config.from_dict(raw), quantisation
 
 
 def _files(folder: Path) -> tuple[Path, dict[Path, list[str]]]:

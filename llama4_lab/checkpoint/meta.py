@@ -4,6 +4,7 @@ Most matrices are cut along one axis into as many parts as there are files; `rul
 axis, and how a part lies in its file. Read `llama4_lab.checkpoint.params` for the config.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from llama4_lab.checkpoint.params import config_from_params
 from llama4_lab.config import Llama4Config
 
 PARAMS = "params.json"
+_PIECE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ class MetaFolder:
     config: Llama4Config
     files: list[Path]
     tensors: list[dict[str, Stored]]  # of each file, under Meta's names
+    quantisation = None  # the weights are plain
 
     @classmethod
     def open(cls, folder: Path, text_only: bool = False) -> "MetaFolder":
@@ -238,8 +241,8 @@ class MetaFolder:
             config = config.replace(vision_config=None)
         return cls(config, files, tensors)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compare the headers with our parameters' shapes.
+    def check(self, ours: Mapping[str, Tensor]) -> None:
+        """Compare the headers with our tensors' shapes.
 
         Raises:
             ValueError: with the first tensor that does not fit.
@@ -256,8 +259,8 @@ class MetaFolder:
         expected = {}
         with describing(self.files[0].parent):
             for rule in chain.from_iterable(rules(self.config)):
-                ours = [torch.empty(shapes[name], device="meta") for name in rule.ours]
-                expected[rule.theirs] = rule.expected(ours, len(self.files))
+                whole = [ours[name].to("meta") for name in rule.ours]
+                expected[rule.theirs] = rule.expected(whole, len(self.files))
         config = f"{PARAMS} with {len(self.files)} file{'s' * (len(self.files) > 1)}"
         for file, held in zip(self.files, self.tensors, strict=True):
             check(held, expected, listing=file, config=config)
@@ -265,21 +268,58 @@ class MetaFolder:
     def read(
         self, shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype | None
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield our parameters, each copied once; `dtype` None keeps the files' one.
+        """Yield the parameters named, each copied once; `dtype` None keeps the files' one.
 
         The files are mapped anew for each layer: no page of a copied tensor stays in memory.
         """
         if dtype is None:
-            dtype = check_one_dtype([t for held in self.tensors for t in held.values()])
+            dtype = self.dtype
         for group in rules(self.config):
+            used = [rule for rule in group if rule.ours[0] in shapes]  # and so are its others
+            if not used:
+                continue
             mapped = [map_pth(file) for file in self.files]
-            names = dict.fromkeys(name for rule in group for name in rule.ours)
+            names = dict.fromkeys(name for rule in used for name in rule.ours)
             ours = {name: torch.empty(shapes[name], dtype=dtype, device=device) for name in names}
-            for rule in group:
+            for rule in used:
                 rule.fill(
                     [ours[name] for name in rule.ours], [held[rule.theirs] for held in mapped]
                 )
             yield from ours.items()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all weights.
+
+        Raises:
+            ValueError: there are two.
+        """
+        return check_one_dtype([t for held in self.tensors for t in held.values()])
+
+    def pieces(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+        """Yield a weight, or those of a stack's experts, put together from all files.
+
+        The files are mapped anew before more than 64 million weights of them are in memory.
+        """
+        of_name = [rule for group in rules(self.config) for rule in group if name in rule.ours]
+        if len(shapes[name]) != 3:
+            (rule,) = of_name
+            ours = [torch.empty(shapes[each], dtype=self.dtype) for each in rule.ours]
+            rule.fill(ours, [map_pth(file)[rule.theirs] for file in self.files])
+            yield ours[rule.ours.index(name)]
+            return
+        num_experts, *matrix = shapes[name]
+        at_once = max(1, _PIECE // math.prod(matrix))
+        mapped: list[dict[str, Tensor]] = []
+        for expert in range(num_experts):
+            if expert % at_once == 0:
+                mapped = [map_pth(file) for file in self.files]
+            alone = torch.empty(1, *matrix, dtype=self.dtype)  # a stack of one
+            for rule in of_name:  # one for gates, one for ups
+                rule.fill(
+                    [alone], [held[rule.theirs].chunk(num_experts)[expert] for held in mapped]
+                )
+            yield alone[0]
 
 
 def _files(folder: Path) -> list[Path]:

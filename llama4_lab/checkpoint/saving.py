@@ -8,15 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llama4_lab.checkpoint.files import read_json
 from llama4_lab.checkpoint.huggingface import CONFIG, INDEX, SINGLE, is_transposed, their_name
+from llama4_lab.checkpoint.quantised import Quantisation, quantisation_of
+from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
+from llama4_lab.prompt import Tokenizer
 
-_UNFINISHED = ".unfinished-"
+UNFINISHED = ".unfinished-"
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
@@ -27,9 +31,9 @@ _COMPANIONS = (
 def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write config and weights, and copies of the tokenizer and what lies beside it.
 
-    Weights keep their dtype. Everything is written under another name first, so that a full disk
-    or an interruption leaves what was there; an earlier checkpoint in the folder is replaced, other
-    files of the folder stay.
+    Weights keep their dtype; packed ones stay packed, and only `load` opens such a folder.
+    Everything is written under another name first, so that a full disk or an interruption leaves
+    what was there; an earlier checkpoint in the folder is replaced, other files of the folder stay.
 
     Args:
         max_shard_bytes: more than that goes into several files with an index. Experts are
@@ -37,36 +41,41 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
 
     Raises:
         FileExistsError: the folder holds something else than a Llama 4 checkpoint.
+        ValueError: some weights are packed and others are not, or experts are in a file.
         OSError: the files could not be written; those of an earlier checkpoint are intact.
     """
+    if model.expert_memory is not None:
+        raise ValueError(
+            "the experts of this model stay in the folder that it was loaded from: copy that, or "
+            "load it without experts='mmap'"
+        )
     folder = Path(folder).expanduser()
-    _check_vacant(folder)
-    state = dict(model.named_parameters())
-    shards = _shards(state, max_shard_bytes)
+    check_vacant(folder)
+    quantisation = quantisation_of(model)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    shards = in_shards({name: tensor.nbytes for name, tensor in state.items()}, max_shard_bytes)
     multimodal = model.config.vision_config is not None
     with _replaced(folder) as new:
         weight_map = {}
-        for i, shard in enumerate(shards, start=1):
-            file = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        for file, shard in shards.items():
             content = {
                 their_name(name, multimodal): _as_stored(name, state[name]) for name in shard
             }
             save_file(content, new / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(content, file)
-        if len(shards) > 1:
-            size = sum(parameter.nbytes for parameter in state.values())
-            _write_json(new / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        _write_json(new / CONFIG, _config(model))
-        for companion in _companions(model):
-            shutil.copyfile(companion, new / companion.name)
+        size = sum(parameter.nbytes for parameter in state.values())
+        write_listings(
+            new, size, weight_map, config_as_json(model.config, model.dtype, quantisation)
+        )
+        copy_companions(model.tokenizer, new)
 
 
-def _check_vacant(folder: Path) -> None:
+def check_vacant(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give the name of a folder")
-    held = sorted(f.name for f in folder.iterdir() if not f.name.startswith(_UNFINISHED))
+    held = sorted(f.name for f in folder.iterdir() if not f.name.startswith(UNFINISHED))
     if held and not _is_checkpoint(folder):
         raise FileExistsError(
             f"{folder} holds {held[0]} and no Llama 4 checkpoint of Hugging Face's format: give a "
@@ -86,7 +95,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
     """Give a new folder to write into; its files replace those of the checkpoint at the end."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
+    new = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
     try:
         yield new
     except (OSError, SafetensorError) as error:
@@ -96,8 +105,13 @@ def _replaced(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder if is_new else new)
         raise
+    publish(new, folder)
+
+
+def publish(new: Path, folder: Path) -> None:
+    """Move files to where they belong, config.json last, and remove those that they replace."""
     written = {file.name for file in new.iterdir()}
-    for name in written:
+    for name in sorted(written, key=lambda name: name == CONFIG):
         (new / name).replace(folder / name)
     new.rmdir()
     for old in (SINGLE, INDEX, *(file.name for file in folder.glob("model-*-of-*.safetensors"))):
@@ -105,17 +119,19 @@ def _replaced(folder: Path) -> Iterator[Path]:
             (folder / old).unlink(missing_ok=True)
 
 
-def _shards(state: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
-    """Group the names in their order, as many into one shard as fit, but at least one."""
+def in_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """Name files and what they hold, in the given order: as many as fit, but at least one."""
     shards: list[list[str]] = []
     room = 0
-    for name, tensor in state.items():
-        if not shards or tensor.nbytes > room:
+    for name, size in sizes.items():
+        if not shards or size > room:
             shards.append([])
             room = max_bytes
         shards[-1].append(name)
-        room -= tensor.nbytes
-    return shards
+        room -= size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": s for i, s in enumerate(shards, 1)}
 
 
 def _as_stored(name: str, parameter: Tensor) -> Tensor:
@@ -123,21 +139,34 @@ def _as_stored(name: str, parameter: Tensor) -> Tensor:
     return (tensor.mT if is_transposed(name) else tensor).contiguous()
 
 
-def _config(model: Llama4) -> dict[str, Any]:
-    raw = model.config.to_dict()
+def config_as_json(
+    config: Llama4Config, dtype: torch.dtype, quantisation: Quantisation | None
+) -> dict[str, Any]:
+    """Return what config.json says."""
+    raw = config.to_dict()
     for part in (raw, raw.get("text_config", raw)):
-        part["dtype"] = str(model.dtype).removeprefix("torch.")
-    return raw
+        part["dtype"] = str(dtype).removeprefix("torch.")
+    return raw | ({"quantization_config": quantisation.to_dict()} if quantisation else {})
 
 
-def _companions(model: Llama4) -> list[Path]:
-    """List the tokenizer's file and what lies beside it for other programs."""
-    if model.tokenizer is None:
-        return []
-    file = model.tokenizer.file
+def write_listings(
+    folder: Path, size: int, weight_map: Mapping[str, str], config: Mapping[str, Any]
+) -> None:
+    """Write config.json, and the index where there are several files; size counts all bytes."""
+    if len(set(weight_map.values())) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    _write_json(folder / CONFIG, config)
+
+
+def copy_companions(tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Copy the tokenizer's file and what lies beside it for other programs."""
+    if tokenizer is None:
+        return
+    file = tokenizer.file
     beside = [file.with_name(name) for name in _COMPANIONS if name != file.name]
-    return [file, *(path for path in beside if path.is_file())]
+    for companion in (file, *(path for path in beside if path.is_file())):
+        shutil.copyfile(companion, folder / companion.name)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -6,19 +6,40 @@ same signature that must equal it on any routing. Weights are stored once, contr
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama4_lab.experts import grouped, loop, padded
+from llama4_lab.experts import gather, grouped, loop, padded, probe
+from llama4_lab.experts.mapped import Mapped
+from llama4_lab.packed import Packed, linear
 from llama4_lab.points import NO_TAP, Tap
+
+
+def _numba() -> ModuleType:
+    from llama4_lab.experts import numba  # not before it is needed: it takes half a second
+
+    return numba
+
+
+def _triton() -> ModuleType:
+    try:
+        from llama4_lab.experts import triton  # comes with torch's CUDA builds
+    except ImportError:
+        return grouped
+    return triton
+
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "loop": loop.apply,
+    "numba": lambda *arguments: _numba().apply(*arguments),
+    "gather": gather.apply,
     "grouped": grouped.apply,
     "padded": padded.apply,
+    "triton": lambda *arguments: _triton().apply(*arguments),
 }
 _INSIDE = ("experts.in", "experts.hidden", "experts.out")
 
@@ -60,7 +81,14 @@ def sort(
 
 
 def choose_backend(x: Tensor) -> str:
-    """Return the backend that ``"auto"`` stands for: the fastest that runs on this tensor."""
+    """Return the backend that ``"auto"`` stands for: the fastest that runs on this tensor.
+
+    The environment variable LLAMA4_LAB_BACKEND, read when we are imported, can name another one.
+    """
+    if probe.CHOSEN != "auto":
+        return probe.CHOSEN
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return "numba" if probe.LOADING.is_done() else "loop"
     fast = (
         x.is_cuda
         and x.dtype == torch.bfloat16
@@ -72,8 +100,12 @@ def choose_backend(x: Tensor) -> str:
 def moe(
     x: Float[Tensor, "n d"],
     router: Float[Tensor, "e d"],
-    experts: tuple[Float[Tensor, "e f2 d"], Float[Tensor, "e d f"]],
-    shared: Callable[[Tensor], Tensor],
+    experts: tuple[
+        Float[Tensor, "e f2 d"] | Packed | Mapped, Float[Tensor, "e d f"] | Packed | Mapped
+    ],
+    shared: tuple[
+        Float[Tensor, "f d"] | Packed, Float[Tensor, "f d"] | Packed, Float[Tensor, "d f"] | Packed
+    ],
     *,
     topk: int = 1,
     backend: str = "auto",
@@ -81,25 +113,31 @@ def moe(
 ) -> Float[Tensor, "n d"]:
     """Send each token through its experts and the shared expert, and add the two.
 
-    Watching a value inside the experts switches this call to the readable backend.
+    Watching a value inside the experts switches this call to the readable backend, and so do
+    experts in a file.
 
     Args:
         experts: ``gate_up`` and ``down``.
-        shared: the shared expert, applied to every token.
+        shared: the shared expert's ``gate``, ``up`` and ``down``; it is applied to every token.
         record: sees ``router.{logits, indices, scores}``, ``experts.{in, hidden, out}`` and
             ``shared.out``, with the tokens flattened to n.
 
     Raises:
         ValueError: a backend that does not exist.
     """
-    if backend != "auto" and backend not in BACKENDS:
+    backend = choose_backend(x) if backend == "auto" else backend
+    if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
+    inside = any(record.watches(name) for name in _INSIDE) or isinstance(experts[0], Mapped)
+    if backend == "numba" and not inside and _numba().takes(x, router, *experts, *shared):
+        return _numba().moe(x, router, experts, shared, topk, record)
     logits = record("router.logits", F.linear(x, router))
     expert, score = route(logits, topk, record)
     order, offsets = sort(expert, len(router))
-    if any(record.watches(name) for name in _INSIDE):
+    if inside:
         routed = loop.apply(x, order, offsets, score, *experts, record=record)
     else:
-        apply = BACKENDS[choose_backend(x) if backend == "auto" else backend]
-        routed = apply(x, order, offsets, score, *experts)
-    return record("shared.out", shared(x)) + routed
+        routed = BACKENDS[backend](x, order, offsets, score, *experts)
+    gate, up, down = shared
+    hidden = F.silu(linear(x, gate)) * linear(x, up)
+    return record("shared.out", linear(hidden, down)) + routed

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llama4_lab.experts.mapped import Mapped
+from llama4_lab.packed import Packed, linear
 from llama4_lab.points import NO_TAP, Tap
 
 
@@ -13,8 +15,8 @@ def apply(
     order: Int[Tensor, " m"],
     offsets: Int[Tensor, " ends"],
     score: Float[Tensor, "n topk"],
-    gate_up: Float[Tensor, "e f2 d"],
-    down: Float[Tensor, "e d f"],
+    gate_up: Float[Tensor, "e f2 d"] | Packed | Mapped,
+    down: Float[Tensor, "e d f"] | Packed | Mapped,
     record: Tap = NO_TAP,
 ) -> Float[Tensor, "n d"]:
     """Run each token through its chosen experts and sum over the choices.
@@ -25,13 +27,11 @@ def apply(
     load = offsets.diff().tolist()
     inverse = order.argsort()
 
-    def per_expert(rows: Tensor, weights: Tensor) -> Tensor:
+    def per_expert(rows: Tensor, weights: Tensor | Packed | Mapped) -> Tensor:
         blocks = rows.flatten(0, 1)[order].split(load)
-        done = [
-            F.linear(block, w)
-            for block, w in zip(blocks, weights.unbind(0), strict=True)
-            if len(block)
-        ]
+        # A tensor is cut at once, so that its gradient is put together once.
+        each = weights.unbind(0) if isinstance(weights, Tensor) else weights
+        done = [linear(block, each[e]) for e, block in enumerate(blocks) if len(block)]
         return torch.cat(done)[inverse].unflatten(0, score.shape)
 
     inputs = record("experts.in", x[:, None] * score[..., None])

@@ -78,7 +78,9 @@ def causal(
         from torch.nn.attention.bias import causal_lower_right  # imports triton where there is one
 
         mask = causal_lower_right(t, s)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == s > 1)
+    if t == s > 1:  # a branch, because torch.compile takes no symbolic flag
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def expand_heads(x: Float[Tensor, "b k s dh"], heads: int) -> Float[Tensor, "b h s dh"]:

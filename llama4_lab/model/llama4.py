@@ -9,9 +9,25 @@ from torch import Tensor, nn
 
 from llama4_lab.cache import KVCache
 from llama4_lab.config import Llama4Config
+from llama4_lab.experts.mapped import ExpertMemory
+from llama4_lab.model import one_token
 from llama4_lab.model.text import DecoderLayer, Embedding, Linear, RMSNorm, Step
 from llama4_lab.model.vision import VisionModel
 from llama4_lab.points import NO_TAP, Tap
+
+
+class Alone:
+    """The processes that share a model: one. `llama4_lab.parallel` puts several in its place."""
+
+    size = 1
+
+    def mine(self, name: str, value: Tensor) -> Tensor:
+        """Return what this process computes with of a named value."""
+        return value
+
+    def agreed(self, value: Tensor) -> Tensor:
+        """Return what the first process has."""
+        return value
 
 
 class Llama4(nn.Module):
@@ -28,6 +44,8 @@ class Llama4(nn.Module):
         self.backend = "auto"
         self.tap: Tap = NO_TAP
         self.first_slot = 0
+        self.expert_memory: ExpertMemory | None = None  # where experts are kept that stay on disk
+        self.ranks = Alone()
         self.build_prompt: Callable[..., Any] | None = None
         self.tokenizer: Any = None
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -75,9 +93,11 @@ class Llama4(nn.Module):
         return self.build_prompt(text, images, **options)
 
     def new_cache(self, batch_size: int = 1) -> KVCache:
-        """Return an empty cache of this model's dtype, device and chunks."""
+        """Return an empty cache of this model's dtype, device, chunks and (here) heads."""
+        heads = self.config.num_key_value_heads // self.ranks.size
+        config = self.config.replace(num_attention_heads=heads, num_key_value_heads=heads)
         return KVCache(
-            self.config, batch_size, dtype=self.dtype, device=self.device, chunks=self.chunks
+            config, batch_size, dtype=self.dtype, device=self.device, chunks=self.chunks
         )
 
     def forward(
@@ -99,6 +119,9 @@ class Llama4(nn.Module):
         Raises:
             ValueError: ids, tiles or a mask that do not fit the model or each other.
         """
+        is_decoding = pixel_values is None and attention_mask is None and keep_last in (None, 1)
+        if cache is not None and is_decoding and one_token.can_run(self, input_ids, cache):
+            return one_token.forward(self, input_ids, cache)
         x = self.hidden(input_ids, pixel_values, attention_mask, cache)
         if keep_last is not None:
             x = x[:, -keep_last:]
@@ -137,7 +160,8 @@ class Llama4(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """Look up token embeddings and put image features where the patch tokens are."""
         top = self.config.vocab_size - 1
-        if input_ids.device.type != "meta" and (input_ids.min() < 0 or input_ids.max() > top):
+        is_known = input_ids.device.type != "meta" and not torch.compiler.is_compiling()
+        if is_known and (input_ids.min() < 0 or input_ids.max() > top):
             raise ValueError(
                 f"input_ids hold {int(input_ids.min())} to {int(input_ids.max())}; "
                 f"this vocabulary has ids 0 to {top}"

@@ -1,7 +1,7 @@
 """Seeded weights of the right shapes, for tests, benchmarks and training from nothing."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llama4_lab.config import Llama4Config
 from llama4_lab.model.llama4 import Llama4
@@ -25,16 +25,21 @@ def random(
     model = model.to_empty(device=device).to(dtype)
     model.tie_weights()
     generator = torch.Generator(device=device).manual_seed(seed)
-    depth = (2 * config.num_hidden_layers) ** -0.5
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "norm" in name:
-            parameter.fill_(1.0)
-        else:
-            writes = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
-            std = parameter.shape[-1] ** -0.5 * (depth if writes else 1.0)
-            if name == "embed_tokens.weight":
-                std = 1.0
-            nn.init.normal_(parameter, std=std, generator=generator)
+        seed_parameter(name, parameter, config, generator)
     return model
+
+
+def seed_parameter(
+    name: str, parameter: Tensor, config: Llama4Config, generator: torch.Generator
+) -> None:
+    """Fill a parameter with what `random` draws for it, next in its order."""
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif "norm" in name:
+        parameter.fill_(1.0)
+    else:
+        writes = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+        depth = (2 * config.num_hidden_layers) ** -0.5 if writes else 1.0
+        std = 1.0 if name == "embed_tokens.weight" else parameter.shape[-1] ** -0.5 * depth
+        nn.init.normal_(parameter, std=std, generator=generator)

@@ -5,6 +5,7 @@ Llama 4 as transformers runs it; a comment says where the two differ.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,11 +18,50 @@ from torch import Tensor, nn
 from llama4_lab import experts
 from llama4_lab.cache import KVCache, Rows
 from llama4_lab.config import Llama4Config
+from llama4_lab.experts.mapped import Mapped
 from llama4_lab.model.attention import attend, observed, visible
+from llama4_lab.packed import Packed, kind_of, linear
 from llama4_lab.points import Tap
 
 
-class Linear(nn.Linear):
+class Packable(nn.Module):
+    """A module whose weights may be `Packed`: two buffers, of codes and scales, stand for each.
+
+    ``module.weight`` is then a `Packed`, not a parameter. The buffers move with the module, but
+    keep their dtypes when it changes its own. A `Mapped` one is no part of the module's state.
+    """
+
+    def put(self, name: str, weight: Packed | Mapped) -> None:
+        """Put a weight in the place of a parameter or of an earlier one."""
+        for held in (self._parameters, vars(self)):
+            held.pop(name, None)
+        for part in ("_codes", "_scales"):
+            self._buffers.pop(name + part, None)
+        if isinstance(weight, Mapped):
+            setattr(self, name, weight)
+            return
+        self.register_buffer(f"{name}_codes", weight.codes)
+        self.register_buffer(f"{name}_scales", weight.scales)
+
+    def __getattr__(self, name: str) -> Any:
+        held = self.__dict__.get("_buffers", {})
+        if (codes := held.get(f"{name}_codes")) is not None:
+            return Packed(kind_of(codes), codes, held[f"{name}_scales"])
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packable":
+        def as_bytes(tensor: Tensor) -> Tensor:
+            if any(tensor is buffer for buffer in self._buffers.values()):
+                return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            return fn(tensor)
+
+        for name, weight in vars(self).items():
+            if isinstance(weight, Mapped):
+                setattr(self, name, weight.moved(fn))
+        return super()._apply(as_bytes, recurse)
+
+
+class Linear(Packable, nn.Linear):
     """A linear layer whose weights are left as they are, to be loaded or seeded.
 
     Drawing numbers for them would take time, and on the meta device a second of imports.
@@ -29,6 +69,12 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch out"]:
+        if "weight" in self._parameters:
+            return F.linear(x, self.weight, self.bias)
+        out = linear(x, self.weight)
+        return out if self.bias is None else out + self.bias
 
 
 class Embedding(nn.Embedding):
@@ -114,6 +160,7 @@ class Step:
     position: Int[Tensor, "b t"]  # of the real tokens of a row, from 0; negative on padding
     groups: list[Group]
     cache: KVCache | None
+    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None  # in groups' place
 
     @classmethod
     def begin(
@@ -193,6 +240,8 @@ class Attention(nn.Module):
         return step.cache.layers[self.layer].live(group.rows, group.start)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        if step.attend is not None:
+            return step.attend(self.layer, q, k, v)
         parts = []
         for group in step.groups:
             past_k, past_v = self.past(k, v, step, group)
@@ -252,7 +301,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, width))
 
 
-class Experts(nn.Module):
+class Experts(Packable):
     """The routed experts' weights; the checkpoint stores both matrices transposed."""
 
     def __init__(self, num_experts: int, width: int, hidden: int):
@@ -273,14 +322,15 @@ class MoEBlock(nn.Module):
         self.topk = config.num_experts_per_tok
 
     def forward(self, x: Float[Tensor, "b t d"], tap: Tap, backend: str) -> Float[Tensor, "b t d"]:
+        shared = self.shared_expert
         out = experts.moe(
             x.flatten(0, 1),
             self.router.weight,
             (self.experts.gate_up_proj, self.experts.down_proj),
-            self.shared_expert,
+            (shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight),
             topk=self.topk,
             backend=backend,
-            record=_PerToken(tap, x.shape[:2]),
+            record=tap if type(tap) is Tap else _PerToken(tap, x.shape[:2]),
         )
         return out.view_as(x)
 
@@ -294,7 +344,9 @@ class _PerToken(Tap):
         self.watches = tap.watches
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
-        return self.tap(name, value.unflatten(0, self.shape)).flatten(0, 1)
+        shown = value.unflatten(0, self.shape)
+        given = self.tap(name, shown)
+        return value if given is shown else given.flatten(0, 1)
 
 
 class DecoderLayer(nn.Module):

@@ -1,0 +1,177 @@
+"""Quantise a checkpoint from folder to folder, an expert in memory at a time.
+
+Files grow in the target's ``.unfinished-conversion`` and become a checkpoint when all are whole.
+An interrupted conversion goes on behind the last whole file: its header says what it was made from.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llama4_lab.checkpoint.files import CODES, DTYPES
+from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder, their_name
+from llama4_lab.checkpoint.meta import MetaFolder
+from llama4_lab.checkpoint.quantised import Quantisation, of_packed, packable
+from llama4_lab.checkpoint.saving import (
+    UNFINISHED,
+    check_vacant,
+    config_as_json,
+    copy_companions,
+    in_shards,
+    publish,
+    write_listings,
+)
+from llama4_lab.config import Llama4Config
+from llama4_lab.model import Llama4
+from llama4_lab.prompt import Tokenizer
+
+Folder = HuggingFaceFolder | MetaFolder
+_NAMES = {dtype: name for name, dtype in (DTYPES | CODES).items()}  # what safetensors calls them
+
+
+def convert_folder(
+    source: Folder,
+    tokenizer: Tokenizer | None,
+    target: Path,
+    quantisation: Quantisation,
+    max_shard_bytes: int,
+) -> None:
+    """Write the folder that `save` would write of the model that ``load(..., quantize=)`` returns.
+
+    Raises:
+        FileExistsError: the target holds something else than a Llama 4 checkpoint.
+        OSError: a file could not be written; a second call goes on from there.
+        ValueError: the source does not fit its config, or its rows cannot be packed.
+    """
+    new = target / f"{UNFINISHED}conversion"
+    if (new / CONFIG).is_file():  # interrupted while its files were moved
+        publish(new, target)
+        return
+    check_vacant(target)
+    with torch.device("meta"):
+        model = Llama4(source.config)
+    weights = dict(model.named_parameters())
+    source.check(weights)
+    packs, dtype = packable(model), source.dtype
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    becomes = {
+        name: of_packed(name, quantisation.empty(shapes[name], "meta"))
+        if name in packs
+        else {name: weight.to(dtype)}
+        for name, weight in weights.items()
+    }
+    sizes = {name: sum(tensor.nbytes for tensor in t.values()) for name, t in becomes.items()}
+    new.mkdir(parents=True, exist_ok=True)
+    origin, weight_map = _origin(source), {}
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="written") as bar:
+        for file, names in in_shards(sizes, max_shard_bytes).items():
+            layout = _Layout.of([becomes[name] for name in names], source.config, origin)
+            weight_map |= dict.fromkeys(layout.begins, file)
+            if not layout.is_in(new / file):
+                _check_room(new, layout.size)
+                layout.write(new / file, _pieces(source, names, shapes, packs, quantisation), bar)
+            else:
+                bar.update(sum(sizes[name] for name in names))
+    for file in {each.name for each in new.iterdir()} - set(weight_map.values()):
+        (new / file).unlink()  # left by a conversion into other shards
+    copy_companions(tokenizer, new)
+    config = config_as_json(source.config, dtype, quantisation)
+    write_listings(new, sum(sizes.values()), weight_map, config)
+    publish(new, target)
+
+
+def _pieces(
+    source: Folder,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    packs: Iterable[str],
+    quantisation: Quantisation,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what follows next in each tensor."""
+    for name in names:
+        for rows in source.pieces(name, shapes):
+            if name in packs:
+                yield from of_packed(name, quantisation.pack(rows)).items()
+            else:
+                yield name, rows
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A safetensors file before it is written."""
+
+    header: bytes
+    begins: dict[str, int]  # where the bytes of each tensor begin, by its name in the file
+    size: int
+    multimodal: bool
+
+    @classmethod
+    def of(
+        cls, weights: Sequence[Mapping[str, Tensor]], config: Llama4Config, origin: str
+    ) -> "_Layout":
+        """Place tensors, the widest numbers first, so that all are aligned."""
+        multimodal = config.vision_config is not None
+        tensors = {their_name(name, multimodal): t for made in weights for name, t in made.items()}
+        entries, end = {}, 0
+        for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):
+            tensor, begin = tensors[name], end
+            end += tensor.nbytes
+            entries[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        metadata = {"format": "pt", "made_from": origin}
+        text = json.dumps({"__metadata__": metadata} | entries).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        begins = {name: len(header) + entry["data_offsets"][0] for name, entry in entries.items()}
+        return cls(header, begins, len(header) + end, multimodal)
+
+    def is_in(self, file: Path) -> bool:
+        """Whether a file is whole and was made from the same source."""
+        if not file.is_file() or file.stat().st_size != self.size:
+            return False
+        with file.open("rb") as held:
+            return held.read(len(self.header)) == self.header
+
+    def write(self, file: Path, pieces: Iterable[tuple[str, Tensor]], bar: tqdm) -> None:
+        """Write a file under another name first."""
+        ends = dict(self.begins)
+        part = file.with_name(f"{file.name}.part")
+        with part.open("wb") as out:
+            out.write(self.header)
+            for name, piece in pieces:
+                theirs = their_name(name, self.multimodal)
+                out.seek(ends[theirs])
+                out.write(piece.detach().contiguous().view(torch.uint8).numpy().data)
+                ends[theirs] += piece.nbytes
+                bar.update(piece.nbytes)
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(file)
+
+
+def _origin(source: Folder) -> str:
+    """Return what tells one source from another: sizes and times of its files."""
+    tensors = source.tensors if isinstance(source.tensors, list) else [source.tensors]
+    files = sorted({stored.file for held in tensors for stored in held.values()})
+    known = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f"{folder} has room for {free / 1e9:.1f} GB, and the next file takes "
+            f"{size / 1e9:.1f} GB: make room, and convert again to go on"
+        )

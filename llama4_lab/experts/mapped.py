@@ -1,0 +1,120 @@
+"""Routed experts that stay in their files: one is read when a token asks for it.
+
+`llama4_lab.load` puts a `Mapped` where the weights of a layer's experts would be. The readable
+backend takes one expert after the other from it, for all the tokens of a forward pass.
+"""
+
+import math
+import mmap
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from llama4_lab.packed import Packed
+
+
+class ExpertMemory:
+    """Keeps the experts that were read last, up to a limit in bytes, and counts what is read.
+
+    `bytes_read` counts bytes of the files since the model was loaded, and `bytes_held` those of the
+    experts that are kept now. The expert that is computed with may come on top of the limit.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.bytes_read = 0
+        self.bytes_held = 0
+        self._kept: OrderedDict[Hashable, Tensor | Packed] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(
+        self, key: Hashable, size: int, read: Callable[[], tuple[Tensor | Packed, int]]
+    ) -> Tensor | Packed:
+        """Return what is kept under a key, or read it: `size` bytes in memory.
+
+        Room is made before, so that the limit holds while reading too.
+        """
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+            while self._kept and self.bytes_held + size > self.limit:
+                _, gone = self._kept.popitem(last=False)
+                self.bytes_held -= gone.nbytes
+            value, from_file = read()
+            self.bytes_read += from_file
+            if self.bytes_held + size <= self.limit:
+                self._kept[key] = value
+                self.bytes_held += value.nbytes
+            return value
+
+    def clear(self) -> None:
+        """Forget all experts; they are read again when they are asked for."""
+        with self._lock:
+            self._kept.clear()
+            self.bytes_held = 0
+
+    def __deepcopy__(self, _: object) -> "ExpertMemory":
+        return self  # copies of a model share the limit
+
+
+def pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor whose memory goes back to the system when it goes.
+
+    What the allocator gets back it may keep, and it may be in pieces: then no limit would hold.
+    """
+    size = max(1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(dtype).view(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Mapped:
+    """A stack of experts' weights ``[e, out, in]`` in a file; an index reads one of them."""
+
+    name: str
+    matrix: tuple[int, int]  # out, in
+    experts: range
+    read: Callable[[int], tuple[Tensor | Packed, int]]  # an expert, and the bytes that it took
+    memory: ExpertMemory
+    like: Tensor  # empty; of the dtype that plain weights get, and on the device of all
+    packed_size: int | None  # bytes of an expert that is packed
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self.experts), *self.matrix])
+
+    @property
+    def size(self) -> int:
+        """Bytes of one expert in memory."""
+        return self.packed_size or self.matrix[0] * self.matrix[1] * self.like.itemsize
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | Packed: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Mapped": ...
+    def __getitem__(self, index: int | slice) -> "Tensor | Packed | Mapped":
+        if isinstance(index, slice):
+            return replace(self, experts=self.experts[index])
+        expert = self.experts[index]
+        return self.memory.get((self.name, expert), self.size, lambda: self._placed(expert))
+
+    def _placed(self, expert: int) -> tuple[Tensor | Packed, int]:
+        weight, from_file = self.read(expert)
+        if isinstance(weight, Packed):
+            return weight.to(self.like.device), from_file
+        if self.like.device.type != "cpu":
+            return weight.to(self.like).contiguous(), from_file
+        return pages(tuple(weight.shape), self.like.dtype).copy_(weight), from_file
+
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> "Mapped":
+        """Follow a module that moves or changes its dtype."""
+        self.memory.clear()
+        return replace(self, like=fn(self.like))

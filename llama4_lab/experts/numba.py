@@ -1,0 +1,393 @@
+"""Backend of compiled kernels for the CPU: rows for few tokens an expert, the library for many.
+
+`moe` runs a whole MoE block of few tokens in one call; `apply` is the backend for more. Kernels run
+on the caller's thread and compile at their first call; the result is kept on disk.
+
+Inside compiled code, of contiguous float32 arrays with all outputs and scratch preallocated:
+
+- ``rows(weights [n, k], x [k], out [n])``: one matrix times one vector.
+- ``token(x [d], router [e, d], gate_up [e, 2f, d], down [e, d, f], shared_gate [f, d],
+  shared_up [f, d], shared_down [d, f], hidden [2f], logits [e], scores [topk],
+  indices [topk] int64, out [d])``: the whole MoE block of one token; ``hidden`` is scratch.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+from llama4_lab.experts import loop, probe
+from llama4_lab.packed import Packed
+from llama4_lab.points import NO_TAP, Tap
+
+_OPTIONS: dict[str, Any] = {
+    "cache": True,
+    "nogil": True,
+    "error_model": "numpy",
+    # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
+    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+}
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Compile a function at its first call; a wrapper that checks shapes is taken off first."""
+    return numba.njit(inspect.unwrap(function), **_OPTIONS, **options)
+
+
+inlined = partial(compiled, forceinline=True)
+f32 = numba.float32
+SET, ADD, TIMES = 0, 1, 2  # what a product does to its output
+_ONE = np.zeros(1, np.int64)
+
+
+# ---- kernels
+
+
+def _wide(_):
+    """Let this function use vectors of 512 bits; LLVM stops at 256 on most CPUs that have them."""
+
+    def code(context, builder, signature, arguments):
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return numba.void(), code
+
+
+wide: Any = intrinsic(_wide)
+
+
+def lift(weight):
+    """Return a weight as float32: bfloat16 comes as the 16 bits that are a float32's upper half."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(lift, inline="always")
+def _lift(weight):
+    if weight == numba.uint16:
+        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+    return lambda weight: weight
+
+
+@inlined
+def store(out, i, j, sums, how):
+    """Put sums into a row's places j; where places coincide, so do sums, and all are read first."""
+    a, b, c, d = sums
+    if how == ADD:
+        a, b, c, d = a + out[i, j[0]], b + out[i, j[1]], c + out[i, j[2]], d + out[i, j[3]]
+    elif how == TIMES:
+        a, b, c, d = a * out[i, j[0]], b * out[i, j[1]], c * out[i, j[2]], d * out[i, j[3]]
+    out[i, j[0]], out[i, j[1]], out[i, j[2]], out[i, j[3]] = a, b, c, d
+
+
+@compiled
+def product(weights, x, read, out, write, how):
+    """Set, add to or multiply ``out[write[i]]`` by ``weights @ x[read[i]]``.
+
+    Four rows of weights meet two tokens at a time: they are read once for all tokens. Rows are
+    indexed, not sliced, because views are counted, in atomic operations.
+    """
+    wide()
+    n, k = weights.shape
+    m = len(read)
+    for a in range(0, n, 4):
+        # The last row stands in for those that are missing.
+        b, c, d = min(a + 1, n - 1), min(a + 2, n - 1), min(a + 3, n - 1)
+        for i in range(0, m - 1, 2):
+            y, z = read[i], read[i + 1]
+            ay = by = cy = dy = az = bz = cz = dz = f32(0)
+            for s in range(k):
+                ay += lift(weights[a, s]) * x[y, s]
+                by += lift(weights[b, s]) * x[y, s]
+                cy += lift(weights[c, s]) * x[y, s]
+                dy += lift(weights[d, s]) * x[y, s]
+                az += lift(weights[a, s]) * x[z, s]
+                bz += lift(weights[b, s]) * x[z, s]
+                cz += lift(weights[c, s]) * x[z, s]
+                dz += lift(weights[d, s]) * x[z, s]
+            store(out, write[i], (a, b, c, d), (ay, by, cy, dy), how)
+            store(out, write[i + 1], (a, b, c, d), (az, bz, cz, dz), how)
+        if m % 2:
+            y = read[m - 1]
+            ay = by = cy = dy = f32(0)
+            for s in range(k):
+                ay += lift(weights[a, s]) * x[y, s]
+                by += lift(weights[b, s]) * x[y, s]
+                cy += lift(weights[c, s]) * x[y, s]
+                dy += lift(weights[d, s]) * x[y, s]
+            store(out, write[m - 1], (a, b, c, d), (ay, by, cy, dy), how)
+
+
+@inlined
+def exp(x):
+    """Return e^x to three parts in 10⁷, by Cephes' polynomial; unlike libm's, it vectorises."""
+    x = min(max(x, f32(-87)), f32(88))
+    n = np.floor(x * f32(1.44269504) + f32(0.5))
+    r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)
+    p = f32(1.9875691500e-4) * r + f32(1.3981999507e-3)
+    p = (p * r + f32(8.3334519073e-3)) * r + f32(4.1665795894e-2)
+    p = (p * r + f32(1.6666665459e-1)) * r + f32(5.0000001201e-1)
+    p = p * r * r + r + f32(1)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@inlined
+def sigmoid(x):
+    return f32(1) / (f32(1) + exp(-x))
+
+
+@compiled
+def neurons_of(gate, up, x, tokens, score, hidden):
+    """Set row i of hidden to ``silu(gate @ y) · (up @ y)`` with ``y = score[i] · x[tokens[i]]``.
+
+    The score multiplies the products instead of their input, which is the same.
+    """
+    wide()
+    own = np.arange(len(tokens))
+    product(gate, x, tokens, hidden, own, SET)
+    for i in range(len(tokens)):
+        s, row = score[i], hidden[i]
+        for j in range(len(row)):
+            row[j] = s * (s * row[j]) * sigmoid(s * row[j])
+    product(up, x, tokens, hidden, own, TIMES)
+
+
+@compiled
+def neurons(gate, up, x, score, hidden):
+    """Set ``hidden [f] = silu(gate @ (score · x)) · (up @ (score · x))`` for one token."""
+    neurons_of(gate, up, x.reshape(1, -1), _ONE, np.full(1, score), hidden.reshape(1, -1))
+
+
+@compiled
+def rows(weights, x, out):
+    """Set ``out = weights @ x``."""
+    product(weights, x.reshape(1, -1), _ONE, out.reshape(1, -1), _ONE, SET)
+
+
+@compiled
+def choose(logits, indices):
+    """Fill in the experts with the highest logits, strongest first; NaN counts as the highest."""
+    for j in range(len(indices)):
+        best = -1
+        for e in range(len(logits)):
+            if (indices[:j] == e).any():
+                continue
+            if best < 0 or logits[e] > logits[best] or logits[e] != logits[e]:
+                best = e
+        indices[j] = best
+
+
+@compiled
+def ordered(slots, num_experts):
+    """Sort by counting: the slots in order of their experts, and where each expert's begin."""
+    offsets = np.zeros(num_experts + 1, np.int64)
+    for e in slots:
+        offsets[e + 1] += 1
+    for e in range(num_experts):
+        offsets[e + 1] += offsets[e]
+    order, place = np.empty(len(slots), np.int64), offsets.copy()
+    for slot, e in enumerate(slots):
+        order[place[e]] = slot
+        place[e] += 1
+    return order, offsets
+
+
+@compiled
+def routed(x, order, offsets, score, gate_up, down, most, hidden, out):
+    """Add to out what experts make of their tokens, those with up to `most` of them; score is flat.
+
+    Args:
+        hidden: scratch, ``[most, f]``.
+    """
+    f, topk = down.shape[2], len(score) // len(x)
+    for e in range(len(down)):
+        slots = order[offsets[e] : offsets[e + 1]]
+        if 0 < len(slots) <= most:
+            gate, up, tokens = gate_up[e, :f], gate_up[e, f:], slots // topk
+            neurons_of(gate, up, x, tokens, score[slots], hidden)
+            product(down[e], hidden, np.arange(len(slots)), out, tokens, ADD)
+
+
+@compiled
+def block(
+    x, router, gate_up, down, shared_gate, shared_up, shared_down,
+    hidden, logits, scores, indices, shared, out, known,
+):  # fmt: skip
+    """Fill in what a MoE block makes of n tokens, from logits to out, but for the first `known`.
+
+    Args:
+        hidden: scratch, ``[n · topk, f]``.
+        known: how many of logits, indices, scores and shared are given.
+    """
+    n, topk = indices.shape
+    every = np.arange(n)
+    if known < 1:
+        product(router, x, every, logits, every, SET)
+    if known < 2:
+        for i in range(n):
+            choose(logits[i], indices[i])
+    if known < 3:
+        for i in range(n):
+            for j in range(topk):
+                scores[i, j] = sigmoid(logits[i, indices[i, j]])
+    if known < 4:
+        neurons_of(shared_gate, shared_up, x, every, np.ones(n, np.float32), hidden)
+        product(shared_down, hidden, every, shared, every, SET)
+    out[:] = shared
+    order, offsets = ordered(indices.ravel(), len(router))
+    routed(x, order, offsets, scores.ravel(), gate_up, down, n * topk, hidden, out)
+
+
+@compiled
+def token(
+    x, router, gate_up, down, shared_gate, shared_up, shared_down,
+    hidden, logits, scores, indices, out,
+):  # fmt: skip
+    """Set out to the chosen experts plus the shared expert, and record the routing."""
+    f = len(shared_gate)
+    rows(router, x, logits)
+    choose(logits, indices)
+    neurons(shared_gate, shared_up, x, f32(1), hidden[:f])
+    rows(shared_down, hidden[:f], out)
+    for j, e in enumerate(indices):
+        scores[j] = sigmoid(logits[e])
+        neurons(gate_up[e, :f], gate_up[e, f:], x, scores[j], hidden[:f])
+        product(down[e], hidden[:f].reshape(1, f), _ONE, out.reshape(1, -1), _ONE, ADD)
+
+
+# ---- from torch
+
+
+def can_run(*tensors: "Tensor | Packed") -> bool:
+    """Whether kernels take these: dense CPU tensors of one float32 or bfloat16, without gradients.
+
+    Kernels have no backward pass: where a gradient is wanted, the plain products make it.
+    """
+    dtype = tensors[0].dtype if isinstance(tensors[0], Tensor) else None
+    grad = torch.is_grad_enabled()
+    return dtype in probe.DEFAULT and all(
+        isinstance(t, Tensor)
+        and t.dtype == dtype
+        and t.device.type == "cpu"
+        and t.is_contiguous()
+        and not (grad and t.requires_grad)
+        for t in tensors
+    )
+
+
+def prepare() -> None:
+    """Compile the float32 kernels, or load what was compiled before."""
+    d, e, f = 16, 2, 16
+    x, router, gate_up, down = (torch.zeros(s) for s in ((1, d), (e, d), (e, 2 * f, d), (e, d, f)))
+    shared = (gate_up[0, :f], gate_up[0, f:], down[0])
+    with torch.no_grad():
+        moe(x, router, (gate_up, down), shared, 1)
+        run(x, *sort(torch.zeros(1, 1, dtype=torch.long), e), x[:, :1], gate_up, down,
+            probe.Best(1, "linear"))  # fmt: skip
+
+
+def takes(x: Tensor, *weights: "Tensor | Packed") -> bool:
+    """Whether `moe` is the fastest for these tokens and weights."""
+    return x.dtype == torch.float32 and len(x) <= probe.best(x.dtype).rows and can_run(x, *weights)
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """Share a tensor's memory; bfloat16 comes as its bits, which numpy has no name for."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def sort(
+    expert: Int[Tensor, "n topk"], num_experts: int
+) -> tuple[Int[Tensor, " m"], Int[Tensor, " ends"]]:
+    """Equal `llama4_lab.experts.sort`, by counting."""
+    order, offsets = ordered(array(expert.flatten()), num_experts)
+    return torch.from_numpy(order), torch.from_numpy(offsets)
+
+
+def apply(
+    x: Float[Tensor, "n d"],
+    order: Int[Tensor, " m"],
+    offsets: Int[Tensor, " ends"],
+    score: Float[Tensor, "n topk"],
+    gate_up: "Float[Tensor, 'e f2 d'] | Packed",
+    down: "Float[Tensor, 'e d f'] | Packed",
+) -> Float[Tensor, "n d"]:
+    """Equal `loop.apply`, which runs what the kernels do not: see `can_run`."""
+    x, score = x.contiguous(), score.contiguous()
+    if not can_run(x, score, gate_up, down):
+        return loop.apply(x, order, offsets, score, gate_up, down)
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    return run(x, order, offsets, score, gate_up, down, probe.best(x.dtype))
+
+
+def run(
+    x: Float[Tensor, "n d"],
+    order: Int[Tensor, " m"],
+    offsets: Int[Tensor, " ends"],
+    score: Float[Tensor, "n topk"],
+    gate_up: Float[Tensor, "e f2 d"],
+    down: Float[Tensor, "e d f"],
+    best: probe.Best,
+) -> Float[Tensor, "n d"]:
+    """Run experts of up to ``best.rows`` tokens in one compiled call, and each other by itself."""
+    multiply = probe.LIBRARY[best.library]
+    out = torch.zeros(x.shape)
+    ends = offsets.tolist()
+    loads = [end - start for start, end in pairwise(ends)]
+    if any(0 < load <= best.rows for load in loads):
+        hidden = np.empty((best.rows, down.shape[2]), np.float32)
+        routed(
+            array(x.float()), array(order), array(offsets), array(score.float().flatten()),
+            array(gate_up), array(down), best.rows, hidden, array(out),
+        )  # fmt: skip
+    token, score = order // score.shape[1], score.flatten()[order, None]
+    for e, load in enumerate(loads):
+        if load > best.rows:
+            own = slice(ends[e], ends[e + 1])
+            gate, up = multiply(x[token[own]].mul_(score[own]), gate_up[e]).chunk(2, dim=-1)
+            hidden = F.silu(gate, inplace=True).mul_(up)
+            out.index_add_(0, token[own], multiply(hidden, down[e]).float())
+    return out.to(x.dtype)
+
+
+def moe(
+    x: Float[Tensor, "n d"],
+    router: Float[Tensor, "e d"],
+    experts: tuple[Float[Tensor, "e f2 d"], Float[Tensor, "e d f"]],
+    shared: tuple[Float[Tensor, "f d"], Float[Tensor, "f d"], Float[Tensor, "d f"]],
+    topk: int,
+    record: Tap = NO_TAP,
+) -> Float[Tensor, "n d"]:
+    """Run a whole MoE block of few float32 tokens in one call; the arguments have to be `can_run`.
+
+    Values are shown when all is done. If one was changed, what follows from it is computed anew,
+    by the same kernels: a change that changes nothing leaves the result as it is, to the bit.
+    """
+    (n, d), e, f = x.shape, len(router), shared[2].shape[1]
+    logits, scores = torch.empty(n, e), torch.empty(n, topk)
+    indices = torch.empty(n, topk, dtype=torch.long)
+    alone, out = torch.empty(n, d), torch.empty(n, d)
+    weights = [array(w) for w in (x, router, *experts, *shared)]
+    made = [array(y) for y in (logits, scores, indices, alone, out)]
+    hidden = np.empty((n * topk, f), np.float32)
+    block(*weights, hidden, *made, 0)
+    names = ("router.logits", "router.indices", "router.scores", "shared.out")
+    for known, (name, value) in enumerate(
+        zip(names, (logits, indices, scores, alone), strict=True)
+    ):
+        given = record(name, value)
+        if given is not value:
+            if name == "router.indices":
+                logits.gather(-1, given)  # refuses experts that do not exist
+            value.copy_(given)
+            block(*weights, hidden, *made, known + 1)
+    return out

@@ -1,0 +1,152 @@
+"""Which products are fastest on this machine: measured once, in about a second, and kept.
+
+The `numba` backend asks `best`. What is found lies in the user's cache folder, one file for each
+CPU and version of torch and numba; without a file that can be read or written, every process
+measures for itself, and where `LLAMA4_LAB_BACKEND` names a backend, nothing is measured at all.
+Kernels are compiled and measured in the background: until they are there, "auto" is the loop.
+"""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama4_lab.loading import Loading
+
+CHOSEN = os.environ.get("LLAMA4_LAB_BACKEND", "auto")  # what "auto" stands for
+_COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48)  # tokens of an expert
+_EXPERTS, _ROUNDS = 8, 4
+
+
+@dataclass(frozen=True)
+class Best:
+    """What is fastest: compiled rows up to so many tokens an expert, and a library above."""
+
+    rows: int
+    library: str
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+# ``x @ weight.T``. On AMD, oneDNN uses vectors twice as wide as MKL does; on Intel, MKL is ahead of
+# it, and for some tens of rows best when asked for the transposed product.
+LIBRARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": F.linear,
+    "transposed": lambda x, weight: torch.mm(weight, x.T).T,
+    "onednn": _onednn,
+}
+DEFAULT = {torch.float32: Best(16, "linear"), torch.bfloat16: Best(2, "linear")}
+
+
+def best(dtype: torch.dtype) -> Best:
+    """Return what is fastest for this dtype; the same all through a process."""
+    return (DEFAULT if CHOSEN != "auto" else _measured())[dtype]
+
+
+@cache
+def _measured() -> dict[torch.dtype, Best]:
+    path = _path()
+    try:
+        kept = json.loads(path.read_text())
+        found = {dtype: Best(**kept[str(dtype)]) for dtype in DEFAULT}
+        if all(each.library in LIBRARY for each in found.values()):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no file yet, or a damaged one: it is written anew
+    found = {dtype: measure(dtype) for dtype in DEFAULT}
+    with suppress(OSError):  # where nothing can be written, every process measures
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump({str(dtype): asdict(each) for dtype, each in found.items()}, file)
+        os.replace(file.name, path)  # whole or not at all, whoever else writes
+    return found
+
+
+def _path() -> Path:
+    """Return the file for this CPU and these versions, in the user's cache folder."""
+    home = Path.home()
+    folder = {
+        "darwin": home / "Library/Caches",
+        "win32": Path(os.environ.get("LOCALAPPDATA", home)),
+    }
+    base = os.environ.get("XDG_CACHE_HOME") or folder.get(sys.platform, home / ".cache")
+    key = f"{_cpu()} torch {torch.__version__} numba {version('numba')}"
+    return Path(base) / "llama4_lab" / f"{sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line
+    return platform.processor()
+
+
+def measure(dtype: torch.dtype) -> Best:
+    """Time compiled rows against libraries, with experts that all get the same number of tokens."""
+    from llama4_lab.experts import numba
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / 16).to(dtype)
+
+    gate_up, down = random(_EXPERTS, 1024, 256), random(_EXPERTS, 256, 512)
+
+    def seconds(best: Best, x: Tensor) -> float:
+        order, offsets = torch.arange(len(x)), torch.arange(_EXPERTS + 1) * (len(x) // _EXPERTS)
+        score, times = x.new_ones(len(x), 1), []
+        for _ in range(_ROUNDS):
+            start = time.thread_time()  # others' work on this machine does not count
+            numba.run(x, order, offsets, score, gate_up, down, best)
+            times.append(time.thread_time() - start)
+        return min(times)
+
+    times: dict[str, list[float]] = {name: [] for name in LIBRARY if _exists(name, dtype)}
+    rows: list[float] = []
+    for count in _COUNTS:
+        x = random(_EXPERTS * count, 256)
+        rows.append(seconds(Best(count, "linear"), x))
+        for name, found in times.items():
+            found.append(seconds(Best(0, name), x))
+    library = min(times, key=lambda name: times[name][-1])
+
+    def total(wins: int) -> float:  # a slip of the clock moves a sum less than a comparison
+        return sum(rows[:wins]) + sum(times[library][wins:])
+
+    return Best(rows=(0, *_COUNTS)[min(range(len(rows) + 1), key=total)], library=library)
+
+
+def _prepare() -> None:
+    """Compile, or load, what `numba` runs in float32, and measure."""
+    from llama4_lab.experts import numba
+
+    numba.prepare()
+    best(torch.float32)
+
+
+LOADING = Loading("compiling the experts", _prepare)
+
+
+def _exists(name: str, dtype: torch.dtype) -> bool:
+    """Whether this torch has the operator; oneDNN's is a private one."""
+    try:
+        LIBRARY[name](torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype))
+    except (RuntimeError, AttributeError):
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""Compile every Triton kernel for a Hopper GPU, down to machine code, where there is none.
+
+A program of its own, because the interpreter that the other tests run in replaces the compiler.
+"""
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from llama4_lab.experts import triton_kernels as kernels
+from llama4_lab.model import flash_decode
+
+SIZES = {"N", "M", "K", "OUT", "WIDTH", "E", "D", "SIZE", "per_token"}
+CODES = {
+    "plain": ("*bf16", "*bf16", 64),
+    "int8": ("*i8", "*bf16", 128),
+    "int4": ("*u8", "*bf16", 128),
+    "fp8": ("*fp8e4nv", "*fp32", 64),
+}
+FLOATS = {"score", "cos", "sin", "temperature", "part", "peak", "total"}
+
+
+def build(kernel, kind="plain", warps=4, **constants):
+    codes, scales, group = CODES[kind]
+    constants = {"KIND": kind, "GROUP": group, **constants}
+    types = {}
+    for name in kernel.arg_names:
+        types[name] = (
+            "constexpr" if name in constants
+            else codes if name == "codes"
+            else scales if name == "scales"
+            else "*i64" if name in ("order", "offsets", "place")
+            else "fp32" if name == "eps"
+            else "i32" if name in SIZES
+            else "*fp32" if name in FLOATS
+            else "*bf16"
+        )  # fmt: skip
+    names = list(types)
+    values = {(names.index(x),): y for x, y in constants.items() if x in types}
+    whole = {"K", "OUT", "WIDTH", "D", "SIZE"}  # multiples of 16, as in every released model
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind_of) in enumerate(types.items())
+        if kind_of.startswith("*") or name in whole
+    }
+    source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attributes)
+    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert built.asm["cubin"]
+    return built.asm["ptx"]
+
+
+for kind in CODES:
+    row = {"ROWS": 16, "GROUPS": 4}
+    build(kernels.linear_rows, kind, HAS_GAIN=True, HAS_RESIDUAL=True, **row)
+    block = row | {"TOPK": 1, "BLOCK_E": 16}
+    ptx = build(kernels.gate_up_rows, kind, HAS_GAIN=True, **block)
+    assert "ld.global.v" in ptx, "weights are read one by one"
+    build(kernels.down_rows, kind, HAS_RESIDUAL=True, **block)
+    tile = {"TILE": 64, "COLUMNS": 128}
+    build(kernels.linear_tiles, kind, 8, HAS_RESIDUAL=True, **tile)
+    for kernel in kernels.gate_up_tiles, kernels.down_tiles:
+        assert "wgmma" in build(kernel, kind, 8, BLOCK_E=16, **tile)
+build(kernels.sort_logits, warps=8, TOPK=1, BLOCK_M=128, BLOCK_E=32)
+shape = {"GROUP": 5, "DH": 128, "PARTS": 32}
+for rotates in True, False:
+    rule = {"ROTATES": rotates, "NORMS": rotates, "HEADS": 8, "BLOCK": 16, "KEYS": 64}
+    build(flash_decode._attend_part, **rule, **shape)
+build(flash_decode._join_parts, **shape)

@@ -1,0 +1,214 @@
+"""Conversion to few bits: what is written, what an interruption leaves, what memory it takes."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from meta_folder import PARAMS, write_meta
+from safetensors.torch import load_file
+from small_tokenizer import small_tokenizer
+from tiny import CONFIG, tiny
+
+import llama4_lab as l4
+from llama4_lab.checkpoint import convert, converting
+from llama4_lab.checkpoint.params import config_from_params
+from llama4_lab.cli import main
+from llama4_lab.packed import KINDS
+
+IDS = torch.arange(5, 29)[None] % 89
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    l4.save(tiny(), folder, max_shard_bytes=150_000)
+    return folder
+
+
+def contents(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_converted_folder_is_what_saving_a_quantised_model_writes(folder, kind, tmp_path):
+    convert(folder, tmp_path / "a", quantize=kind, max_shard_bytes=40_000)
+    l4.save(l4.load(folder, quantize=kind), tmp_path / "b")
+    found, expected = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
+    texts = [(tmp_path / at / "config.json").read_text() for at in "ab"]
+    assert texts[0] == texts[1]
+    files = {file.name for file in (tmp_path / "a").iterdir()}
+    count = len(files) - 2
+    assert count > 3 and files == {
+        "config.json",
+        "model.safetensors.index.json",
+        *(f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)),
+    }
+    with torch.no_grad():
+        logits = l4.load(tmp_path / "a")(IDS)
+        assert torch.equal(logits, l4.load(folder, quantize=kind)(IDS))
+
+
+def test_a_meta_folder_is_converted(tmp_path):
+    l4.save(l4.random(config_from_params(PARAMS)), tmp_path / "hf")
+    write_meta(tmp_path / "meta", load_file(tmp_path / "hf" / "model.safetensors"), PARAMS, 2)
+    for source in ("hf", "meta"):
+        convert(tmp_path / source, tmp_path / f"{source}-int4", quantize="int4")
+    found, expected = (contents(tmp_path / f"{at}-int4") for at in ("meta", "hf"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def stop_after(monkeypatch, count):
+    """Let packing fail after so many pieces."""
+    left, pack = [count], converting.Quantisation.pack
+
+    def packing(self, weight):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return pack(self, weight)
+
+    monkeypatch.setattr(converting.Quantisation, "pack", packing)
+    return left
+
+
+def test_an_interrupted_conversion_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        left = stop_after(patch, 10**6)
+        convert(folder, tmp_path / "whole", quantize="int4", max_shard_bytes=40_000)
+        pieces = 10**6 - left[0]
+    target = tmp_path / "target"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, pieces // 2)
+        convert(folder, target, quantize="int4", max_shard_bytes=40_000)
+    unfinished = target / ".unfinished-conversion"
+    assert [file.name for file in target.iterdir()] == [unfinished.name]
+    written = {file: file.stat().st_mtime_ns for file in unfinished.glob("*.safetensors")}
+    assert len(written) > 1 and len(list(unfinished.glob("*.part"))) == 1
+    with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
+        l4.load(target)
+    # A file that was cut is written again, the others are not.
+    spoilt = sorted(written)[0]
+    spoilt.write_bytes(spoilt.read_bytes()[:-1])
+    with monkeypatch.context() as patch:
+        left = stop_after(patch, 10**6)
+        convert(folder, target, quantize="int4", max_shard_bytes=40_000)
+        assert 0 < 10**6 - left[0] < pieces
+    for file, time in written.items():
+        assert ((target / file.name).stat().st_mtime_ns == time) == (file != spoilt)
+    assert not unfinished.exists()
+    for file in (tmp_path / "whole").iterdir():
+        assert (target / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_files_of_another_source_or_kind_are_not_taken_over(folder, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    l4.save(tiny(seed=1), other, max_shard_bytes=150_000)
+    target = tmp_path / "target"
+    for source, kind in ((other, "int4"), (folder, "int8")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 20)
+            convert(source, target, quantize=kind, max_shard_bytes=40_000)
+    convert(folder, target, quantize="int4", max_shard_bytes=40_000)
+    found, expected = l4.load(target), l4.load(folder, quantize="int4")
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
+    assert len(list(target.glob("*.safetensors"))) == len(contents_of_index(target))
+
+
+def contents_of_index(folder):
+    import json
+
+    return set(
+        json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
+    )
+
+
+def test_what_was_there_is_replaced_at_the_end(folder, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    l4.save(tiny(seed=1), target)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 20)
+        convert(folder, target, quantize="int4")
+    assert {f.name: f.read_bytes() for f in target.iterdir() if f.is_file()} == before
+    convert(folder, target, quantize="int4", max_shard_bytes=40_000)
+    assert not (target / "model.safetensors").exists()
+    assert l4.load(target).lm_head.weight.kind == "int4"
+
+
+def test_the_tokenizer_comes_along(tmp_path):
+    l4.save(tiny(vocab_size=336, image_token_index=334, vision_config=None), tmp_path / "a")
+    small_tokenizer(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", quantize="int8")
+    assert l4.load(tmp_path / "b").prompt("a")["input_ids"].numel() > 1
+
+
+def test_the_command_says_what_went_wrong(folder, tmp_path, capsys, monkeypatch):
+    assert main(["convert", str(folder), str(tmp_path / "t"), "--quantize", "int8"]) == 0
+    assert l4.load(tmp_path / "t").lm_head.weight.kind == "int8"
+    assert capsys.readouterr().out == f"saved to {tmp_path / 't'}\n"
+
+    def said(*arguments):
+        assert main(["convert", *map(str, arguments), "--quantize", "int4"]) == 1
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("llama4-lab: ")
+
+    t = tmp_path / "t"
+    assert said(t, tmp_path / "u") == (
+        f"{t} is quantised already, to int8: convert the checkpoint that it was made from"
+    )
+    assert said(folder, folder) == (
+        f"{folder} is what is converted: give another folder to write to"
+    )
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    assert said(folder, tmp_path / "full") == (
+        f"{tmp_path / 'full'} holds x and no Llama 4 checkpoint of Hugging Face's format: give a "
+        "new or empty folder"
+    )
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    at = tmp_path / "v" / ".unfinished-conversion"
+    assert said(folder, tmp_path / "v").startswith(f"{at} has room for 0.0 GB, and the next file")
+
+
+_PEAK = """
+import sys, torch
+from pathlib import Path
+from llama4_lab.checkpoint import convert
+
+def kilobytes(key):
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
+
+torch.ones(512, 512) @ torch.ones(512, 512)
+Path("/proc/self/clear_refs").write_text("5")
+before = kilobytes("VmRSS")
+convert(sys.argv[1], sys.argv[2], quantize="int4")
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_converting_takes_the_memory_of_one_expert(tmp_path):
+    config = CONFIG.replace(
+        hidden_size=512, intermediate_size=1024, num_local_experts=16,
+        num_hidden_layers=2, interleave_moe_layer_step=1, vision_config=None,
+    )  # fmt: skip
+    model = l4.random(config)
+    l4.save(model, tmp_path / "a")
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    expert = 2 * 1024 * 512 * 4
+    del model
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "a"), str(tmp_path / "b")]
+    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # Beside an expert's larger matrix and its codes, rounding takes blocks of a million weights,
+    # five times in float32, and the modules that are imported on the way some 10 MB.
+    assert weights > 36 * expert and peak < expert + expert // 8 + 32e6

@@ -1,0 +1,239 @@
+"""The compiled experts of the CPU: one call for few tokens, rows or a library for more."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny
+
+from llama4_lab import experts, intervene, loading, trace
+from llama4_lab.experts import numba, probe
+from llama4_lab.points import Tap
+
+D, FF, E = 20, 12, 5
+EVERYTHING = ["layers.*.router.*", "layers.*.shared.out"]
+
+
+def layer(e=E, dtype=torch.float32):
+    def random(*shape):
+        return (torch.randn(shape) / 3).to(dtype)
+
+    shared = random(FF, D), random(FF, D), random(D, FF)
+    return random(e, D), (random(e, 2 * FF, D), random(e, D, FF)), shared
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Make every expert go by the library."""
+
+    def use(name):
+        monkeypatch.setitem(probe.DEFAULT, torch.float32, probe.Best(0, name))
+
+    return use
+
+
+@pytest.mark.parametrize("topk", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 2, 7, 16])
+@torch.no_grad()
+def test_one_call_for_few_tokens_equals_the_loop(n, topk):
+    x, weights = torch.randn(n, D), layer()
+    assert numba.takes(x, weights[0], *weights[1], *weights[2])
+    expected = experts.moe(x, *weights, topk=topk, backend="loop")
+    found = experts.moe(x, *weights, topk=topk, backend="numba")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "transposed", "onednn"])
+@torch.no_grad()
+def test_every_library_equals_the_loop(name, library):
+    library(name)
+    x, weights = torch.randn(40, D), layer()
+    expected = experts.moe(x, *weights, topk=2, backend="loop")
+    found = experts.moe(x, *weights, topk=2, backend="numba")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_compiled_token_equals_the_loop_and_says_what_it_chose():
+    x, (router, pair, shared) = torch.randn(D), layer()
+    hidden, logits, scores, out = (np.empty(k, np.float32) for k in (2 * FF, E, 2, D))
+    indices = np.empty(2, np.int64)
+    weights = [w.numpy() for w in (router, *pair, *shared)]
+    numba.token(x.numpy(), *weights, hidden, logits, scores, indices, out)
+    expected = experts.moe(x[None], router, pair, shared, topk=2, backend="loop")[0]
+    torch.testing.assert_close(torch.from_numpy(out), expected, atol=1e-5, rtol=1e-5)
+    chosen, score = experts.route(F.linear(x, router)[None], 2)
+    assert indices.tolist() == chosen[0].tolist()
+    torch.testing.assert_close(torch.from_numpy(scores), score[0])
+    torch.testing.assert_close(torch.from_numpy(logits), F.linear(x, router))
+
+
+def test_the_counting_sort_equals_the_plain_one():
+    chosen = torch.randint(0, 7, (33, 2))
+    for found, expected in zip(numba.sort(chosen, 9), experts.sort(chosen, 9), strict=True):
+        assert found.tolist() == expected.tolist()
+
+
+def test_the_sigmoid_is_exact_to_rounding_and_keeps_nan():
+    logits = torch.tensor([-200.0, -86, -3.3, 0, 1e-3, 5, 87, 300, torch.nan])
+    found = torch.tensor([numba.sigmoid(np.float32(x)) for x in logits.tolist()])
+    torch.testing.assert_close(found, logits.sigmoid(), atol=1e-37, rtol=1e-6, equal_nan=True)
+
+
+def test_a_nan_logit_is_chosen_first_as_in_torch():
+    logits = torch.tensor([1.0, torch.nan, 3.0])
+    indices = np.empty(2, np.int64)
+    numba.choose(logits.numpy(), indices)
+    assert indices.tolist() == logits.topk(2).indices.tolist() == [1, 2]
+
+
+@torch.no_grad()
+def test_tracing_and_changing_nothing_leave_the_logits_as_they_are_to_the_bit():
+    model, ids = tiny(), torch.tensor([[5, 7, 11, 13]])
+    model.backend = "numba"
+    plain = model(ids)
+    with trace(model, EVERYTHING) as cache:
+        assert torch.equal(model(ids), plain)
+    with intervene(model, dict.fromkeys(EVERYTHING, lambda value: value)):
+        assert torch.equal(model(ids), plain)
+    model.backend = "loop"
+    with trace(model, EVERYTHING) as expected:
+        model(ids)
+    assert cache.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(cache[name], value, atol=1e-5, rtol=1e-5)
+
+
+CHANGES = {
+    "router.logits": lambda value: value.flip(-1),
+    "router.indices": lambda value: (value + 1) % 5,
+    "router.scores": lambda value: value / 2,
+    "shared.out": lambda value: value * 0,
+}
+
+
+@pytest.mark.parametrize("point", CHANGES)
+@torch.no_grad()
+def test_what_follows_from_a_changed_value_is_computed_anew(point):
+    model, ids = tiny(), torch.tensor([[5, 7, 11, 13]])
+    found = {}
+    for model.backend in ("loop", "numba"):
+        with intervene(model, {f"layers.1.{point}": CHANGES[point]}), trace(model, EVERYTHING) as c:
+            found[model.backend] = {"logits": model(ids), **c}
+    model.backend = "numba"
+    assert (found["numba"]["logits"] - model(ids)).abs().max() > 1e-4
+    for name, value in found["loop"].items():
+        torch.testing.assert_close(found["numba"][name], value, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_expert_that_does_not_exist_is_refused():
+    class Wrong(Tap):
+        def __call__(self, name, value):
+            return torch.full_like(value, 99) if name == "router.indices" else value
+
+    with pytest.raises(RuntimeError, match="index 99 is out of bounds"):
+        experts.moe(torch.randn(2, D), *layer(), backend="numba", record=Wrong())
+
+
+def test_gradients_take_the_plain_path():
+    x, weights = torch.randn(3, D, requires_grad=True), layer()
+    assert not numba.takes(x, weights[0], *weights[1], *weights[2])
+    (found,) = torch.autograd.grad(experts.moe(x, *weights, backend="numba").sum(), x)
+    (expected,) = torch.autograd.grad(experts.moe(x, *weights, backend="loop").sum(), x)
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        assert numba.takes(x, weights[0], *weights[1], *weights[2])
+
+
+@torch.no_grad()
+def test_kernels_refuse_what_they_cannot_read():
+    x, weights = torch.randn(3, D), layer()
+    assert numba.can_run(x, *weights[1])
+    assert not numba.can_run(x, weights[1][0].mT)
+    assert not numba.can_run(x.double(), weights[1][0].double())
+    assert not numba.can_run(x, weights[1][0].bfloat16())
+    assert not numba.takes(x.bfloat16(), *(w.bfloat16() for w in weights[2]))
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    """Probe as a user's process does, with a cache folder of its own and a quick measure."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(probe, "CHOSEN", "auto")
+    monkeypatch.setattr(probe, "measure", lambda dtype: probe.Best(7, "linear"))
+    probe._measured.cache_clear()
+    yield tmp_path
+    probe._measured.cache_clear()
+
+
+def test_what_was_measured_is_kept_for_the_next_process(cache_folder, monkeypatch):
+    assert probe.best(torch.float32) == probe.Best(7, "linear")
+    (file,) = (cache_folder / "llama4_lab").iterdir()
+    monkeypatch.delattr(probe, "measure")
+    probe._measured.cache_clear()
+    assert probe.best(torch.bfloat16) == probe.Best(7, "linear")
+    assert json.loads(file.read_text()).keys() == {"torch.float32", "torch.bfloat16"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"torch.float32": {"rows": 3}}'])
+def test_a_damaged_file_is_measured_anew(cache_folder, text):
+    path = probe._path()
+    path.parent.mkdir()
+    path.write_text(text)
+    assert probe.best(torch.float32) == probe.Best(7, "linear")
+    assert "torch.bfloat16" in json.loads(path.read_text())
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(cache_folder):
+    (cache_folder / "llama4_lab").write_text("a file in the place of the folder")
+    assert probe.best(torch.float32) == probe.Best(7, "linear")
+
+
+def test_measuring_gives_a_product_that_exists(monkeypatch):
+    monkeypatch.setattr(probe, "_COUNTS", (1, 4))
+    found = probe.measure(torch.float32)
+    assert found.rows in (0, 1, 4)
+    assert found.library in probe.LIBRARY
+
+
+def test_no_import_brings_the_compiler():
+    code = "import sys, torch, llama4_lab; print('numba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_the_environment_names_another_backend(monkeypatch):
+    monkeypatch.setattr(probe, "CHOSEN", "padded")
+    assert experts.choose_backend(torch.ones(1)) == "padded"
+    monkeypatch.setattr(probe, "CHOSEN", "fast")
+    with pytest.raises(ValueError, match="unknown backend 'fast'; choose auto, loop, numba"):
+        experts.moe(torch.ones(1, D), *layer())
+
+
+def test_until_kernels_are_compiled_auto_is_the_loop(monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr(probe, "CHOSEN", "auto")
+    monkeypatch.setattr(loading, "_PATIENCE", 0.01)
+    monkeypatch.setattr(probe, "LOADING", loading.Loading("a slow one", done.wait))
+    x = torch.ones(1, 4)
+    assert experts.choose_backend(x) == "loop"
+    done.set()
+    probe.LOADING.wait()
+    assert experts.choose_backend(x) == "numba"
+
+
+def test_kernels_that_cannot_be_compiled_leave_the_loop(monkeypatch):
+    def fail() -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(probe, "CHOSEN", "auto")
+    monkeypatch.setattr(probe, "LOADING", loading.Loading("compiling", fail))
+    assert experts.choose_backend(torch.ones(1, 4)) == "loop"
+    with pytest.raises(RuntimeError, match="compiling failed: no space left"):
+        probe.LOADING.wait()

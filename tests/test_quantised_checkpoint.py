@@ -1,0 +1,322 @@
+"""Quantised models: loaded so, saved, opened again, watched and edited."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from meta_folder import PARAMS, write_meta
+from peak_memory import peak_of_loading
+from safetensors.torch import load_file, save_file
+from tiny import CONFIG, tiny
+
+import llama4_lab as l4
+from llama4_lab.checkpoint.params import config_from_params
+from llama4_lab.checkpoint.quantised import packable
+from llama4_lab.packed import KINDS, Packed, pack
+from llama4_lab.prompt import Prompt, Spans
+
+IDS = torch.arange(5, 29)[None] % 89
+BITS = {"int8": 0.02, "int4": 0.35, "fp8": 0.08}  # how far logits may be off, of their spread
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    l4.save(tiny(), folder, max_shard_bytes=150_000)
+    return folder
+
+
+def put_back(model):
+    """Return a plain model with the weights that a quantised one stands for."""
+    plain = tiny()
+    state = model.state_dict()
+    for name, (module, part) in packable(model).items():
+        state[name] = getattr(module, part).unpack()
+        del state[f"{name}_codes"], state[f"{name}_scales"]
+    plain.load_state_dict(state)
+    return plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_quantised_model_computes_with_the_rounded_weights(folder, kind):
+    plain, model = l4.load(folder), l4.load(folder, quantize=kind)
+    for name, (module, part) in packable(model).items():
+        weight = getattr(module, part)
+        assert isinstance(weight, Packed) and weight.kind == kind
+        expected = pack(plain.get_parameter(name), kind).unpack()
+        assert torch.equal(weight.unpack(), expected), name
+    logits, exact = model(IDS), plain(IDS)
+    torch.testing.assert_close(logits, put_back(model)(IDS), atol=1e-5, rtol=1e-4)
+    off = (logits - exact).std() / exact.std()
+    assert 1e-4 < off < BITS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_saved_quantised_model_opens_as_it_was(folder, kind, tmp_path):
+    model = l4.load(folder, quantize=kind)
+    l4.save(model, tmp_path / "q", max_shard_bytes=100_000)
+    again = l4.load(tmp_path / "q")
+    assert torch.equal(again(IDS), model(IDS))
+    content = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert content == {"quant_method": "llama4_lab", "kind": kind, "group_size": 128}
+    assert torch.equal(l4.load(tmp_path / "q", quantize=kind)(IDS), model(IDS))
+    # The same file again: nothing is rounded twice.
+    l4.save(again, tmp_path / "r")
+    for name, tensor in l4.load(tmp_path / "r").state_dict().items():
+        assert torch.equal(tensor.view(torch.uint8), model.state_dict()[name].view(torch.uint8))
+
+
+def test_codes_stay_in_the_file(folder, tmp_path):
+    l4.save(l4.load(folder, quantize="int4"), tmp_path)
+    model = l4.load(tmp_path)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split("-", 1) for line in lines if str(tmp_path) in line]
+    ranges = [(int(low, 16), int(rest.split()[0], 16)) for low, rest in mapped]
+    for name, buffer in model.named_buffers():
+        assert any(low <= buffer.data_ptr() < high for low, high in ranges), name
+
+
+def test_meta_folders_can_be_quantised(tmp_path):
+    model = l4.random(config_from_params(PARAMS))
+    l4.save(model, tmp_path / "hf")
+    write_meta(tmp_path / "meta", load_file(tmp_path / "hf" / "model.safetensors"), PARAMS, 2)
+    expected = l4.load(tmp_path / "hf", quantize="int4").state_dict()
+    found = l4.load(tmp_path / "meta", quantize="int4").state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# ---- what is done with models
+
+
+@pytest.fixture(scope="module")
+def int8(folder):
+    return l4.load(folder, quantize="int8")
+
+
+@torch.no_grad()
+def test_points_can_be_watched_and_changed(int8):
+    plain = put_back(int8)
+    close = {"atol": 2e-5, "rtol": 1e-4}
+    with l4.trace(int8, "*") as found, l4.trace(plain, "*") as expected:
+        int8(IDS), plain(IDS)
+    assert (
+        found.keys() == expected.keys() == set(l4.points(int8.config.replace(vision_config=None)))
+    )
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **close)
+    changes = {"layers.1.experts.hidden": torch.zeros_like, "layers.2.attn.z": lambda z: 2 * z}
+    with l4.intervene(int8, changes), l4.intervene(plain, changes):
+        assert not torch.allclose(found["logits"], int8(IDS))
+        torch.testing.assert_close(int8(IDS), plain(IDS), **close)
+
+
+@torch.no_grad()
+def test_edited_runs_replay(int8):
+    plain = put_back(int8)
+    runs = [
+        [l4.edits.DropExpert(layer=3, expert=2)],
+        [l4.edits.AblateHead(layer=2, head=1)],
+        [l4.edits.Scale("layers.0.mlp.hidden", 3.0)],
+        [l4.edits.SkipLayer(layer=4)],
+    ]
+    found = l4.Replay(int8, {"input_ids": IDS}).many(runs)
+    expected = l4.Replay(plain, {"input_ids": IDS}).many(runs)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.logits, other.logits, atol=2e-5, rtol=1e-4)
+        assert mine.effect.unseen == [] and mine.effect.kl.max() > 1e-6
+    hidden = found[2].evidence["layers.0.mlp.hidden"]
+    assert hidden.changed > 0 and hidden.used_by == "linear"
+
+
+def test_gradients_reach_the_embeddings(int8):
+    plain = put_back(int8)
+    for model in (int8, plain):
+        model.zero_grad()
+        model(IDS)[0, -1, 7].backward()
+    torch.testing.assert_close(
+        int8.embed_tokens.weight.grad, plain.embed_tokens.weight.grad, atol=1e-5, rtol=1e-3
+    )
+
+
+@torch.no_grad()
+def test_decoding_with_a_cache_equals_one_pass(int8):
+    whole, cache = int8(IDS), int8.new_cache()
+    parts = [int8(part, cache=cache) for part in IDS.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_dtype_leaves_codes_and_scales(folder, kind):
+    model = l4.load(folder, quantize=kind)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    copied = copy.deepcopy(model).bfloat16()
+    assert copied.dtype == torch.bfloat16 and copied.to("meta").lm_head.weight.kind == kind
+    copied = copy.deepcopy(model).bfloat16()
+    for name, buffer in copied.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer.view(torch.uint8), before[name].view(torch.uint8))
+    assert copied(IDS).dtype == torch.bfloat16
+    model.load_state_dict(copied.float().state_dict())
+    with pytest.raises(RuntimeError, match=r"lm_head\.weight"):
+        tiny().load_state_dict(model.state_dict())
+
+
+@torch.no_grad()
+def test_analyses_read_packed_weights_or_say_why_not(int8):
+    from llama4_lab.analysis.decomposition import decompose_logit
+    from llama4_lab.analysis.pruning import pruned, survey
+    from llama4_lab.analysis.quantisation import rounded
+
+    plain = put_back(int8)
+    unknown = Spans(*(torch.full_like(IDS, -1) for _ in range(4)), [], [], None)
+    prompt = Prompt(IDS, None, torch.ones_like(IDS), [[""] * IDS.shape[1]], unknown)
+    mine, other = (decompose_logit(model, prompt, target=3) for model in (int8, plain))
+    torch.testing.assert_close(mine.values, other.values, atol=1e-4, rtol=1e-3)
+    found = survey(int8, [IDS])
+    assert abs(found.similarity - survey(plain, [IDS]).similarity).max() < 1e-3
+    sentence = (
+        "merging experts takes plain weights in memory, but layers.0.self_attn.q_proj.weight is "
+        "int8: load the model without quantize and experts"
+    )
+    with pytest.raises(ValueError) as raised, pruned(int8, found, 3, how="merge"):
+        pass
+    assert str(raised.value) == sentence
+    with (
+        pytest.raises(ValueError, match=r"^rounding takes plain weights"),
+        rounded(int8, 1, "int8"),
+    ):
+        pass
+
+
+def test_biases_are_added(tmp_path):
+    model = tiny(attention_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    l4.save(model, tmp_path)
+    with torch.no_grad():
+        off = l4.load(tmp_path, quantize="int8")(IDS) - model(IDS)
+        assert off.std() / model(IDS).std() < BITS["int8"]
+
+
+# ---- what does not fit
+
+
+def spoil(folder, at, change):
+    """Save an int4 checkpoint with some of its tensors changed."""
+    l4.save(l4.load(folder, quantize="int4"), at)
+    tensors = load_file(at / "model.safetensors")
+    change(tensors)
+    save_file(tensors, at / "model.safetensors")
+
+
+def spoil_config(folder, at, **changes):
+    l4.save(l4.load(folder, quantize="int4"), at)
+    raw = json.loads((at / "config.json").read_text())
+    raw["quantization_config"] |= changes
+    (at / "config.json").write_text(json.dumps(raw))
+
+
+Q = "language_model.model.layers.0.self_attn.q_proj.weight"
+BROKEN = {
+    "lost scales": (
+        lambda folder, at: spoil(folder, at, lambda t: t.pop(f"{Q}_scales")),
+        f"{{at}}/model.safetensors lacks {Q}_scales, which config.json asks for",
+    ),
+    "scales of other groups": (
+        lambda folder, at: spoil(
+            folder, at, lambda t: t.update({f"{Q}_scales": t[f"{Q}_scales"][:, :1].clone()})
+        ),
+        f"{{at}}/model.safetensors: {Q}_scales is [96, 1] where config.json asks for [96, 3]",
+    ),
+    "scales in float16": (
+        lambda folder, at: spoil(
+            folder, at, lambda t: t.update({f"{Q}_scales": t[f"{Q}_scales"].half()})
+        ),
+        f"{{at}}/model.safetensors: {Q}_scales holds float16 where config.json asks for bfloat16",
+    ),
+    "codes of another kind": (
+        lambda folder, at: spoil(
+            folder, at, lambda t: t.update({f"{Q}_codes": t[f"{Q}_codes"].char()})
+        ),
+        f"{{at}}/model.safetensors: {Q}_codes holds I8 where config.json asks for uint8",
+    ),
+    "a plain weight": (
+        lambda folder, at: spoil(folder, at, lambda t: t.update({Q: torch.zeros(96, 48)})),
+        f"{{at}}/model.safetensors holds {Q}, for which config.json has no place",
+    ),
+    "the wrong kind": (
+        lambda folder, at: spoil_config(folder, at, kind="int8"),
+        f"{{at}}/model.safetensors: {Q}_codes is [96, 24] where config.json asks for [96, 48]",
+    ),
+    "an unknown kind": (
+        lambda folder, at: spoil_config(folder, at, kind="int3"),
+        "{at}/config.json: kind 'int3' of quantised weights is not int8, int4 or fp8",
+    ),
+    "an odd group": (
+        lambda folder, at: spoil_config(folder, at, group_size=100),
+        "{at}/config.json: group_size 100 is not a power of two",
+    ),
+    "other groups": (
+        lambda folder, at: spoil_config(folder, at, group_size=8),
+        f"{{at}}/model.safetensors: {Q}_scales is [96, 3] where config.json asks for [96, 6]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_does_not_fit_is_explained(folder, what, tmp_path):
+    breaking, sentence = BROKEN[what]
+    breaking(folder, tmp_path)
+    with pytest.raises(ValueError) as raised:
+        l4.load(tmp_path)
+    assert str(raised.value) == sentence.format(at=tmp_path)
+
+
+def test_a_wrong_wish_is_explained(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown kind 'int3'.*choose int8, int4, fp8"):
+        l4.load(folder, quantize="int3")
+    l4.save(l4.load(folder, quantize="int4"), tmp_path)
+    with pytest.raises(ValueError, match=r"holds int4 weights, which cannot become 'int8': leave"):
+        l4.load(tmp_path, quantize="int8")
+    model = l4.load(folder, quantize="int4")
+    model.layers[1].feed_forward.experts.put("down_proj", pack(torch.randn(5, 48, 40), "int8"))
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.1\.feed_forward\.experts\.down_proj is packed as int8 but "
+        r"layers\.0\.self_attn\.q_proj\.weight is int4: a checkpoint has one kind of weights",
+    ):
+        l4.save(model, tmp_path / "mixed")
+
+
+def test_a_tied_head_stays_the_table_of_embeddings(tmp_path):
+    l4.save(tiny(tie_word_embeddings=True, vision_config=None), tmp_path / "plain")
+    model = l4.load(tmp_path / "plain", quantize="int8")
+    assert model.lm_head.weight is model.embed_tokens.weight
+    l4.save(model, tmp_path / "int8")
+    again = l4.load(tmp_path / "int8")
+    assert again.lm_head.weight is again.embed_tokens.weight
+    assert torch.equal(again(IDS), model(IDS))
+
+
+@pytest.mark.slow
+def test_quantising_takes_the_packed_weights_and_one_matrix(tmp_path):
+    config = CONFIG.replace(
+        hidden_size=256, intermediate_size=1024, num_local_experts=16, num_hidden_layers=4,
+        interleave_moe_layer_step=1, vision_config=None,
+    )  # fmt: skip
+    model = l4.random(config)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    l4.save(model, tmp_path)
+    del model
+    peak = peak_of_loading(tmp_path, quantize="int4")
+    # 202 MB in float32. The codes and scales are 26 MB; a matrix of an expert is 2 MB, and rounding
+    # it takes a few times as much.
+    assert weights > 200e6 and peak < 26e6 + 24e6
