@@ -1,6 +1,7 @@
 """The core of the lab without a browser: selection, panels, board, moment, the router's view."""
 
-import json
+import base64
+import gzip
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_of
 from llama4_widgets.app import LabApp
-from llama4_widgets.board import Board, page
+from llama4_widgets.board import Board, page, unflat
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, pack, sequential
 from llama4_widgets.selection import Selection
@@ -129,9 +130,11 @@ def test_the_page_holds_everything_it_needs(moment):
     text = page([view.board], "A title")
     assert "{{" not in text.replace("${{", "") and "http" not in text.split("<script")[1]
     states = text.split('id="states">')[1].split("</script>")[0]
-    (state,) = json.loads(states)
+    packed = gzip.decompress(base64.b64decode(states))
+    end = 4 + int.from_bytes(packed[:4], "little")
+    (state,) = unflat(packed[4:end], packed[end:])
     assert state["content"]["axes"]["token"]["size"] == len(moment.tokens)
-    assert state["content"]["arrays"]["chosen"]["data"]["base64"]
+    assert state["content"]["arrays"] == view.board.content.arrays
 
 
 def test_stills_show_every_view_without_a_browser(moment):
@@ -150,9 +153,9 @@ def test_the_lab_runs_texts_and_edits(model):
     app.edits = (E.SkipLayer(1),)
     assert app.moment.edits == (E.SkipLayer(1),)
     before = app.moment
-    app._text.value = "x" * 9000
-    app._run.click()
-    assert "shows at most 4096: shorten it" in app._problem.value
+    app.bar.text.value = "x" * 9000
+    app.bar.run.click()
+    assert "shows at most 4096: shorten it" in app.bar.problem.value
     assert app.moment is before
     with pytest.raises(ValueError, match="layer 40 is out of range"):
         app.edits = (E.SkipLayer(40),)

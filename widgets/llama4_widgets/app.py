@@ -1,22 +1,26 @@
 """The lab: one page of linked views of a prompt in a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
 import traitlets
 
+from llama4_lab import edits as E
 from llama4_lab.edits import Edit
 from llama4_lab.model import Llama4
-from llama4_widgets.board import page
+from llama4_widgets.bar import Bar
+from llama4_widgets.keeping import model_facts, record
 from llama4_widgets.moment import Moment
-from llama4_widgets.selection import Selection
+from llama4_widgets.recording import BESIDE, STYLE, Recording, open_lab
+from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.view import View
 from llama4_widgets.views import VIEWS
+from llama4_widgets.views.difference import DifferenceView
 
 MAX_TOKENS = 4096
-_STYLE = (Path(__file__).parent / "app.css").read_text(encoding="utf-8")
+_ONCE = ("ablate", "generate", "planner")  # views that are no part of a comparison
 _TEXT = "The old man looked at the sea.\ndef add(a, b):\n    return a + b\n12 + 7 = 19\n"
 
 
@@ -27,6 +31,8 @@ class LabApp(ipywidgets.VBox):
         >>> app.run("two times two")                           # doctest: +SKIP
         >>> app.selection.token = 3                            # doctest: +SKIP
         >>> app.edits = [l4.edits.DropExpert(3, expert=7)]     # doctest: +SKIP
+        >>> app.compare(l4.load("mini", quantize="int4"))      # doctest: +SKIP
+        >>> app.save("run.lab"); LabApp.open("run.lab")        # doctest: +SKIP
 
     `shown` are the views on the page, by name; `views` holds all that there are.
 
@@ -48,41 +54,136 @@ class LabApp(ipywidgets.VBox):
     ):
         self.model = model
         self.selection = Selection()
+        self._mirror = Mirror(self.selection)  # of what stands beside
         self.views: dict[str, View] = {}
+        self.difference: DifferenceView | None = None
+        self.beside: dict[str, View] = {}  # the other run's
+        self._other: Any = None  # what it is compared with
         super().__init__()
-        self._text = ipywidgets.Textarea(
-            value=prompt if isinstance(prompt, str) else "",
-            layout={"width": "100%", "height": "64px"},
-        )
-        self._text.add_class("l4-app-text")
-        self._run = ipywidgets.Button(description="Run", button_style="primary", tooltip="Run")
-        self._run.on_click(lambda _: self._guard(lambda: self.run(self._text.value)))
-        self._problem = ipywidgets.HTML()
+        self.bar = Bar(prompt if isinstance(prompt, str) else "", self.run, self.compare)
         self._chips = ipywidgets.HBox()
         self._chips.add_class("l4-app-chips")
         self._grid = ipywidgets.Box()
         self._grid.add_class("l4-app-grid")
-        bar = ipywidgets.HBox([self._text, self._run])
-        self.children = [
-            ipywidgets.HTML(f"<style>{_STYLE}</style>"), bar, self._problem, self._chips, self._grid
-        ]  # fmt: skip
+        top = ipywidgets.HTML(f"<style>{STYLE}</style>")
+        self.children = [top, self.bar, self._chips, self._grid]
         self.add_class("l4-app")
         self.run(prompt, pictures)
         self.shown = tuple(name for name in shown if name in VIEWS)
 
+    # ---- running
+
     def run(self, prompt: Any, pictures: Sequence[Any] = (), boxes: Sequence[Any] = ()) -> None:
-        """Run a text or chat messages, clean and with the edits, and show it."""
-        built = self.model.prompt(prompt, list(pictures))
+        """Run a text or chat messages, clean and with the edits, and show it.
+
+        A text with pictures is a question about them. `boxes` (left, top, right, bottom, name) are
+        what the picture shows, in its pixels.
+        """
+        moment = self._moment_of(self.model, prompt, pictures, boxes)
+        self.prompt = prompt
+        self.moment = moment.with_edits(self.edits)
+        self.bar.show(self.moment)
+
+    def _moment_of(
+        self, model: Llama4, prompt: Any, pictures: Sequence[Any], boxes: Sequence[Any]
+    ) -> Moment:
+        if isinstance(prompt, str) and len(pictures):
+            parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
+            prompt = [{"role": "user", "content": parts}]
+        built = model.prompt(prompt, list(pictures))
         if (count := len(built.tokens)) > MAX_TOKENS:
             raise ValueError(
                 f"this prompt has {count} tokens, the lab shows at most {MAX_TOKENS}: shorten it"
             )
-        self.moment = Moment(self.model, built, self.edits, pictures=pictures, boxes=boxes)
+        return Moment(model, built, pictures=pictures, boxes=boxes)
+
+    # ---- comparing
+
+    def compare(self, other: Any) -> None:
+        """Show another run beside this one, with a shared selection; None ends it.
+
+        `other` is a prompt (text, messages), a model, or a sequence of edits; ``()`` is the clean
+        run.
+
+        Raises:
+            ValueError: a prompt or edits that the model cannot have.
+        """
+        moment = self._moment_beside(other)
+        self._other = other
+        if moment is None:
+            if self.difference is not None:
+                self.difference.is_shown = False
+            self.difference = None
+        elif self.difference is None:
+            self.difference = DifferenceView(self.moment, self.selection, moment)
+        else:
+            self.difference.other, self.difference.moment = moment, self.moment
+            self.difference.refresh()
+        for view in self.beside.values():
+            view.moment = moment or view.moment
+        self._show_views()
+
+    def _moment_beside(self, other: Any) -> Moment | None:
+        now = self.moment
+        if other is None:
+            return None
+        if isinstance(other, Llama4):
+            return self._moment_of(other, self.prompt, now.pictures, now.boxes)
+        if not isinstance(other, str) and all(isinstance(each, Edit) for each in other):
+            return now.with_edits(other)
+        return self._moment_of(self.model, other, now.pictures, now.boxes).with_edits(self.edits)
+
+    def _told(self) -> str:
+        """Say what stands beside."""
+        if isinstance(self._other, Llama4):
+            return f"another model, {model_facts(self._other)['name']}"
+        if isinstance(self._other, str):
+            return f"the text {self._other[:200]!r}"
+        if all(isinstance(each, Edit) for each in self._other):
+            return E.dumps(self._other) if self._other else "the clean run"
+        return "other messages"
+
+    # ---- keeping
+
+    def save(self, path: str | Path) -> None:
+        """Write what is shown into one file, which `LabApp.open` shows without a model.
+
+        It holds the views, routing, pictures, prompt and edits, and what they were made with.
+        """
+        self.recording().write(path)
+
+    def open(self: Any) -> Any:
+        """Show a file of `save`: ``LabApp.open("run.lab")``.
+
+        `llama4_widgets.recording.open_lab` does the same without torch. (An app has an `open` of
+        its own, as all widgets; so this one takes the file's name where methods have `self`.)
+
+        Raises:
+            FileNotFoundError, ValueError: a file that cannot be shown, and why.
+        """
+        return super().open() if isinstance(self, LabApp) else open_lab(self)
 
     def to_html(self, path: str | Path) -> None:
         """Write the views that are shown as one page; token, layer and head can still be chosen."""
-        boards = [self.views[name].board for name in self.shown]
-        Path(path).write_text(page(boards, "Llama 4 lab"), encoding="utf-8")
+        self.recording().to_html(path)
+
+    def recording(self) -> Recording:
+        """Return what is shown, as it is kept."""
+        boards = {name: view.board for name, view in self._on_page()}
+        return record(self.prompt, self.moment, boards, self._told() if self.difference else "")
+
+    def _on_page(self) -> list[tuple[str, View]]:
+        """Return the views from top to bottom, those beside others right after them."""
+        found: list[tuple[str, View]] = []
+        if self.difference:
+            found.append(("difference", self.difference))
+        for name in self.shown:
+            found.append((name, self.views[name]))
+            if self.difference and name in self.beside:
+                found.append((name + BESIDE, self.beside[name]))
+        return found
+
+    # ---- what the page does
 
     @traitlets.validate("edits")
     def _check_edits(self, proposal: Any) -> tuple[Edit, ...]:
@@ -102,9 +203,11 @@ class LabApp(ipywidgets.VBox):
     def _show_moment(self, _change: Any) -> None:
         for view in self.views.values():
             view.moment = self.moment
+        if self.difference:
+            self.bar.guard(lambda: self.compare(self._other))
 
     @traitlets.observe("shown")
-    def _show_views(self, _change: Any) -> None:
+    def _show_views(self, _change: Any = None) -> None:
         for name in self.shown:
             if name not in self.views:
                 self.views[name] = VIEWS[name](self.moment, self.selection)
@@ -112,14 +215,37 @@ class LabApp(ipywidgets.VBox):
                     traitlets.link((self, "edits"), (self.views[name], "edits"))
                 if self.views[name].has_trait("kept"):
                     self.views[name].observe(self._keep, "kept")
+            if self.difference and name not in (*self.beside, *_ONCE):
+                self.beside[name] = VIEWS[name](self.difference.other, self._mirror)
         for name, view in self.views.items():
             view.is_shown = name in self.shown
-        self._grid.children = [self.views[name] for name in self.shown]
+        for name, view in self.beside.items():
+            view.is_shown = name in self.shown and self.difference is not None
+        self._grid.children = self._cells()
         self._chips.children = [self._chip(name) for name in VIEWS]
 
+    def _cells(self) -> list[ipywidgets.Widget]:
+        if self.difference is None:
+            return [self.views[name] for name in self.shown]
+        cells: list[ipywidgets.Widget] = [self.difference]
+        for name in self.shown:
+            if name not in self.beside:
+                cells.append(self.views[name])
+                continue
+            self.beside[name].board.title = f"{VIEWS[name].title}, beside: {self._told()}"
+            pair = ipywidgets.Box(
+                [
+                    ipywidgets.VBox([ipywidgets.Label("this run"), self.views[name]]),
+                    ipywidgets.VBox([ipywidgets.Label(self._told()), self.beside[name]]),
+                ]
+            )
+            pair.add_class("l4-app-pair")
+            cells.append(pair)
+        return cells
+
     def _keep(self, change: Any) -> None:
-        self._text.value = change["new"]
-        self._guard(lambda: self.run(change["new"]))
+        self.bar.text.value = change["new"]
+        self.bar.guard(lambda: self.run(change["new"]))
 
     def _chip(self, name: str) -> ipywidgets.ToggleButton:
         chip = ipywidgets.ToggleButton(
@@ -132,10 +258,3 @@ class LabApp(ipywidgets.VBox):
 
         chip.observe(toggle, "value")
         return chip
-
-    def _guard(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-            self._problem.value = ""
-        except (ValueError, RuntimeError, traitlets.TraitError) as error:
-            self._problem.value = f'<span class="l4-app-problem">{error}</span>'

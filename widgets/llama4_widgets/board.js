@@ -34,12 +34,18 @@ function written(value, unit = "") {
   return `${text}${unit && (unit === "%" ? " %" : ` ${unit}`)}`.replace("-", "−");
 }
 
+// Numbers on a scale of logarithms are told as what they are logarithms of.
+const told = (value, scale) => written(scale?.log ? 10 ** value : value, scale?.unit);
+
 class Values {
-  constructor({ dtype, shape, axes, low, high, data }) {
+  constructor({ dtype, shape, axes, low, high, data, tile }) {
     const bytes = data.buffer.slice(data.byteOffset, data.byteOffset + data.byteLength);
     this.raw = new TYPES[dtype](bytes);
     this.axes = axes;
+    this.tile = tile;
+    this.size = (name) => shape[axes.indexOf(name)];
     this.strides = shape.map((_, i) => shape.slice(i + 1).reduce((a, b) => a * b, 1));
+    this.painted = new Map(); // slices that were drawn as pictures
     this.read = dtype === "u1" ? (i) => (this.raw[i] ? low + ((this.raw[i] - 1) * (high - low)) / 254 : NaN) : (i) => this.raw[i];
   }
   // The number at given indices of some axes; `index(axis)` says the others.
@@ -47,7 +53,27 @@ class Values {
     let offset = 0;
     const steps = shown.map((name) => this.strides[this.axes.indexOf(name)]);
     this.axes.forEach((name, i) => shown.includes(name) || (offset += this.strides[i] * index(name)));
-    return (...at) => this.read(at.reduce((sum, k, i) => sum + k * steps[i], offset));
+    return Object.assign((...at) => this.read(at.reduce((sum, k, i) => sum + k * steps[i], offset)), { offset });
+  }
+  // A slice of two axes as a canvas, a pixel for each number; "nothing there" is transparent.
+  paint(shown, index, scale) {
+    const value = this.slice(shown, index);
+    const key = [value.offset, shown, JSON.stringify(scale)].join();
+    if (this.painted.has(key)) return this.painted.get(key);
+    if (this.painted.size > 64) this.painted.clear();
+    const [rows, cols] = shown.map(this.size);
+    const colour = colourOf(scale);
+    const image = new ImageData(cols, rows);
+    for (let i = 0, k = 0; i < rows; i++) {
+      for (let j = 0; j < cols; j++, k += 4) {
+        const v = value(i, j);
+        if (v === v) image.data.set([...colour(v), 255], k);
+      }
+    }
+    const canvas = new OffscreenCanvas(cols, rows);
+    canvas.getContext("2d").putImageData(image, 0, 0);
+    this.painted.set(key, canvas);
+    return canvas;
   }
 }
 
@@ -68,8 +94,9 @@ function render({ model, el }) {
   GROUPS.set(name, group);
   if ((model.get("selection").seq ?? 0) > (group.selection.seq ?? 0)) group.selection = model.get("selection");
   let content, arrays;
-  let drawn = []; // a function for each panel that draws it anew
-  const own = { redraw: () => drawn.forEach((again) => again()) };
+  let drawn = []; // of each panel: its figure, and the function that draws it anew
+  const windows = new Map(); // what is on screen of maps that zoom together, by name
+  const own = { redraw: () => drawn.forEach((each) => each.again()) };
   group.boards.add(own);
 
   help.onclick = () => {
@@ -90,7 +117,7 @@ function render({ model, el }) {
   function index(name) {
     const { select: field, values, size } = axis(name);
     const chosen = group.selection[field] ?? 0;
-    return values ? Math.max(values.indexOf(chosen), 0) : clamp(chosen, 0, size - 1);
+    return values ? Math.max(values.lastIndexOf(chosen), 0) : clamp(chosen, 0, size - 1);
   }
   const place = (name, i) => axis(name).values?.[i] ?? i; // what the selection calls an index
   function called(name, i) {
@@ -103,10 +130,9 @@ function render({ model, el }) {
   };
   const picked = (array) => (shown) => arrays[array].slice(shown, index);
 
-  function describe(panel, indices) {
-    const value = picked(panel.array)(panel.axes)(...indices);
-    const named = panel.scale?.kind === "category" ? `${panel.scale.unit} ${value}` : written(value, panel.scale?.unit);
-    return `${panel.axes.map((name, i) => called(name, indices[i])).join(", ")}: ${named}`;
+  function describe(panel, indices, names = panel.axes.map((name, i) => called(name, indices[i])), array = panel.array) {
+    const value = picked(array)(panel.axes)(...indices);
+    return `${names.join(", ")}: ${panel.scale?.kind === "category" ? `${panel.scale.unit} ${written(value)}` : told(value, panel.scale)}`;
   }
 
   function point(event, text) {
@@ -120,11 +146,12 @@ function render({ model, el }) {
 
   // -- kinds of panel: each adds its elements to a figure and returns the function that draws them
 
-  const kinds = { strip: addStrip, map: addMap, bars: addBars, lines: addLines, picture: addPicture, words: addWords, table: addTable };
+  const kinds = { strip: addStrip, map: addMap, multiples: addMultiples, bars: addBars, lines: addLines, picture: addPicture, words: addWords, table: addTable };
 
   function addStrip(figure, panel) {
     const [name] = panel.axes;
-    const box = make("div", figure, { className: "l4-words", tabIndex: 0 }, { ...OWN_KEYS, role: "listbox", "aria-label": panel.title });
+    const box = make("div", figure, { className: "l4-words", tabIndex: 0 }, { ...OWN_KEYS, role: "listbox" });
+    let shown; // the word that was last brought into sight
     const words = axis(name).labels.map((word, i) => {
       const node = make("span", box, { textContent: word, onclick: () => choose([[name, i]]) }, { role: "option" });
       if (word.includes("↵")) make("br", box);
@@ -139,13 +166,18 @@ function render({ model, el }) {
       choose([[name, clamp(index(name) + step[0] + step[1], 0, words.length - 1)]]);
     };
     return () => {
+      box.setAttribute("aria-label", panel.title);
       const value = picked(panel.array)(panel.axes);
       const colour = colourOf(panel.scale);
       const strength = panel.scale.kind === "category" ? () => 0.55 : (v) => clamp((v - panel.scale.low) / (panel.scale.high - panel.scale.low), 0, 1);
+      const chosen = words[index(name)];
+      if (chosen !== shown && (chosen.offsetTop < box.scrollTop || chosen.offsetTop > box.scrollTop + box.clientHeight - 24)) box.scrollTop = chosen.offsetTop - 60;
+      shown = chosen;
       words.forEach((node, i) => {
         const v = value(i);
         const [r, g, b] = panel.scale.kind === "sequential" ? [224, 139, 0] : colour(v);
         node.style.background = v === v ? `rgb(${r} ${g} ${b} / ${panel.scale.kind === "diverging" ? 0.75 : strength(v)})` : "none";
+        node.classList.toggle("l4-nothing", v !== v);
         node.classList.toggle("l4-selected", i === index(name));
         node.setAttribute("aria-selected", i === index(name));
       });
@@ -156,18 +188,23 @@ function render({ model, el }) {
     const [down, across] = panel.axes;
     const canvas = make("canvas", figure, { tabIndex: 0 }, { ...OWN_KEYS, role: "img" });
     const whole = panel.extent ?? { x: [0, axis(across).size], y: [0, axis(down).size] };
-    let window = { x: [...whole.x], y: [...whole.y] }; // what is on screen, in cells
+    const linked = panel.zoom === true ? panel.name : (panel.zoom ?? panel.name);
+    if (JSON.stringify(windows.get(linked)?.whole) !== JSON.stringify(whole)) windows.set(linked, { whole, x: whole.x, y: whole.y });
+    const window = windows.get(linked); // what is on screen, in cells
+    // Names stand in the place of numbers where the axis is not one of the selection's.
+    const named = (name, i) => (axis(name).labels && !axis(name).select ? axis(name).labels[i] : place(name, i));
+    const longest = Math.max(...Array.from({ length: Math.min(axis(down).size, 64) }, (_, i) => String(named(down, i)).length));
+    const left = LEFT + Math.max(whole.y[1] > 9999 ? 16 : 0, 6 * (longest - 3)); // room for long ones
     let timer, grabbed;
     const size = () => {
-      const width = figure.clientWidth;
-      const inner = width - LEFT - RIGHT;
-      const rows = whole.y[1] - whole.y[0];
-      return { width, inner, tall: panel.square ? Math.min(inner, 420) : clamp(rows * 20, 60, 320) };
+      const width = panel.square ? Math.min(figure.clientWidth, 440 + left + RIGHT) : figure.clientWidth;
+      const inner = width - left - RIGHT;
+      return { width, inner, tall: panel.square ? inner : clamp((whole.y[1] - whole.y[0]) * 20, 60, 320) };
     };
     const cell = (event) => {
       const frame = canvas.getBoundingClientRect();
       const { inner, tall } = size();
-      const across = window.x[0] + ((event.clientX - frame.left - LEFT) / inner) * (window.x[1] - window.x[0]);
+      const across = window.x[0] + ((event.clientX - frame.left - left) / inner) * (window.x[1] - window.x[0]);
       const down = window.y[0] + ((event.clientY - frame.top - TOP) / tall) * (window.y[1] - window.y[0]);
       return [Math.floor(down), Math.floor(across), down, across];
     };
@@ -182,9 +219,14 @@ function render({ model, el }) {
       moved();
     }
     function moved() {
-      again();
+      for (const each of drawn) each.again.lay?.();
       clearTimeout(timer);
-      if (panel.region) timer = setTimeout(() => model.send({ region: { panel: panel.name, ...window } }), SETTLE);
+      if (panel.region) timer = setTimeout(() => ask(linked), SETTLE);
+    }
+    function pan(name, shift) {
+      const length = window[name][1] - window[name][0];
+      const start = clamp(window[name][0] + shift, whole[name][0], whole[name][1] - length);
+      window[name] = [start, start + length];
     }
     if (panel.zoom) {
       canvas.onwheel = (event) => {
@@ -194,19 +236,17 @@ function render({ model, el }) {
       canvas.ondblclick = () => zoom(1e9, cell({ clientX: 0, clientY: 0 }));
     }
     canvas.onpointerdown = (event) => {
-      grabbed = { at: cell(event), moved: false };
+      grabbed = { at: cell(event), x: event.clientX, y: event.clientY, moved: false };
       canvas.setPointerCapture(event.pointerId);
     };
     canvas.onpointermove = (event) => {
       const at = cell(event);
-      if (!grabbed || !panel.zoom) return point(event, inside(at) && describe(panel, cells(at)));
-      for (const [name, shift] of [["x", grabbed.at[3] - at[3]], ["y", grabbed.at[2] - at[2]]]) {
-        const length = window[name][1] - window[name][0];
-        const start = clamp(window[name][0] + shift, whole[name][0], whole[name][1] - length);
-        grabbed.moved ||= Math.abs(shift) > 2 && start !== window[name][0];
-        window[name] = [start, start + length];
-      }
-      if (grabbed.moved) moved();
+      if (!grabbed || !panel.zoom) return point(event, inside(at) && tell(at));
+      grabbed.moved ||= Math.hypot(event.clientX - grabbed.x, event.clientY - grabbed.y) > 4;
+      if (!grabbed.moved) return;
+      pan("x", grabbed.at[3] - at[3]);
+      pan("y", grabbed.at[2] - at[2]);
+      moved();
     };
     canvas.onpointerup = (event) => {
       const at = cell(event);
@@ -216,58 +256,87 @@ function render({ model, el }) {
     canvas.onpointerleave = () => point();
     canvas.onkeydown = (event) => {
       const step = STEPS[event.key];
-      if (step) choose([[across, clamp(index(across) + step[0], 0, axis(across).size - 1)], [down, clamp(index(down) + step[1], 0, axis(down).size - 1)]]);
-      else if (panel.zoom && "+-0".includes(event.key)) zoom({ "+": 0.7, "-": 1.4, 0: 1e9 }[event.key], [0, 0, index(down), index(across)]);
-      else return;
+      if (step && event.shiftKey && panel.zoom) {
+        pan("x", (step[0] * (window.x[1] - window.x[0])) / 8);
+        pan("y", (step[1] * (window.y[1] - window.y[0])) / 8);
+        moved();
+      } else if (step) choose([[across, clamp(index(across) + step[0], 0, axis(across).size - 1)], [down, clamp(index(down) + step[1], 0, axis(down).size - 1)]]);
+      else if (panel.zoom && "+-0".includes(event.key)) {
+        const [y, x] = [index(down), axis(across).select ? index(across) : index(down)];
+        zoom({ "+": 0.7, "-": 1.4, 0: 1e9 }[event.key], [0, 0, clamp(y, ...window.y), clamp(x, ...window.x)]);
+      } else return;
       event.preventDefault();
     };
-    // Arrays may be pooled: one of their cells stands for `pool` of the axis, from `from` on.
-    const tile = () => content.arrays[panel.array].tile ?? { x: [0, axis(across).size], y: [0, axis(down).size], rows: axis(down).size, cols: axis(across).size };
-    const cells = ([y, x]) => {
-      const { x: xs, y: ys, rows, cols } = tile();
-      return [clamp(Math.floor(((y + 0.5 - ys[0]) / (ys[1] - ys[0])) * rows), 0, rows - 1), clamp(Math.floor(((x + 0.5 - xs[0]) / (xs[1] - xs[0])) * cols), 0, cols - 1)];
+    // Arrays may be pooled: each of their cells stands for several places, of a part of the axes.
+    const tile = (array) => {
+      const [rows, cols] = panel.axes.map(arrays[array].size);
+      return { ...(arrays[array].tile ?? { x: [0, cols], y: [0, rows] }), rows, cols };
     };
-    function again() {
+    const covers = (array, [y, x]) => {
+      const { x: xs, y: ys } = tile(array);
+      return y >= ys[0] && y < ys[1] && x >= xs[0] && x < xs[1];
+    };
+    const layers = () => [panel.array, panel.region].filter((array) => arrays[array]); // the finest last
+    function tell(at) {
+      const array = layers().findLast((each) => covers(each, at)) ?? panel.array;
+      const { x: xs, y: ys, rows, cols } = tile(array);
+      const [tall, wide] = [(ys[1] - ys[0]) / rows, (xs[1] - xs[0]) / cols]; // places in a cell
+      const indices = [clamp(Math.floor((at[0] - ys[0]) / tall), 0, rows - 1), clamp(Math.floor((at[1] - xs[0]) / wide), 0, cols - 1)];
+      const names = [[down, ys[0] + indices[0] * tall, tall], [across, xs[0] + indices[1] * wide, wide]].map(([name, from, count]) =>
+        count > 1 ? `${axis(name).title} ${place(name, Math.round(from))}–${place(name, Math.min(Math.round(from + count), axis(name).size) - 1)}` : called(name, Math.round(from)),
+      );
+      return describe(panel, indices, names, array);
+    }
+    const again = () => {
       const { width, inner, tall } = size();
       if (inner <= 0) return;
-      const { x: xs, y: ys, rows, cols } = tile();
-      const value = picked(panel.array)(panel.axes);
-      const colour = colourOf(panel.scale);
-      const image = new ImageData(cols, rows);
-      for (let i = 0, k = 0; i < rows; i++) {
-        for (let j = 0; j < cols; j++, k += 4) {
-          const v = value(i, j);
-          if (v !== v) continue; // nothing there: transparent
-          const [r, g, b] = colour(v);
-          image.data.set([r, g, b, 255], k);
-        }
-      }
-      const source = new OffscreenCanvas(cols, rows);
-      source.getContext("2d").putImageData(image, 0, 0);
       const ratio = globalThis.devicePixelRatio || 1;
       Object.assign(canvas, { width: width * ratio, height: (tall + TOP + BOTTOM) * ratio });
       Object.assign(canvas.style, { width: `${width}px`, height: `${tall + TOP + BOTTOM}px` });
       const pen = canvas.getContext("2d");
       const style = getComputedStyle(root);
-      const px = (x) => LEFT + ((x - window.x[0]) / (window.x[1] - window.x[0])) * inner;
+      const px = (x) => left + ((x - window.x[0]) / (window.x[1] - window.x[0])) * inner;
       const py = (y) => TOP + ((y - window.y[0]) / (window.y[1] - window.y[0])) * tall;
       pen.scale(ratio, ratio);
       pen.save();
-      pen.rect(LEFT, TOP, inner, tall);
+      pen.rect(left, TOP, inner, tall);
       pen.clip();
       pen.imageSmoothingEnabled = false;
-      pen.drawImage(source, px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
+      for (const array of layers()) {
+        const { x: xs, y: ys } = tile(array);
+        pen.clearRect(px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
+        pen.drawImage(arrays[array].paint(panel.axes, index, panel.scale), px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
+      }
       pen.strokeStyle = style.getPropertyValue("--muted");
       pen.setLineDash([4, 3]);
       for (const edge of panel.borders ?? []) {
         pen.strokeRect(px(edge[0]), py(edge[0]), px(edge[1]) - px(edge[0]), py(edge[1]) - py(edge[0]));
       }
       pen.setLineDash([]);
+      if (panel.diagonal) {
+        pen.beginPath();
+        pen.moveTo(px(whole.x[0]), py(whole.y[0]));
+        pen.lineTo(px(whole.x[1]), py(whole.y[1]));
+        pen.stroke();
+      }
+      const [rows, cols] = panel.axes.map(arrays[panel.array].size);
+      const marked = panel.marks && picked(panel.marks)(panel.axes); // a ring in each cell that is marked
+      for (let i = 0; marked && i < rows; i++) {
+        for (let j = 0; j < cols; j++) {
+          if (!marked(i, j)) continue;
+          pen.beginPath();
+          pen.arc((px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2, 4, 0, 7);
+          Object.assign(pen, { fillStyle: "#fff", strokeStyle: "#000", lineWidth: 2 });
+          pen.fill();
+          pen.stroke();
+        }
+      }
       for (const [colour, wide] of [[style.getPropertyValue("--paper"), 4], [style.getPropertyValue("--accent"), 2]]) {
         Object.assign(pen, { strokeStyle: colour, lineWidth: wide });
         const [i, j] = [axis(down).select ? index(down) : -1, axis(across).select ? index(across) : -1];
-        const [y, h] = i < 0 ? [TOP, tall] : [py(i), Math.max(py(i + 1) - py(i), 2)];
-        const [x, w] = j < 0 ? [LEFT, inner] : [px(j), Math.max(px(j + 1) - px(j), 2)];
+        const around = (from, to) => (to - from < 6 ? [from - 3, to - from + 6] : [from, to - from]); // not over the cells
+        const [y, h] = i < 0 ? [TOP, tall] : around(py(i), py(i + 1));
+        const [x, w] = j < 0 ? [left, inner] : around(px(j), px(j + 1));
         if (i >= 0 || j >= 0) pen.strokeRect(x, y, w, h);
       }
       pen.restore();
@@ -278,18 +347,56 @@ function render({ model, el }) {
         for (let i = Math.ceil(low / step) * step; i < high; i += step) found.push(i);
         return found.filter((i) => i < axis(name).size);
       };
-      for (const j of ticks(across, window.x, inner / 44)) pen.fillText(place(across, j), (px(j) + px(j + 1)) / 2, TOP + tall + 13);
-      pen.fillText(axis(across).title, LEFT + inner / 2, TOP + tall + 26);
+      for (const j of ticks(across, window.x, inner / 44)) pen.fillText(place(across, j), Math.min((px(j) + px(j + 1)) / 2, width - 14), TOP + tall + 13);
+      pen.fillText(axis(across).title, left + inner / 2, TOP + tall + 26);
       pen.textAlign = "right";
-      for (const i of ticks(down, window.y, tall / 13)) pen.fillText(place(down, i), LEFT - 6, (py(i) + py(i + 1)) / 2 + 4);
-      pen.translate(10, TOP + tall / 2);
+      for (const i of ticks(down, window.y, tall / 13)) pen.fillText(named(down, i), left - 6, (py(i) + py(i + 1)) / 2 + 4);
+      pen.translate(8, TOP + tall / 2);
       pen.rotate(-Math.PI / 2);
       pen.textAlign = "center";
       pen.fillText(axis(down).title, 0, 0);
-      canvas.setAttribute("aria-label", `${panel.title}. ${describe(panel, cells([index(down), index(across)]))}`);
-    }
+      canvas.setAttribute("aria-label", `${panel.title}. ${tell([index(down), index(across)])}`);
+    };
     addScale(figure, panel.scale);
-    return again;
+    return Object.assign(again, { lay: again });
+  }
+
+  // Asks Python for finer numbers of what is on screen: one question at a time, the newest wish last.
+  function ask(linked) {
+    const window = windows.get(linked);
+    window.isLate = window.isAsked;
+    if (window.isAsked) return;
+    window.isAsked = true;
+    model.send({ region: { panel: linked, x: window.x, y: window.y } });
+  }
+  function answer() {
+    const { arrays: finer, notes, panel } = model.get("finer");
+    for (const [name, array] of Object.entries(finer)) arrays[name] = new Values(array);
+    for (const each of drawn) if (each.panel.name in notes) each.tell({ note: notes[each.panel.name] });
+    own.redraw();
+    const window = windows.get(panel);
+    window.isAsked = false;
+    if (window.isLate) ask(panel);
+  }
+
+  // A small map for each place of the first axis; a click chooses it.
+  function addMultiples(figure, panel) {
+    const [each, down, across] = panel.axes;
+    const box = make("div", figure, { className: "l4-multiples" });
+    const small = Array.from({ length: axis(each).size }, (_, i) => {
+      const button = make("button", box, { onclick: () => choose([[each, i]]) }, OWN_KEYS);
+      const canvas = make("canvas", button);
+      make("span", button, { textContent: called(each, i) });
+      return { button, canvas };
+    });
+    return () =>
+      small.forEach(({ button, canvas }, i) => {
+        const picture = arrays[panel.array].paint([down, across], (name) => (name === each ? i : index(name)), panel.scale);
+        Object.assign(canvas, { width: picture.width, height: picture.height });
+        canvas.getContext("2d").drawImage(picture, 0, 0);
+        button.classList.toggle("l4-selected", i === index(each));
+        button.setAttribute("aria-pressed", i === index(each));
+      });
   }
 
   function addScale(figure, scale) {
@@ -300,9 +407,9 @@ function render({ model, el }) {
       scale.colours.forEach((colour, i) => make("i", box, { textContent: i, style: `background:${colour};color:${scale.inks[i]}` }));
       return;
     }
-    make("span", box, { textContent: written(scale.low, scale.unit) });
+    make("span", box, { textContent: told(scale.low, scale) });
     make("i", box, { className: "l4-ramp", style: `background:linear-gradient(90deg,${(scale.colours ?? SCALES[scale.kind]).join()})` });
-    make("span", box, { textContent: `${written(scale.high, scale.unit)}${scale.label ? ` ${scale.label}` : ""}` });
+    make("span", box, { textContent: `${told(scale.high, scale)}${scale.label ? ` ${scale.label}` : ""}` });
   }
 
   function addBars(figure, panel) {
@@ -352,10 +459,11 @@ function render({ model, el }) {
       series.forEach(({ at, colour, label, dash }, k) => {
         const path = Array.from({ length: count }, (_, i) => (Number.isFinite(at(i)) ? `${x(i)},${y(at(i))}` : null)).filter(Boolean);
         draw("path", svg, { d: `M${path.join("L")}`, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash ?? "" });
-        draw("text", svg, { x: LEFT + 8 + k * 150, y: 12, fill: colour }, label);
+        draw("text", svg, { x: LEFT + 8 + k * 150, y: 12, style: `fill:${colour}` }, label);
       });
       if (axis(name).select) draw("line", svg, { x1: x(index(name)), x2: x(index(name)), y1: 18, y2: 150, class: "l4-reference" });
-      draw("text", svg, { x: width / 2, y: 176, "text-anchor": "middle" }, `${axis(name).title} (${panel.scale.unit} upwards)`);
+      for (const i of [0, count >> 1, count - 1]) draw("text", svg, { x: Math.min(x(i), width - 14), y: 163, "text-anchor": "middle" }, place(name, i));
+      draw("text", svg, { x: width / 2, y: 177, "text-anchor": "middle" }, `${axis(name).title} (${panel.scale.unit} upwards)`);
       svg.onclick = (event) => {
         const frame = svg.getBoundingClientRect();
         choose([[name, clamp(Math.floor(((event.clientX - frame.left - LEFT) / (width - LEFT - RIGHT)) * count), 0, count - 1)]]);
@@ -377,10 +485,10 @@ function render({ model, el }) {
       return node;
     });
     box.style.setProperty("--grid", `repeat(${rows}, 1fr) / repeat(${cols}, 1fr)`);
-    for (const [left, top, right, bottom, label] of boxes) {
+    for (const [left, top, right, bottom, label, className = ""] of boxes) {
       const part = (value, whole) => `${(100 * value) / whole}%`;
       const style = `left:${part(left, panel.width)};top:${part(top, panel.height)};width:${part(right - left, panel.width)};height:${part(bottom - top, panel.height)}`;
-      make("b", box, { textContent: label, style });
+      make("b", box, { textContent: label, style, className });
     }
     box.onkeydown = (event) => {
       const step = STEPS[event.key];
@@ -396,7 +504,7 @@ function render({ model, el }) {
       cells.forEach((node, i) => {
         const v = value(positions[i]);
         node.style.background = v === v ? `rgb(${colour(v).join(" ")} / ${panel.opacity ?? 0.6})` : "none";
-        node.classList.toggle("l4-selected", positions[i] === index(name));
+        node.classList.toggle("l4-selected", place(name, positions[i]) === group.selection[axis(name).select]);
       });
       box.setAttribute("aria-label", `${panel.title}. ${describe(panel, [index(name)])}`);
     };
@@ -406,8 +514,9 @@ function render({ model, el }) {
   function addWords(figure, panel) {
     const [down, across] = panel.axes;
     const table = make("table", make("div", figure, { className: "l4-scroll" }));
+    addScale(figure, panel.scale);
     return () => {
-      const room = Math.max(3, Math.floor((figure.clientWidth - 60) / 84));
+      const room = Math.max(3, Math.floor((figure.clientWidth - 120) / (panel.cell ?? 84)));
       const first = clamp(index(across) - Math.floor(room / 2), 0, Math.max(axis(across).size - room, 0));
       const columns = Array.from({ length: Math.min(room, axis(across).size) }, (_, j) => first + j);
       const value = picked(panel.array)(panel.axes);
@@ -438,8 +547,16 @@ function render({ model, el }) {
     panel.columns.forEach((text) => make("th", top, { textContent: text }));
     const rows = panel.rows.map((cells, i) => {
       const row = make("tr", table);
-      cells.forEach((cell) => make("td", row, { textContent: typeof cell === "number" ? written(cell) : cell }));
-      if (panel.choices) row.onclick = () => select(panel.choices[i]);
+      cells.forEach((cell, j) => {
+        const node = make("td", row, { textContent: typeof cell === "number" ? written(cell) : cell });
+        const bound = panel.bars?.[j]; // of a column whose numbers are bars as well
+        if (!bound || typeof cell !== "number") return;
+        const end = 50 + 50 * clamp(cell / bound, -1, 1);
+        const colour = cell < 0 ? "rgb(33 102 172 / 0.5)" : "rgb(178 24 43 / 0.5)";
+        const [from, to] = [Math.min(end, 50), Math.max(end, 50)];
+        Object.assign(node.style, { minWidth: "150px", background: `linear-gradient(90deg, transparent ${from}%, ${colour} ${from}% ${to}%, transparent ${to}%)` });
+      });
+      if (panel.choices?.[i]) row.onclick = () => select(panel.choices[i]);
       return row;
     });
     return () =>
@@ -454,15 +571,30 @@ function render({ model, el }) {
   function rebuild() {
     content = model.get("content");
     arrays = Object.fromEntries(Object.entries(content.arrays).map(([name, array]) => [name, new Values(array)]));
-    body.replaceChildren();
+    const before = new Map(drawn.map((each) => [each.panel.name, each]));
     drawn = content.panels.map((panel) => {
-      const figure = make("figure", body, { className: `l4-${panel.wide === false ? "narrow" : "wide"}` }, { "data-panel": panel.name });
-      const caption = make("figcaption", figure);
-      make("b", caption, { textContent: panel.title });
-      if (panel.note) caption.append(` ${panel.note}`);
-      return kinds[panel.kind](figure, panel);
+      const { title, note, borders, ...fixed } = panel; // what may change while the rest stays on the page
+      const key = JSON.stringify([fixed, panel.axes?.map(axis)]);
+      const known = before.get(panel.name);
+      const each = known?.key === key ? known : added(panel, key);
+      each.tell({ title, note, borders });
+      return each;
     });
+    const figures = drawn.map((each) => each.figure);
+    // Whoever has the focus or has scrolled stays where they are.
+    if (figures.some((figure, i) => figure !== body.children[i]) || body.children.length > figures.length) body.replaceChildren(...figures);
     own.redraw();
+  }
+  function added(panel, key) {
+    const figure = make("figure", body, { className: `l4-${panel.wide === false ? "narrow" : "wide"}${panel.square ? " l4-square" : ""} l4-of-${panel.kind}`, style: panel.share ? `flex: 0 1 calc(${100 * panel.share}% - 20px)` : "" }, { "data-panel": panel.name });
+    const caption = make("figcaption", figure);
+    const [title, note] = [make("b", caption), make("span", caption)];
+    const tell = (change) => {
+      Object.assign(panel, change);
+      title.textContent = panel.title;
+      note.textContent = panel.note ? ` ${panel.note}` : "";
+    };
+    return { panel, key, figure, tell, again: kinds[panel.kind](figure, panel) };
   }
   function retitle() {
     title.textContent = model.get("title");
@@ -480,6 +612,7 @@ function render({ model, el }) {
     for (const board of group.boards) board.redraw();
   }
   model.on("change:content", rebuild);
+  model.on("change:finer", answer);
   model.on("change:selection", listen);
   for (const trait of ["title", "help", "summary", "problem", "busy"]) model.on(`change:${trait}`, retitle);
   retitle();

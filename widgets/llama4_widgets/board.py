@@ -1,10 +1,12 @@
 """The one widget that draws all views: panels of arrays, linked by a shared selection."""
 
 import base64
+import gzip
 import html
 import json
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ class Board(anywidget.AnyWidget):
         sync=True, to_json=lambda content, _: content.message()
     )
 
+    finer = traitlets.Dict(help="arrays of a region, drawn over the content's").tag(sync=True)
+
     def __init__(self, selection: Selection, **traits: Any):
         self._selection = selection
         start = {"group": selection.group, "selection": selection.shared}
@@ -52,24 +56,70 @@ class Board(anywidget.AnyWidget):
         except traitlets.TraitError as error:
             self.problem = str(error)
 
+    def answer(self, panel: str, arrays: Mapping[str, Any], notes: Mapping[str, str]) -> None:
+        """Answer a wish for a region: packed arrays, and what the panels say about them."""
+        count = self.finer.get("count", 0) + 1  # a trait tells only of changes
+        finer = {"arrays": dict(arrays), "notes": dict(notes)}
+        self.finer = finer | {"panel": panel, "count": count}
+
     def state(self) -> dict[str, Any]:
-        """Return the traits that a page without a kernel needs."""
-        names = ("title", "help", "summary", "group", "selection")
+        """Return the traits that a page without a kernel needs; what failed shows only why."""
+        names = ("title", "help", "problem", "group", "selection")
         found = {name: getattr(self, name) for name in names}
-        return found | {"problem": "", "busy": "", "content": self.content.message()}
+        content = Content() if self.problem else self.content
+        said = self.summary and f"When this was kept: {self.summary}"
+        return found | {"summary": said, "busy": "", "content": content.message()}
 
 
 def page(boards: Sequence[Board], title: str) -> str:
     """Return boards as one HTML page that works by itself: no kernel, no network."""
-    states = json.dumps([board.state() for board in boards], default=_base64)
+    return page_of([board.state() for board in boards], title)
+
+
+def page_of(states: Sequence[Mapping[str, Any]], title: str, about: Sequence[str] = ()) -> str:
+    """Return states of boards as one HTML page, after paragraphs that say what it is."""
+    text, data = flat(states)
+    packed = gzip.compress(struct.pack("<I", len(text)) + text + data, mtime=0)
     parts = {
         "TITLE": html.escape(title[:80]),
+        "ABOUT": "".join(f"<p>{html.escape(line)}</p>" for line in about),
         "STYLE": Board._css,
         "SCRIPT": Board._esm.replace("export default { render };", ""),
-        "STATES": states.replace("<", "\\u003c"),
+        "STATES": base64.b64encode(packed).decode(),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("boards.html"))
 
 
-def _base64(data: bytes) -> dict[str, str]:
-    return {"base64": base64.b64encode(data).decode()}
+def flat(value: Any) -> tuple[bytes, bytes]:
+    """Return a value as JSON, and its arrays one after the other; the JSON says where each lies."""
+    places: dict[bytes, int] = {}  # equal arrays are written once
+    end = 0
+
+    def place(data: Any) -> dict[str, list[int]]:
+        nonlocal end
+        if not isinstance(data, bytes):
+            raise TypeError(f"{type(data).__name__} {data!r:.60} cannot be written as JSON")
+        if data not in places:
+            places[data], end = end, end + len(data)
+        return {"bytes": [places[data], len(data)]}
+
+    text = json.dumps(value, default=place, ensure_ascii=False, allow_nan=False)
+    return text.encode(), b"".join(places)
+
+
+def unflat(text: bytes, data: bytes) -> Any:
+    """Return the value of `flat`.
+
+    Raises:
+        ValueError: text that is no JSON, or names places that the data does not have.
+    """
+
+    def take(found: dict[str, Any]) -> Any:
+        if found.keys() != {"bytes"}:
+            return found
+        start, length = found["bytes"]
+        if not 0 <= start <= start + length <= len(data):
+            raise ValueError("arrays are missing")
+        return data[start : start + length]
+
+    return json.loads(text, object_hook=take)

@@ -59,6 +59,17 @@ class Moment:
             other.__dict__["replay"] = self.replay
         return other
 
+    @property
+    def bounds(self) -> dict[str, int]:
+        """How many there are of what can be selected."""
+        config = self.model.config
+        return {
+            "token": len(self.tokens),
+            "layer": config.num_hidden_layers,
+            "head": config.num_attention_heads,
+            "expert": config.num_local_experts,
+        }
+
     @cached_property
     def replay(self) -> Replay:
         """The clean run, from which edited ones begin."""

@@ -41,15 +41,21 @@ class Content:
     panels: list[dict[str, Any]] = field(default_factory=list)
 
     def array(
-        self, name: str, values: Shaped[np.ndarray, "..."], axes: Sequence[str], **tile: Any
+        self,
+        name: str,
+        values: Shaped[np.ndarray, "..."],
+        axes: Sequence[str],
+        *,
+        exact: int = _EXACT,
+        **tile: Any,
     ) -> None:
-        """Add an array; not-a-number is "nothing there".
+        """Add an array; not-a-number is "nothing there"; above `exact` numbers, one byte each.
 
         `tile` says that the array stands for a part of its last two axes, pooled: ``x=(from, to)``,
         ``y=(from, to)`` in places of the axes.
         """
         assert values.ndim == len(axes), (name, values.shape, axes)
-        packed = pack(values)
+        packed = pack(values, exact)
         if tile:
             packed["tile"] = tile | {"rows": values.shape[-2], "cols": values.shape[-1]}
         self.arrays[name] = packed | {"axes": list(axes)}
@@ -85,10 +91,13 @@ class Content:
         title: str,
         columns: Sequence[str],
         rows: Sequence[Sequence[Any]],
-        choices: Sequence[Mapping[str, int]] | None = None,
+        choices: Sequence[Mapping[str, int] | None] | None = None,
         **options: Any,
     ) -> None:
-        """Add rows of words and numbers; a click on row i sets ``choices[i]``."""
+        """Add rows of words and numbers; a click on row i sets ``choices[i]``, if there is one.
+
+        `bars` are the numbers that fill a bar, by column; None for a column without bars.
+        """
         panel = {"name": name, "kind": "table", "title": title, "columns": list(columns)}
         panel |= {"rows": [list(row) for row in rows], "choices": choices and list(choices)}
         self.panels.append(panel | options)
@@ -99,12 +108,12 @@ class Content:
         return {"axes": axes, "arrays": self.arrays, "panels": self.panels}
 
 
-def pack(values: Shaped[np.ndarray, "..."]) -> dict[str, Any]:
+def pack(values: Shaped[np.ndarray, "..."], exact: int = _EXACT) -> dict[str, Any]:
     """Return an array as bytes: integers and small arrays exactly, large ones in 254 steps."""
     shape = list(values.shape)
     if values.dtype.kind in "bui":
         return {"dtype": "i2", "shape": shape, "data": values.astype("<i2").tobytes()}
-    if values.size <= _EXACT:
+    if values.size <= exact:
         return {"dtype": "f4", "shape": shape, "data": values.astype("<f4").tobytes()}
     finite = np.isfinite(values)
     low = float(values[finite].min()) if finite.any() else 0.0

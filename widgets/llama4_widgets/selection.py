@@ -53,12 +53,16 @@ class Selection(traitlets.HasTraits):
                 setattr(self, field, count - 1)
 
     def follow(self, chosen: Mapping[str, int]) -> None:
-        """Take over what was chosen in a browser, unless something newer is known."""
+        """Take over what was chosen elsewhere, unless something newer is known.
+
+        Where less is known of here, as in the shorter of two prompts, it is the last there is.
+        """
         if chosen.get("seq", 0) <= self.shared.get("seq", 0):
             return
         with self._following(), self.hold_trait_notifications():
             for field in FIELDS:
-                setattr(self, field, chosen.get(field, getattr(self, field)))
+                value = chosen.get(field, getattr(self, field))
+                setattr(self, field, min(value, self.bounds.get(field, value + 1) - 1))
         self.shared = {field: getattr(self, field) for field in FIELDS} | {"seq": chosen["seq"]}
 
     @contextmanager
@@ -68,3 +72,19 @@ class Selection(traitlets.HasTraits):
             yield
         finally:
             self._is_following = False
+
+
+class Mirror(Selection):
+    """Moves with another selection, of a run that may have less to select, and moves that one."""
+
+    def __init__(self, of: Selection):
+        super().__init__()
+        self.group = of.group
+        of.observe(lambda change: self.follow(change["new"]), "shared")
+        self.observe(lambda change: of.follow(change["new"]), "shared")
+        self.follow(of.shared | {"seq": max(of.shared["seq"], self.shared["seq"] + 1)})
+
+    @traitlets.observe("bounds")
+    def _stay_inside(self, change: Any) -> None:
+        with self._following():  # what is less here leaves the other where it is
+            super()._stay_inside(change)

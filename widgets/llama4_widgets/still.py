@@ -107,7 +107,7 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
             zmax=len(scale["colours"]) - 0.5 if is_category else scale["high"],
             colorscale=_colorscale(scale),
             colorbar={
-                "title": {"text": scale.get("unit", "")},
+                "title": {"text": "log₁₀ " * scale.get("log", False) + scale.get("unit", "")},
                 "len": domain[1] - domain[0],
                 "y": sum(domain) / 2,
             },

@@ -123,13 +123,7 @@ class View(ipywidgets.VBox):
 
     @traitlets.observe("moment")
     def _show(self, _change: Any) -> None:
-        config = self.moment.model.config
-        self.selection.bounds = {
-            "token": len(self.moment.words),
-            "layer": config.num_hidden_layers,
-            "head": config.num_attention_heads,
-            "expert": config.num_local_experts,
-        }
+        self.selection.bounds = self.moment.bounds
         self.refresh()
 
     @traitlets.observe("is_shown")

@@ -1,12 +1,13 @@
 """Tokens and routing decisions in words."""
 
 from decimal import ROUND_HALF_UP, Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama4_lab.analysis.routing import Routing
 
 _CONTROLS = {chr(code): chr(0x2400 + code) for code in range(32)}  # Unicode's own pictures
+_INVISIBLE = str.maketrans({"·": " ", "↵": "\n", "→": "\t"})
 _VISIBLE = str.maketrans(_CONTROLS | {" ": "·", "\n": "↵", "\t": "→"})
 
 
@@ -17,6 +18,21 @@ def visible(token: str) -> str:
     '):↵··'
     """
     return token.translate(_VISIBLE)
+
+
+def token_id(tokenizer: Any, word: str) -> int:
+    """Return the id of a word that is one token; `visible` signs of white space are understood.
+
+    Raises:
+        ValueError: no tokenizer, or a text of several tokens.
+    """
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer: words cannot be given")
+    ids = tokenizer.encode(word.translate(_INVISIBLE), special=True)
+    if len(ids) != 1:
+        parts = ", ".join(f"‘{visible(tokenizer.token_text(i))}’" for i in ids)
+        raise ValueError(f"‘{word}’ is {len(ids)} tokens here ({parts}): give one of them")
+    return ids[0]
 
 
 def decimals(value: float) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from llama4_lab.config import BEHEMOTH_ESTIMATE, MAVERICK, SCOUT, Llama4Config
 from llama4_lab.hardware import GPUS
-from llama4_lab.plan import CACHE_BYTES, PRECISIONS, Plan
+from llama4_lab.plan import CACHE_BYTES, PRECISIONS, Plan, Roofline
 from llama4_lab.plan_page import reason
 from llama4_widgets.panels import Axis, Content, sequential
 from llama4_widgets.view import View
@@ -81,18 +81,7 @@ class PlannerView(View):
             "Speed at best",
             ["what", "tokens/s", "read (ms)", "products (ms)", "exchange (ms)"],
             [
-                [
-                    name,
-                    round(roof.tokens_per_second, 1),
-                    *(
-                        round(1e3 * seconds, 3)
-                        for seconds in (
-                            roof.read_seconds,
-                            roof.math_seconds,
-                            roof.exchange_seconds,
-                        )  # fmt: skip
-                    ),
-                ]
+                [name, round(roof.tokens_per_second, 1), *_milliseconds(roof)]
                 for name, roof in steps
             ],
             wide=False,
@@ -125,3 +114,8 @@ class PlannerView(View):
             f"{estimate}{fits}; {most} for {batch} row{'s' * (batch > 1)}. Decoding: at best "
             f"{step.tokens_per_second:,.0f} tokens/s, {reason(step, plan)}."
         )
+
+
+def _milliseconds(roof: Roofline) -> list[float]:
+    times = roof.read_seconds, roof.math_seconds, roof.exchange_seconds
+    return [round(1e3 * seconds, 3) for seconds in times]

@@ -1,0 +1,195 @@
+"""The lab's bar: pictures, scenes, and another run beside this one."""
+
+import io
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import llama4_lab as l4
+from llama4_lab import edits as E
+from llama4_lab.analysis.routing import routing_of
+from llama4_widgets.app import LabApp
+from llama4_widgets.recording import open_lab
+from llama4_widgets.selection import Mirror, Selection
+from llama4_widgets.still import unpack
+from llama4_widgets.views.difference import DifferenceView
+
+TEXT = "def add(a, b):\n    return a + b"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return l4.load("nano")
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return l4.load("mini")
+
+
+@pytest.fixture
+def app(model):
+    return LabApp(model, TEXT, shown=["router"])
+
+
+def upload(app, name, data):
+    file = {"name": name, "type": "", "size": len(data), "content": memoryview(data)}
+    app.bar.upload.value = ({**file, "last_modified": datetime.now(UTC)},)
+
+
+def png(pixels):
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "PNG")
+    return written.getvalue()
+
+
+def difference(app):
+    assert isinstance(app.difference, DifferenceView)
+    return app.difference
+
+
+# ---- pictures
+
+
+def test_a_scene_asks_about_a_picture_with_known_boxes(mini):
+    app = LabApp(mini, "one", shown=["router"])
+    app.bar._rng = np.random.default_rng(1)
+    app.bar.scene.click()
+    assert app.bar.problem.value == ""
+    moment = app.moment
+    assert app.bar.text.value == app.prompt and app.prompt.endswith(("?", "."))
+    assert len(moment.pictures) == 1 and moment.prompt.pixel_values is not None
+    assert "user" in moment.prompt.spans.roles  # asked as a chat
+    assert all(len(box) == 5 and " " in box[4] for box in moment.boxes)
+    assert app.bar.shown.children[-1].value.startswith("right answer: ")
+    app.bar.run.click()  # once more, with the picture
+    assert len(app.moment.pictures) == 1 and app.moment.boxes == moment.boxes
+    app.bar.shown.children[1].click()  # no picture
+    assert app.moment.pictures == [] and app.bar.shown.children == ()
+
+
+def test_pictures_can_be_uploaded_and_what_is_none_is_explained(mini):
+    app = LabApp(mini, "What shape is red?", shown=["router"])
+    pixels = np.full((48, 48, 3), 200, np.uint8)
+    upload(app, "grey.png", png(pixels))
+    assert app.bar.problem.value == "" and app.bar.upload.value == ()
+    assert np.array_equal(np.asarray(app.moment.pictures[0]), pixels)
+    before = app.moment
+    upload(app, "<b>.png", b"no picture")
+    assert "&lt;b&gt;.png is no PNG or JPEG picture that can be read" in app.bar.problem.value
+    assert app.moment is before
+
+
+def test_a_model_without_eyes_says_so(app):
+    before = app.moment
+    app.bar.scene.click()
+    if app.model.config.vision_config is None:
+        assert "this model reads only text" in app.bar.problem.value and app.moment is before
+
+
+# ---- comparing
+
+
+def test_a_clean_run_stands_beside_an_edited_one(app, model):
+    app.edits = (E.SkipLayer(1),)
+    app.compare(())
+    view = difference(app)
+    effect = app.moment.edited_run.effect
+    with E.edited(model, app.edits):
+        edited = routing_of(model, app.moment.prompt)
+    flips = (edited.expert != routing_of(model, app.moment.prompt).expert).any(-1)
+    assert np.array_equal(view.flips(), flips)
+    shown = unpack(view.board.content.arrays["flips"])
+    assert np.array_equal(shown, flips.sum(axis=1))
+    p, q = (
+        logits.double().log_softmax(-1)
+        for logits in (app.moment.edited_run.logits, app.moment.replay.logits)
+    )
+    expected = (p.exp() * (p - q)).sum(-1).numpy()
+    np.testing.assert_allclose(unpack(view.board.content.arrays["kl"]), expected, atol=1e-5)
+    assert expected.max() > 0.01 and effect.kl.max() > 0.01
+    clean = app.beside["router"].board.content.arrays["chosen"]
+    assert np.array_equal(unpack(clean), routing_of(model, app.moment.prompt).expert[..., 0])
+    assert app.beside["router"].board.title == "Router, beside: the clean run"
+
+
+def test_the_selection_is_shared_as_far_as_it_goes(app):
+    app.compare("two")
+    assert len(app.moment.tokens) > 3 and len(app.beside["router"].moment.tokens) == 2
+    app.selection.token, app.selection.layer = 3, 2
+    mine, other = app.views["router"], app.beside["router"]
+    assert other.selection.token == 1 and other.selection.layer == 2
+    assert app.selection.token == 3
+    assert mine.board.group == other.board.group
+    chosen = {**app.selection.shared, "layer": 0, "seq": app.selection.shared["seq"] + 1}
+    other.board.set_state({"selection": chosen})  # a click there, in a page whose token is 3
+    assert app.selection.layer == 0 and other.board.problem == mine.board.problem == ""
+
+
+def test_a_mirror_with_less_leaves_the_other_where_it_is():
+    selection = Selection(token=7)
+    mirror = Mirror(selection)
+    mirror.bounds = {"token": 2}
+    assert (selection.token, mirror.token) == (7, 1)
+    mirror.token = 0
+    assert selection.token == 0
+
+
+def test_prompts_of_other_lengths_are_explained_not_subtracted(app):
+    app.compare("two")
+    board = difference(app).board
+    counts = f"{len(app.moment.tokens)} and 2 tokens"
+    assert f"the prompts have {counts}, so that no token has a counterpart" in board.summary
+    assert [panel["name"] for panel in board.content.panels] == ["answers"]
+
+
+def test_prompts_of_one_length_are_compared_place_by_place(app):
+    app.run("3 + 4 =")
+    app.compare("3 + 5 =")
+    assert "1 of 6 tokens differ: compared place by place" in difference(app).board.summary
+    kl = unpack(difference(app).board.content.arrays["kl"])
+    assert abs(kl[:4]).max() < 1e-5 < kl[-1]
+
+
+def test_another_model_runs_the_same_prompt(app):
+    app.compare(l4.load("nano", quantize="int4"))
+    view = difference(app)
+    assert view.other.model is not app.model and view.other.tokens == app.moment.tokens
+    assert view.kl().max() > 0
+    app.run("two times two")
+    assert difference(app).other.tokens == app.moment.tokens
+    assert difference(app).board.problem == ""
+
+
+def test_models_of_other_makes_say_what_cannot_be_compared(app):
+    other = l4.random(app.model.config.replace(num_local_experts=2), 0)
+    other.tokenizer, other.build_prompt = app.model.tokenizer, app.model.build_prompt
+    app.compare(other)
+    view = difference(app)
+    assert "other MoE layers or experts: choices cannot be compared" in view.board.summary
+    assert "flips" not in view.board.content.arrays and "kl" in view.board.content.arrays
+
+
+def test_the_bar_chooses_what_stands_beside(app):
+    app.edits = (E.SkipLayer(1),)
+    app.bar.sides.value = ()
+    assert difference(app).other.edits == () and app.beside["router"].moment.edits == ()
+    app.bar.sides.value = ""
+    app.bar.beside.value = "two"
+    assert difference(app).other.tokens[1:] == ["two"]
+    assert difference(app).other.edits == app.edits
+    app.bar.beside.value = "x" * 9000
+    assert "the lab shows at most 4096" in app.bar.problem.value
+    app.bar.sides.value = None
+    assert app.difference is None and app._grid.children == (app.views["router"],)
+
+
+def test_a_comparison_is_kept(app, tmp_path):
+    app.compare("two")
+    app.save(tmp_path / "a.lab")
+    kept = open_lab(tmp_path / "a.lab")
+    assert list(kept.boards) == ["difference", "router", "router beside"]
+    assert kept.recording.about["beside"] == "the text 'two'"
+    assert len({board.group for board in kept.boards.values()}) == 1

@@ -1,0 +1,126 @@
+"""The bar above the lab's views: text, pictures, and what stands beside."""
+
+import html
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import traitlets
+from PIL import Image, ImageOps
+
+from llama4_lab.prompt.images import open_picture
+from llama4_lab.train import scenes
+from llama4_widgets.moment import Moment
+from llama4_widgets.view import button
+
+
+class Bar(ipywidgets.VBox):
+    """Asks for runs, ``run(text, pictures, boxes)``, and comparisons; says why one cannot be."""
+
+    def __init__(self, text: str, run: Callable[..., None], compare: Callable[[Any], None]):
+        self._ask, self._ask_beside = run, compare
+        self._pictures: list[Any] = []
+        self._boxes: list[Any] = []
+        self._rng = np.random.default_rng()
+        super().__init__()
+        self.text = _field(text, "a text; with pictures, a question about them")
+        self.beside = _field("", "the text to compare with")
+        self.beside.layout.display = "none"
+        self.beside.observe(lambda change: self.guard(lambda: compare(change["new"])), "value")
+        self.run = button("Run", "run the text, with the pictures", self._run)
+        self.run.button_style = "primary"
+        self.upload = ipywidgets.FileUpload(
+            accept=".png,.jpg,.jpeg", multiple=True, description="Picture", layout={"width": "auto"}
+        )
+        self.upload.observe(self._take_files, "value")
+        self.scene = button("Scene", "a random picture of shapes, and a question", self._draw_scene)
+        self.sides = ipywidgets.Dropdown(
+            options=[("alone", None), ("beside the clean run", ()), ("beside another text", "")],
+            layout={"width": "170px"},
+        )
+        self.sides.observe(self._choose_sides, "value")
+        self.shown = ipywidgets.HBox()
+        self.shown.add_class("l4-app-pictures")
+        self.problem = ipywidgets.HTML()
+        tools = ipywidgets.HBox([self.run, self.upload, self.scene, self.sides, self.shown])
+        tools.add_class("l4-app-chips")
+        self.children = [ipywidgets.HBox([self.text, self.beside]), tools, self.problem]
+
+    def show(self, moment: Moment) -> None:
+        """Show the pictures of what was run."""
+        self._pictures, self._boxes = moment.pictures, moment.boxes
+        shown: list[ipywidgets.Widget] = [
+            ipywidgets.Image(value=_png(open_picture(picture))) for picture in moment.pictures
+        ]
+        if shown:
+            shown.append(button("No picture", "run the text alone", self._run_alone))
+        self.shown.children = shown
+
+    def guard(self, work: Callable[[], None]) -> None:
+        """Do work, or say what is wrong with it."""
+        try:
+            work()
+            self.problem.value = ""
+        except (ValueError, TypeError, RuntimeError, OSError, traitlets.TraitError) as error:
+            text = html.escape(str(error))
+            self.problem.value = f'<span class="l4-app-problem">{text}</span>'
+
+    def _run(self) -> None:
+        self.guard(lambda: self._ask(self.text.value, self._pictures, self._boxes))
+
+    def _run_alone(self) -> None:
+        self.guard(lambda: self._ask(self.text.value, (), ()))
+
+    def _take_files(self, change: Any) -> None:
+        if files := change["new"]:
+            self.upload.value = ()
+            self.guard(lambda: self._add([_picture(file) for file in files]))
+
+    def _add(self, pictures: Sequence[Any]) -> None:
+        self._ask(self.text.value, [*self._pictures, *pictures], ())
+
+    def _draw_scene(self) -> None:
+        """Ask about a random picture of coloured shapes, of which the boxes are known."""
+        example = scenes.sample(self._rng, str(self._rng.choice(scenes.ONE_PICTURE)))
+        boxes = [(*thing.box, str(thing)) for thing in example.scenes[0].objects]
+
+        def ask() -> None:
+            self._ask(example.question, example.images, boxes)
+            self.text.value = example.question
+            answer = ipywidgets.Label(f"right answer: {example.answer}")
+            self.shown.children = [*self.shown.children, answer]
+
+        self.guard(ask)
+
+    def _choose_sides(self, change: Any) -> None:
+        other = change["new"]
+        self.beside.layout.display = "" if other == "" else "none"
+        if other == "":
+            other = self.beside.value or self.text.value
+        self.guard(lambda: self._ask_beside(other))
+
+
+def _field(text: str, tip: str) -> ipywidgets.Textarea:
+    layout = {"width": "100%", "height": "64px"}
+    field = ipywidgets.Textarea(
+        value=text, tooltip=tip, continuous_update=False, layout=layout, placeholder=tip
+    )
+    field.add_class("l4-app-text")
+    return field
+
+
+def _picture(file: Any) -> Image.Image:
+    """Return an uploaded picture, upright."""
+    try:
+        found = Image.open(io.BytesIO(bytes(file["content"])), formats=("PNG", "JPEG"))
+        return ImageOps.exif_transpose(found).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file['name']} is no PNG or JPEG picture that can be read") from error
+
+
+def _png(picture: Image.Image) -> bytes:
+    written = io.BytesIO()
+    picture.save(written, "PNG")
+    return written.getvalue()

@@ -1,0 +1,336 @@
+"""Where does each head look, how far, and across which borders?"""
+
+from functools import partial
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import torch
+
+from llama4_lab.analysis.attention import Window
+from llama4_lab.edits import AttentionTemperature
+from llama4_lab.model.text import temperature
+from llama4_widgets.panels import Axis, Content, diverging, pack, sequential
+from llama4_widgets.patterns import Layer, glance, in_decades, layer_of, pooled
+from llama4_widgets.view import View
+
+_WHOLE = 220_000  # numbers in all, below which every head and row of the layer goes to the browser
+_EXACT = 8192  # numbers of an array, above which one byte each will do
+_LINE, _AROUND = 4096, 1024  # tokens: the longest text that is shown whole, and what is else
+_THUMBS = 32_768  # numbers in the small maps
+_CURVE = 257  # points of the temperature's curve
+
+
+class AttentionView(View):
+    """Any head of any layer as a map that can be zoomed; all heads; the selected token's row."""
+
+    title = "Attention (iRoPE)"
+    help = (
+        "Three layers of four have RoPE and look back only inside their own chunk of the text; "
+        "every fourth has no positions (NoPE) and looks at the whole past, its queries made "
+        "sharper late in the text by a temperature. Each row of a map is a query that shares out "
+        "a sum of 1 over keys: upright lines are keys that many look at, slanted ones a fixed "
+        "distance."
+    )
+    follows = ("layer", "head", "token")
+    _side = 256  # cells of a map, at most
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        self._known: tuple[Any, dict[Any, Any]] = (None, {})
+        self._window: tuple[int, Window, Window] | None = None  # tokens in all, queries, keys
+        self._layer = ipywidgets.Dropdown(description="Layer", layout={"width": "220px"})
+        self._layer.observe(self._choose_layer, "value")
+        self._pooling = ipywidgets.ToggleButtons(
+            options=[("largest", "max"), ("mean", "mean")],
+            description="Cell shows",
+            tooltips=["of the shares that a cell stands for"] * 2,
+            style={"button_width": "70px"},
+        )
+        self._pooling.observe(lambda _: self.refresh(), "value")
+        return [ipywidgets.HBox([self._layer, self._pooling])]
+
+    def content(self) -> Content:
+        config, count = self.moment.model.config, len(self.moment.words)
+        runs = self._runs()
+        main = runs[-1][1]
+        self._offer_layers()
+        words = self.moment.words
+        labels = words if count <= 512 else None
+        content = Content({
+            "head": Axis("head", config.num_attention_heads, "head"),
+            "query": Axis("query", count, "token", labels=labels),
+            "key": Axis("key", count, labels=labels),
+        })  # fmt: skip
+        is_whole = main.pattern is not None
+        self._pooling.layout.display = "none" if is_whole else ""
+        which = f"layer {self.selection.layer}" + ("" if is_whole else f", head {self._head}")
+        self._add_strips(content, runs, which)
+        self._add_maps(content, runs, which)
+        self._add_heads(content, runs)
+        if not main.uses_rope:
+            self._add_temperature(content, count)
+        return content
+
+    def summary(self) -> str:
+        layer, token, words = self._runs()[-1][1], self.selection.token, self.moment.words
+        row = np.nan_to_num(layer.row(self._head, token))
+        best = int(row.argmax())
+        sight = "its chunk" if layer.chunk else "the whole past"
+        return (
+            f"layer {self.selection.layer} ({_kind(layer)}), head {self._head}: token {token} "
+            f"‘{words[token]}’ sees {sight} and looks most at token {best} ‘{words[best]}’, "
+            f"share {row[best]:.2g}"
+        )
+
+    def region(self, wish: dict[str, Any]) -> None:
+        count = len(self.moment.words)
+        queries, keys = (
+            (max(int(wish[x][0]), 0), min(int(np.ceil(wish[x][1])), count)) for x in ("y", "x")
+        )
+        self._window = count, queries, keys
+        arrays, notes = {}, {}
+        try:
+            self.board.busy = "reading the region …" if count > 16_384 else ""
+            for name, values, tile, note in self._maps(self._runs(), queries, keys):
+                packed = pack(values, _EXACT)
+                arrays[f"{name} finer"] = packed | {"axes": ["query", "key"], "tile": tile}
+                notes[name] = note
+        except (ValueError, RuntimeError) as error:
+            self.board.problem = str(error)
+        finally:
+            self.board.busy = ""
+            self.board.answer(wish["panel"], arrays, notes)
+
+    # ---- what is shown of which run
+
+    @property
+    def _head(self) -> int:
+        return self.selection.head
+
+    def _runs(self) -> list[tuple[str, Layer]]:
+        """Return the layer of the clean run, and of the edited one if there are edits."""
+        size = self.moment.model.config.num_attention_heads * len(self.moment.words) ** 2
+        is_whole = size * (5 if self.moment.edits else 2) <= _WHOLE
+        clean = self.moment.clean(layer_of, self.selection.layer, is_whole)
+        if not self.moment.edits:
+            return [("", clean)]
+        return [
+            ("clean", clean),
+            ("edited", self.moment.edited(layer_of, self.selection.layer, is_whole)),
+        ]
+
+    def _once(self, key: Any, make: Any) -> Any:
+        """Make something of this moment once."""
+        if self._known[0] is not self.moment:
+            self._known = (self.moment, {})
+        known = self._known[1]
+        if key not in known:
+            known[key] = make()
+        return known[key]
+
+    def _scale(self) -> dict[str, Any]:
+        """From a tenth of an even share to 1, by logarithm: on a linear scale little is seen."""
+        low = -np.ceil(np.log10(len(self.moment.words))) - 1
+        return sequential(low, 0, "share", "(log scale)") | {"log": True}
+
+    def _add_strips(self, content: Content, runs: list[tuple[str, Layer]], which: str) -> None:
+        words, token = self.moment.words, self.selection.token
+        count = len(words)
+        start = 0 if count <= _LINE else max(0, token - _AROUND)
+        stop = count if count <= _LINE else min(count, token + _AROUND // 4)
+        places = list(range(start, stop))
+        is_part = len(places) < count
+        content.axes["token"] = Axis(
+            "token", len(places), "token", words[start:stop], places if is_part else None
+        )
+        for run, layer in reversed(runs):
+            name = f"row {run}".strip()
+            if layer.pattern is not None:
+                axes, values = ("head", "query", "token"), layer.pattern
+                whose = "the selected token and head"
+            else:
+                axes, values = ("token",), layer.row(self._head, token)[start:stop]
+                whose = f"token {token} ‘{words[token]}’, head {self._head}"
+            content.array(name, in_decades(values), axes, exact=_EXACT)
+            note = f"layer {self.selection.layer} ({_kind(layer)}); faint words are out of sight"
+            if is_part:
+                note += f"; tokens {start} to {stop - 1} of {count}"
+            content.add(
+                name, f"Where {whose} looks{f', {run}' * bool(run)}", None, axes, self._scale(),
+                kind="strip", shown=("token",), note=note,
+            )  # fmt: skip
+        if is_part:
+            row = np.nan_to_num(runs[-1][1].row(self._head, token))
+            best = np.argsort(-row, kind="stable")[:12].tolist()
+            content.table(
+                "most", "Most of it goes to", ["token", "", "share"],
+                [[str(i), words[i], float(row[i])] for i in best],
+                [{"token": i} for i in best], wide=False,
+            )  # fmt: skip
+
+    def _add_maps(self, content: Content, runs: list[tuple[str, Layer]], which: str) -> None:
+        count, size = len(self.moment.words), self.moment.model.config.attention_chunk_size
+        titles = {"": "Attention", "clean": "Clean", "edited": "Edited", "change": "Edited − clean"}
+        both = ("query", "key")
+        if runs[0][1].pattern is not None:
+            shares = [layer.pattern for _, layer in runs if layer.pattern is not None]
+            found = [
+                (f"map {run}".strip(), in_decades(share), None, "")
+                for (run, _), share in zip(runs, shares, strict=True)
+            ]
+            if len(runs) > 1:
+                found.append(("map change", _difference(*shares), None, ""))
+            both = ("head", *both)
+        else:
+            key = (self.selection.layer, self._head, self._pooling.value)
+            whole = (0, count), (0, count)
+            found = self._once(key, partial(self._maps, runs, *whole))
+        for name, values, tile, note in found:
+            run = name[4:]
+            content.array(name, values, both, exact=_EXACT, **(tile or {}))
+            bound = float(np.nanmax(abs(values), initial=0)) if run == "change" else 0
+            layer = runs[0 if run == "clean" else -1][1]
+            step = layer.chunk or size
+            edges = range(0, count, step) if step else []
+            border = "; dashed: chunks" + (not layer.chunk) * " of RoPE layers, crossed here"
+            border = border if step and step < count else ""
+            content.add(
+                name, f"{titles[run]}, {which}", None, both,
+                diverging(bound, "share") if run == "change" else self._scale(),
+                shown=("query", "key"), square=True, wide=False, diagonal=True,
+                zoom="map", region=None if tile is None else f"{name} finer",
+                borders=[[i, min(i + step, count)] for i in edges] if step and step < count else [],
+                note=f"{_kind(layer)}{border}{note and f'; {note}'}",
+            )  # fmt: skip
+        if found[0][2] is not None and self._window and self._window[0] == count:
+            for name, values, tile, _ in self._maps(runs, *self._window[1:]):
+                content.array(f"{name} finer", values, both, exact=_EXACT, **tile)
+
+    def _maps(
+        self, runs: list[tuple[str, Layer]], queries: Window, keys: Window
+    ) -> list[tuple[str, np.ndarray, dict[str, Any], str]]:
+        """Return for each map of a window: its name, cells, place, and how they were pooled."""
+        side = self._side if len(runs) == 1 else self._side * 5 // 8
+        how = str(self._pooling.value)
+        shares, found = [], []
+        for run, layer in runs:
+            assert layer.kept is not None
+            cells, block, is_all = pooled(layer.kept, self._head, queries, keys, side, how)
+            ends = [
+                window[0] + n * size
+                for window, n, size in zip((queries, keys), cells.shape, block, strict=True)
+            ]
+            tile = {"y": (queries[0], ends[0]), "x": (keys[0], ends[1])}
+            name = "largest" if how == "max" else "mean"
+            note = f"a cell is the {name} of {block[0]} × {block[1]} queries × keys"
+            if not is_all:
+                note = f"a cell is the {name} of {block[1]} keys, for one query in {block[0]}"
+            if block == (1, 1):
+                note = "every query and key"
+            shares.append(cells)
+            found.append((f"map {run}".strip(), in_decades(cells), tile, note))
+        if len(runs) > 1:
+            found.append(("map change", _difference(*shares), found[-1][2], found[-1][3]))
+        return found
+
+    def _add_heads(self, content: Content, runs: list[tuple[str, Layer]]) -> None:
+        config = self.moment.model.config
+        count = config.num_attention_heads
+        side = max(16, min(64, int((_THUMBS / count) ** 0.5)))
+        glances = [
+            self._once(
+                ("heads", run, self.selection.layer),
+                partial(glance, layer, config.attention_chunk_size, side),
+            )
+            for run, layer in runs
+        ]
+        maps, averages, step = glances[-1]
+        main = runs[-1][1]
+        axes = ("head", "query", "key")
+        array = f"map {runs[-1][0]}".strip()
+        if main.pattern is None:
+            content.array(array := "heads", in_decades(maps), axes, exact=_EXACT)
+        some = "" if step == 1 else f"; of one query in {step}"
+        content.add(
+            "heads", f"All heads of layer {self.selection.layer}", None, axes, self._scale(),
+            kind="multiples", shown=axes, array=array, wide=False,
+            note="a click chooses one" + (some if main.pattern is None else ""),
+        )  # fmt: skip
+        columns = [
+            "head",
+            "distance (tokens)",
+            "entropy (nats)",
+            "sink (share)",
+            "across chunks (share)",
+        ]
+        rows = [[f"{head}", *map(float, averages[head])] for head in range(count)]
+        if len(runs) > 1:
+            columns += [f"clean {name.split(' (')[0]}" for name in columns[1:]]
+            rows = [[*row, *map(float, glances[0][1][i])] for i, row in enumerate(rows)]
+        sink = "the first token of the chunk" if main.chunk else "the first token"
+        content.table(
+            "summaries", "What the heads do", columns, rows,
+            [{"head": head} for head in range(count)],
+            note=f"averages over queries{some}; sink: {sink}",
+        )  # fmt: skip
+
+    def _add_temperature(self, content: Content, count: int) -> None:
+        config, chosen = self.moment.model.config, self.selection.layer
+        places = np.unique(np.linspace(0, max(count, 4 * config.floor_scale), _CURVE).astype(int))
+        content.axes["position"] = Axis("position (tokens)", len(places), values=places.tolist())
+        configs = [("the model's", config, "#1f77b4", None)]
+        for edit in self.moment.edits:
+            if isinstance(edit, AttentionTemperature) and edit.layer == chosen:
+                given = {"attn_scale": edit.scale, "floor_scale": edit.floor_scale}
+                given = {name: value for name, value in given.items() if value is not None}
+                other = config.replace(attn_temperature_tuning=True, **given)
+                configs = [configs[0], ("edited", other, "#d55e00", "5 4")]
+        series = []
+        for label, one, colour, dash in configs:
+            content.array(label, temperature(one, torch.from_numpy(places)).numpy(), ("position",))
+            series.append({"array": label, "label": label, "colour": colour, "dash": dash})
+        own = float(temperature(configs[-1][1], torch.tensor([self.selection.token])))
+        is_tuned = config.attn_temperature_tuning or len(configs) > 1
+        content.add(
+            "temperature", "Temperature of this NoPE layer", None, ("position",),
+            {"kind": "sequential", "low": 1.0, "unit": "factor"}, kind="lines",
+            series=series, array=series[0]["array"], wide=False,
+            note=f"its queries are multiplied by this; {own:.3g} at token {self.selection.token}"
+            if is_tuned else "off in this model",
+        )  # fmt: skip
+
+    # ---- controls
+
+    def _offer_layers(self) -> None:
+        config = self.moment.model.config
+        options = [
+            (f"{i} · {'RoPE' if config.uses_rope(i) else 'NoPE'}", i)
+            for i in range(config.num_hidden_layers)
+        ]
+        self._is_offering = True
+        if list(self._layer.options) != options:
+            self._layer.options = options
+        self._layer.value = self.selection.layer
+        self._is_offering = False
+
+    def _choose_layer(self, change: Any) -> None:
+        if not self._is_offering:
+            self.selection.layer = change["new"]
+
+    def _follow(self, change: Any) -> None:
+        is_there = "query" in self.board.content.arrays.get("row", {}).get("axes", ())
+        if is_there and change["name"] != "layer":
+            self.board.summary = self.summary()  # the browser has all heads and rows
+        else:
+            self.refresh()
+
+
+def _kind(layer: Layer) -> str:
+    name = "RoPE" if layer.uses_rope else "NoPE"
+    return f"{name}, chunks of {layer.chunk} tokens" if layer.chunk else f"{name}, no chunks"
+
+
+def _difference(clean: np.ndarray, edited: np.ndarray) -> np.ndarray:
+    """Return edited minus clean; what only one of them sees counts as 0 in the other."""
+    change = np.nan_to_num(edited) - np.nan_to_num(clean)
+    return np.where(np.isnan(clean) & np.isnan(edited), np.nan, change)

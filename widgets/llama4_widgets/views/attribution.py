@@ -1,0 +1,250 @@
+"""What does an answer owe to each token, image patch or expert?"""
+
+import asyncio
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import traitlets
+from torch import Tensor
+
+from llama4_lab.analysis.attribution import Attribution, attribute
+from llama4_lab.analysis.expert_features import expert_features
+from llama4_lab.analysis.features import Features, Target, patch_features, token_features
+from llama4_lab.analysis.vision import patches_of
+from llama4_lab.edits import edited
+from llama4_widgets.moment import Moment
+from llama4_widgets.panels import Axis, Content, diverging
+from llama4_widgets.slices import sliced
+from llama4_widgets.view import View
+from llama4_widgets.views.image import data_url, drawn_pictures
+from llama4_widgets.words import token_id, visible
+
+METHODS = ("integrated_gradients", "feature_ablation", "shapley_sampling")
+FEATURES: dict[str, Callable[..., Features]] = {
+    "tokens": token_features,
+    "image patches": patch_features,
+    "experts": expert_features,
+}
+PLACES = ("last token", "selected token")
+_MOST = 20  # experts that are shown
+
+
+class AttributionView(View):
+    """captum's methods for tokens, patches and experts; they run when the button is pressed."""
+
+    title = "Attribution"
+    help = (
+        "The answer's log-probability changes from its value with all parts off to that with all "
+        "on, and a method divides this change among the parts. Integrated gradients and Shapley "
+        "values give all of it away, which the completeness error measures; ablation promises "
+        "nothing of the kind."
+    )
+    follows = ("token",)
+    method = traitlets.Enum(METHODS, METHODS[0], help="of captum")
+    features = traitlets.Enum(tuple(FEATURES), "tokens", help="the parts")
+    after = traitlets.Enum(PLACES, PLACES[0], help="the position whose answer is explained")
+    word = traitlets.Unicode(help="the answer to explain; empty: the model's own")
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        self._found: dict[Any, Attribution] = {}  # by question, of this moment
+        self._task: asyncio.Task[None] | None = None
+        method = ipywidgets.Dropdown(options=METHODS, description="Method")
+        features = ipywidgets.Dropdown(options=tuple(FEATURES), description="Parts")
+        after = ipywidgets.Dropdown(options=PLACES, description="Word after")
+        word = ipywidgets.Text(
+            description="Word", placeholder="the model's answer", continuous_update=False
+        )
+        named = {"method": method, "features": features, "after": after, "word": word}
+        for name, widget in named.items():
+            traitlets.link((self, name), (widget, "value"))
+        self._run = ipywidgets.Button(description="Run", button_style="primary")
+        self._run.on_click(lambda _: self.run())
+        self._cancel = ipywidgets.Button(description="Cancel", disabled=True)
+        self._cancel.on_click(lambda _: self.cancel())
+        row = ipywidgets.HBox([*named.values(), self._run, self._cancel])
+        row.add_class("l4-app-chips")
+        return [row]
+
+    @traitlets.observe("method", "features", "after", "word")
+    def _redraw(self, _change: Any) -> None:
+        if self.moment is not None:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Draw anew, without the results of another moment."""
+        if getattr(self, "_asked", None) is not self.moment:
+            self._asked = self.moment
+            self._found.clear()
+            self.cancel()
+        super().refresh()
+
+    # ---- the work
+
+    def run(self) -> None:
+        """Ask the question; in a kernel this returns at once, in a script with the result."""
+        self.cancel()
+        try:
+            self._task = asyncio.get_running_loop().create_task(self._work())
+        except RuntimeError:  # a script, without anybody to wait for
+            asyncio.run(self._work())
+
+    def cancel(self) -> None:
+        """Stop what is under way; results that are there stay."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def _work(self) -> None:
+        self._run.disabled, self._cancel.disabled = True, False
+        steps = self._steps()
+        try:
+            for runs in steps:
+                self.board.busy = f"{self.method}: {runs} runs of the model …"
+                await asyncio.sleep(0.005)  # lets the kernel hear of a click on Cancel
+            self.refresh()
+        except (ValueError, RuntimeError) as error:
+            self.board.problem = str(error)
+        finally:
+            steps.close()
+            self.board.busy = ""
+            self._run.disabled, self._cancel.disabled = False, True
+
+    def _steps(self) -> Generator[int, None, None]:
+        """Answer the question in the clean run, and in the edited one; count the model's runs."""
+        moment, method, question = self.moment, self.method, self._question()
+        build, runs = FEATURES[self.features], 0
+        for is_edited in (False, True) if moment.edits else (False,):
+            with _running(moment, is_edited):
+                features = build(moment.model, moment.prompt, self._target())
+
+            def work(
+                pause: Callable[[], None], features: Any = features, on: Any = is_edited
+            ) -> Any:
+                def value(gates: Tensor, fixed_routing: bool) -> Tensor:
+                    nonlocal runs
+                    pause()  # nothing is open here, so that other views may use the model
+                    runs += len(gates)
+                    with _running(moment, on):
+                        return features.value(gates, fixed_routing)
+
+                return attribute(replace(features, value=value), method)
+
+            steps = sliced(work)
+            try:
+                while True:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        found = end.value
+                        break
+                    yield runs
+            finally:
+                steps.close()
+            if self.moment is moment:
+                self._found[(*question, is_edited)] = found
+
+    def _target(self) -> Target:
+        """Return which word after which position is explained."""
+        last = len(self.moment.words) - 1
+        position = last if self.after == PLACES[0] else self.selection.token
+        token = token_id(self.moment.model.tokenizer, self.word) if self.word else None
+        if token is None:  # the clean answer, in the edited run too
+            token = int(self.moment.replay.logits[position].argmax())
+        return Target(token, position)
+
+    def _question(self) -> tuple[Any, ...]:
+        return self.method, self.features, self._target()
+
+    def _results(self) -> list[Attribution]:
+        """Return the clean result, then the edited one, as far as they are known."""
+        keys = [(*self._question(), is_edited) for is_edited in (False, True)]
+        return [self._found[key] for key in keys if key in self._found]
+
+    # ---- what is shown
+
+    def content(self) -> Content:
+        found = self._results()
+        content = Content(self.axes())
+        bound = max((float(abs(one.values).max()) for one in found), default=1.0) or 1.0
+        scale = diverging(bound, "nats")
+        for one, name in zip(found, ("clean", "edited"), strict=False):
+            title = f"What gives the answer{f', {name}' if len(found) > 1 else ''}"
+            note = f"red: for the answer; blue: against it; strongest: {bound:.3g} nats"
+            if self.features == "tokens":
+                values = np.full(len(self.moment.words), np.nan)
+                values[one.places[:, 0]] = one.values
+                content.add(
+                    name, title, values, ("token",), scale, kind="strip", note=note
+                )  # fmt: skip
+            elif self.features == "image patches":
+                self._add_pictures(content, one, name, title, scale)
+            else:
+                self._add_experts(content, one, name, title, bound)
+        return content
+
+    def _add_pictures(
+        self, content: Content, one: Attribution, name: str, title: str, scale: Any
+    ) -> None:
+        """Lay the values over the pictures; what a global tile shows is added to its parts."""
+        prompt = self.moment.prompt
+        assert prompt.spans.tiling is not None  # a prompt with pictures
+        grid = prompt.spans.tiling.grid
+        tile, patch = prompt.spans.tile[0].numpy(), prompt.spans.patch[0].numpy()
+        values = np.full(len(tile), np.nan)
+        values[patch >= 0] = one.values[tile[patch >= 0] * grid**2 + patch[patch >= 0]]
+        content.array(name, values, ("token",))
+        for i in range(len(prompt.spans.layouts)):
+            picture = patches_of(prompt, i)
+            shown = [("", picture.stitch(picture.position), 0)]
+            if picture.layout.num_tiles > 1:
+                shown.append((", global tile", picture.position[-1], 1))
+            for part, place, which in shown:
+                drawn = drawn_pictures(prompt, picture)[which]
+                content.add(
+                    f"{name} {i}{part}", f"{title}: picture {i}{part}", None, ("token",), scale,
+                    kind="picture", array=name, wide=False, opacity=0.6,
+                    source=data_url(drawn, 60_000), width=drawn.width, height=drawn.height,
+                    rows=place.shape[0], cols=place.shape[1], positions=place.ravel().tolist(),
+                )  # fmt: skip
+
+    def _add_experts(
+        self, content: Content, one: Attribution, name: str, title: str, bound: float
+    ) -> None:
+        order = np.argsort(-abs(one.values), kind="stable")[:_MOST]
+        rows = [[one.labels[i], float(one.values[i])] for i in order]
+        choices = [dict(zip(one.axes, map(int, one.places[i]), strict=True)) for i in order]
+        content.table(
+            name, title, ["part", "nats"], rows, choices, wide=False, bars=[None, bound],
+            note=f"the {len(rows)} strongest of {len(one.values)}",
+        )  # fmt: skip
+        layers = sorted({int(layer) for layer in one.places[:, 0]})
+        content.axes["all"] = Axis("layer", len(layers), "layer", values=layers)
+        content.add(
+            f"{name} map", title, one.values.reshape(len(layers), -1), ("all", "expert"),
+            diverging(bound, "nats"), wide=False,
+        )  # fmt: skip
+
+    def summary(self) -> str:
+        target = self._target()
+        tokenizer = self.moment.model.tokenizer
+        word = str(target.token) if tokenizer is None else tokenizer.token_text(target.token)
+        asked = f"‘{visible(word)}’ after token {target.position}"
+        found = self._results()
+        if not found:
+            return f"{asked}, by {self.features} and {self.method}: press Run, it takes seconds."
+        told = [
+            f"{name}: {one.all_off:.3f} nats with all parts off, {one.all_on:.3f} with all on; "
+            f"the values miss the change by {one.completeness_error:.2%}"
+            for one, name in zip(found, ("clean", "edited"), strict=False)
+        ]
+        return f"{asked}. " + ". ".join(told) + "."
+
+
+def _running(moment: Moment, is_edited: bool) -> Any:
+    if not is_edited:
+        return nullcontext()
+    return edited(moment.model, moment.edits, {"clean": moment.prompt})

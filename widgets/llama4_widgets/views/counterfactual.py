@@ -1,0 +1,166 @@
+"""What would a token have led to, had the router sent it to another expert?"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import ipywidgets
+import numpy as np
+import traitlets
+
+from llama4_lab.analysis.counterfactual import Counterfactual, counterfactual
+from llama4_lab.analysis.routing import moe_layers
+from llama4_lab.edits import Route
+from llama4_widgets.panels import Content, diverging, sequential
+from llama4_widgets.view import View
+from llama4_widgets.words import visible
+
+EFFECTS = ("KL from the prediction", "change of its top word")
+READS = ("last token", "selected token")
+_AT_ONCE = 16_384  # tokens of all runs together; more waits for the button
+
+
+class CounterfactualView(View):
+    """Every expert at every MoE layer for the selected token, coloured by its effect."""
+
+    title = "Counterfactual"
+    help = (
+        "Each cell is a run of its own: the selected token was sent to that expert in that layer, "
+        "and the model went on. Cells near zero are choices that hardly mattered; strong ones "
+        "would have changed what comes next."
+    )
+    follows = ("token",)
+    effect = traitlets.Enum(EFFECTS, EFFECTS[0], help="what colours a cell")
+    read = traitlets.Enum(READS, READS[1], help="whose next word is looked at")
+    edits = traitlets.Tuple(help="what is different from the clean run; the button adds a route")
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        effect = ipywidgets.Dropdown(options=EFFECTS, description="Colour by")
+        read = ipywidgets.Dropdown(options=READS, description="Word after")
+        traitlets.link((self, "effect"), (effect, "value"))
+        traitlets.link((self, "read"), (read, "value"))
+        self._add = ipywidgets.Button(
+            layout={"width": "auto"}, tooltip="send it there in all views"
+        )
+        self._add.on_click(lambda _: self.add_route())
+        self._run = ipywidgets.Button(description="Run", button_style="primary")
+        self._run.on_click(lambda _: self.run())
+        self._wanted: Any = None  # the long question that was asked by the button
+        self._known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by moment and question
+        self.selection.observe(self._name_route, ["token", "layer", "expert"])
+        row = ipywidgets.HBox([effect, read, self._add, self._run])
+        row.add_class("l4-app-chips")
+        return [row]
+
+    def add_route(self) -> None:
+        """Send the token to the selected expert in the selected layer, in all views."""
+        route = Route(self.selection.layer, self.selection.token, self.selection.expert)
+        try:
+            self.edits = (*self.moment.edits, route)
+            if self.moment.edits != self.edits:  # nobody else applied it
+                self.moment = self.moment.with_edits(self.edits)
+        except (ValueError, traitlets.TraitError) as error:
+            self.board.problem = str(error)
+
+    def run(self) -> None:
+        """Compute what was too long to be computed at every click."""
+        self._wanted = self._question()
+        self.board.busy = f"{self._runs()} runs"
+        self.refresh()
+        self.board.busy = ""
+
+    @traitlets.observe("effect", "read")
+    def _redraw(self, _change: Any) -> None:
+        if self.moment is not None:
+            self.refresh()
+
+    def _name_route(self, _change: Any = None) -> None:
+        choice = self.selection
+        self._add.disabled = not self.moment.model.config.is_moe(choice.layer)
+        self._add.description = (
+            f"Layer {choice.layer} is dense"
+            if self._add.disabled
+            else f"Send token {choice.token} to expert {choice.expert} in layer {choice.layer}"
+        )
+
+    def _question(self) -> tuple[int, int]:
+        token = self.selection.token
+        return token, (len(self.moment.words) - 1 if self.read == READS[0] else token)
+
+    def _runs(self) -> int:
+        config = self.moment.model.config
+        return len(moe_layers(self.moment.model)) * config.num_local_experts
+
+    def _found(self) -> Counterfactual | None:
+        """Return the effects, or nothing while they wait for the button."""
+        token, read = self._question()
+        tokens = self._runs() * (len(self.moment.words) - token)
+        is_long = tokens > _AT_ONCE
+        self._run.layout.display = "" if is_long else "none"
+        if is_long and self._wanted != (token, read):
+            return None
+        known = self._known.setdefault(self.moment, {})
+        if (token, read) not in known:
+            moment = self.moment
+            known[token, read] = counterfactual(moment.replay, token, read=read, edits=moment.edits)
+        return known[token, read]
+
+    # ---- what is shown
+
+    def content(self) -> Content:
+        if self.edits != self.moment.edits:
+            self.edits = self.moment.edits
+        self._name_route()
+        found = self._found()
+        if found is None:
+            return Content()
+        word = visible(self._decode(int(found.clean.argmax())))
+        where = f"after token {found.read}"
+        change = found.change(int(found.clean.argmax()))
+        effects = {
+            EFFECTS[0]: (found.kl, sequential(0, max(float(found.kl.max()), 1e-3), "nats")),
+            EFFECTS[1]: (change, diverging(max(float(abs(change).max()), 1e-3), "nats")),
+        }
+        values, scale = effects[self.effect]
+        said = (
+            self.effect if self.effect == EFFECTS[0] else f"change of log-probability of ‘{word}’"
+        )
+        content = Content(self.axes())
+        both = ("moe layer", "expert")
+        content.array("choice", found.is_choice.astype(np.int16), both)
+        content.add(
+            "effect", f"Token {found.token} ‘{self.moment.words[found.token]}’ sent to each expert",
+            values, both, scale, marks="choice", note=f"{said} {where}; ring: the router's choice",
+        )  # fmt: skip
+        texts = [
+            [
+                ("● " if mine else "") + visible(self._decode(int(top)))
+                for top, mine in zip(*row, strict=True)
+            ]
+            for row in zip(found.top, found.is_choice, strict=True)
+        ]
+        content.add(
+            "words", f"The likeliest word {where} would be", None, both, scale, kind="words",
+            array="effect", text=texts, note="experts across; ●: the router's choice",
+        )  # fmt: skip
+        return content
+
+    def summary(self) -> str:
+        found = self._found()
+        if found is None:
+            tokens = self._runs() * (len(self.moment.words) - self.selection.token)
+            return f"{self._runs()} runs of {tokens} tokens in all take a while: press Run."
+        kl = found.kl
+        row, expert = np.unravel_index(int(kl.argmax()), kl.shape)
+        word = visible(self._decode(int(found.clean.argmax())))
+        other = int((found.top != found.clean.argmax()).sum())
+        return (
+            f"Of {kl.size} ways to send token {found.token} ‘{self.moment.words[found.token]}’, "
+            f"{other} would change the word after token {found.read} from ‘{word}’. Strongest: "
+            f"expert {expert} in layer {found.layers[int(row)]}, KL {kl.max():.3g} nats, then "
+            f"‘{visible(self._decode(int(found.top[row, expert])))}’"
+            + (", all with the edits." if self.moment.edits else ".")
+        )
+
+    def _decode(self, idx: int) -> str:
+        tokenizer = self.moment.model.tokenizer
+        return str(idx) if tokenizer is None else tokenizer.token_text(idx)

@@ -1,0 +1,162 @@
+"""What differs between two runs that stand side by side, and what cannot be compared."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llama4_lab.analysis.routing import routing_of
+from llama4_widgets.moment import Moment
+from llama4_widgets.panels import Content, sequential
+from llama4_widgets.selection import Selection
+from llama4_widgets.view import View
+from llama4_widgets.words import visible
+
+_TOP = 6  # words that could follow
+_AT_ONCE = 256  # tokens
+
+
+class DifferenceView(View):
+    """Another run beside this one: predictions, routing, and the likeliest next words."""
+
+    title = "Difference"
+    help = (
+        "Two runs of as many tokens are compared place by place: KL divergence says how far apart "
+        "their predictions are, flips where a router chose other experts. Runs that differ in what "
+        "they are made of can only be read side by side, and the text says so."
+    )
+    follows = ("token",)
+
+    def __init__(self, moment: Moment, selection: Selection, other: Moment):
+        self.other = other
+        self._kl: tuple[Any, Any] = (None, None)  # of which two moments, and their KL
+        super().__init__(moment, selection)
+
+    def content(self) -> Content:
+        content = Content(self.axes())
+        self._said = _hindrances(self.moment, self.other)
+        if len(self.moment.tokens) == len(self.other.tokens):
+            if _is_same_vocabulary(self.moment, self.other):
+                kl = self.kl()
+                where = int(kl.argmax())
+                strongest = f"{kl[where]:.3g} nats at token {where}"
+                self._said.insert(0, f"KL {kl.mean():.3g} nats per token, most {strongest}")
+                content.add(
+                    "kl", "How far apart the predictions are", kl, ("token",),
+                    sequential(0, max(float(kl.max()), 1e-3), "nats"), kind="strip",
+                    note=f"KL(this || beside); strongest: {strongest}",
+                )  # fmt: skip
+            if _is_same_routing(self.moment, self.other):
+                flips = self.flips()
+                self._said.insert(0, f"{flips.sum()} routing flips")
+                content.add(
+                    "flips", "Routing flips", flips.sum(axis=1), ("moe layer",),
+                    sequential(0, max(4, *flips.sum(axis=1).tolist())), kind="bars", wide=False,
+                    note=f"of {flips.shape[1]} tokens, those with other experts",
+                )  # fmt: skip
+        self._add_answers(content)
+        return content
+
+    def kl(self) -> Float[np.ndarray, " n"]:
+        """Return the KL divergence of the other's prediction from this one's, in nats."""
+        pair = (self.moment, self.other)
+        if self._kl[0] != pair:
+            self._kl = (pair, _kl(*pair))
+        return self._kl[1]
+
+    def flips(self) -> Int[np.ndarray, "l n"]:
+        """Return 1 where the two runs chose other experts, by MoE layer and token."""
+        mine, theirs = (side.edited(routing_of).expert for side in (self.moment, self.other))
+        return (np.sort(mine) != np.sort(theirs)).any(axis=-1).astype(int)
+
+    def _add_answers(self, content: Content) -> None:
+        """Add the likeliest next words after the selected token, of both."""
+        places = [
+            min(self.selection.token, len(side.tokens) - 1) for side in (self.moment, self.other)
+        ]
+        sides = [
+            _logits(side)[at].float().softmax(-1)
+            for side, at in zip((self.moment, self.other), places, strict=True)
+        ]
+        title = f"What follows token {places[0]} ‘{self.moment.words[places[0]]}’"
+        if places[0] != places[1] or self.moment.words[places[0]] != self.other.words[places[1]]:
+            title += f" and token {places[1]} ‘{self.other.words[places[1]]}’"
+        if _is_same_vocabulary(self.moment, self.other):
+            ids = sides[0].maximum(sides[1].to(sides[0].device)).topk(_TOP).indices.tolist()
+            rows = [
+                [_word(self.moment, i), *(round(100 * float(side[i]), 1) for side in sides)]
+                for i in sorted(ids, key=lambda i: -float(sides[0][i]))
+            ]
+            heads = ["next token", "this (%)", "beside (%)"]
+        else:
+            heads = ["this", "this (%)", "beside", "beside (%)"]
+            rows = [
+                _top(self.moment, sides[0], k) + _top(self.other, sides[1], k) for k in range(_TOP)
+            ]
+        content.table("answers", title, heads, rows, wide=False)
+
+    def summary(self) -> str:
+        return "; ".join(self._said) + "."
+
+
+def _hindrances(mine: Moment, other: Moment) -> list[str]:
+    """Say what of two runs cannot be compared, and why."""
+    found = []
+    counts = [len(side.tokens) for side in (mine, other)]
+    if counts[0] != counts[1]:
+        found.append(
+            f"the prompts have {counts[0]} and {counts[1]} tokens, so that no token has a "
+            "counterpart: there is no difference by token"
+        )
+    elif differing := sum(a != b for a, b in zip(mine.tokens, other.tokens, strict=True)):
+        found.append(f"{differing} of {counts[0]} tokens differ: compared place by place")
+    if not _is_same_vocabulary(mine, other):
+        found.append("the models have other vocabularies: predictions cannot be subtracted")
+    if not _is_same_routing(mine, other):
+        found.append("the models have other MoE layers or experts: choices cannot be compared")
+    return found
+
+
+def _is_same_vocabulary(mine: Moment, other: Moment) -> bool:
+    if mine.model is other.model:
+        return True
+    sizes = {side.model.config.vocab_size for side in (mine, other)}
+    sample = range(0, min(sizes), max(1, min(sizes) // 512))
+    return len(sizes) == 1 and all(_word(mine, i) == _word(other, i) for i in sample)
+
+
+def _is_same_routing(mine: Moment, other: Moment) -> bool:
+    """Whether both have experts, as many, in the same layers."""
+
+    def sizes(moment: Moment) -> tuple[int, ...]:
+        config = moment.model.config
+        moe = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
+        return config.num_local_experts, config.num_experts_per_tok, *moe
+
+    return sizes(mine) == sizes(other) and len(sizes(mine)) > 2
+
+
+def _logits(moment: Moment) -> Float[Tensor, "n v"]:
+    return moment.edited_run.logits if moment.edits else moment.replay.logits
+
+
+@torch.no_grad()
+def _kl(mine: Moment, other: Moment) -> Float[np.ndarray, " n"]:
+    found = []
+    pairs = (_logits(side).split(_AT_ONCE) for side in (mine, other))
+    for ours, theirs in zip(*pairs, strict=True):
+        p, q = (part.float().log_softmax(-1) for part in (ours, theirs.to(ours.device)))
+        found.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
+    return torch.cat(found).cpu().numpy()
+
+
+def _word(moment: Moment, idx: int) -> str:
+    tokenizer = moment.model.tokenizer
+    return str(idx) if tokenizer is None else visible(tokenizer.token_text(idx))
+
+
+def _top(moment: Moment, probability: Float[Tensor, " v"], rank: int) -> list[Any]:
+    idx = int(probability.topk(rank + 1).indices[-1])
+    return [_word(moment, idx), round(100 * float(probability[idx]), 1)]

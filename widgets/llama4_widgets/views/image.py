@@ -1,0 +1,298 @@
+"""What do image tokens show, which expert takes them, who looks at them, and which ones matter?"""
+
+import asyncio
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ipywidgets
+import numpy as np
+from einops import rearrange
+from PIL import Image
+
+from llama4_lab.analysis.routing import routing_of
+from llama4_lab.analysis.vision import Patches, causal_map, masking_effects, patches_of
+from llama4_lab.model import Llama4
+from llama4_lab.prompt import Prompt
+from llama4_widgets.panels import Axis, Content, diverging, experts, sequential
+from llama4_widgets.patterns import in_decades, layer_of
+from llama4_widgets.view import View
+from llama4_widgets.words import visible
+
+_BYTES = 150_000  # of all pictures of an update
+_EXACT = 8192  # numbers of an array, above which one byte each will do
+_SETS = 16  # of masked tokens in one step
+_NONE = (
+    "this prompt has no picture: give one, as in app.run('What colour is the circle?', [picture]) "
+    "or Moment(model, model.prompt(text, [picture]))"
+)
+
+
+_BARE = {"kind": "category", "unit": "", "colours": [], "inks": []}
+
+
+class ImageView(View):
+    """Pictures as the model sees them, with their tokens: experts, attention, effects."""
+
+    title = "Image"
+    help = (
+        "A picture is cut into tiles, and a tile into patches; pixel shuffle turns each block of "
+        "patches into one image token (a cell), which stands in the text like a word: click one "
+        "to follow it. A picture of several tiles is read once more as a whole, in the global "
+        "tile; black is padding."
+    )
+    follows = ("layer", "token")
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        self._maps: list[np.ndarray] = []  # what masking each patch costs, by picture
+        self._answer = ""
+        self._task: asyncio.Task[None] | None = None
+        self._measure = ipywidgets.Button(
+            description="Which patches matter?", layout={"width": "190px"}
+        )
+        self._measure.on_click(lambda _: self._start())
+        self._cancel = ipywidgets.Button(description="Cancel", disabled=True)
+        self._cancel.on_click(lambda _: self._stop())
+        return [ipywidgets.HBox([self._measure, self._cancel])]
+
+    def content(self) -> Content:
+        moment, spans = self.moment, self.moment.prompt.spans
+        if not spans.layouts:
+            return Content()
+        pictures = [patches_of(moment.prompt, i) for i in range(len(spans.layouts))]
+        tokens = np.concatenate([each.position.ravel() for each in pictures])
+        labels = [_label(one, i, len(pictures)) for i, one in enumerate(pictures)]
+        names = [name for some in labels for name in some]
+        content = Content({
+            "patch": Axis("token", len(tokens), "token", names, tokens.tolist()),
+            "head": self.axes()["head"],
+        })  # fmt: skip
+        content.array("bare", np.full(len(tokens), np.nan), ("patch",))
+        overlays = [
+            ("bare", "as the model sees it", _BARE, ""),
+            *self._experts(content, tokens),
+            *self._attention(content, tokens),
+            *self._effects(content, tokens, pictures),
+        ]
+        room = _BYTES // (len(pictures) * len(overlays) + len(pictures))
+        starts = np.cumsum([0, *(one.position.size for one in pictures)])
+        canvases, wholes = zip(
+            *(drawn_pictures(moment.prompt, one) for one in pictures), strict=True
+        )
+        share = 1 / min(len(pictures), 5) if len(pictures) > 1 else None
+
+        def add(array: str, title: str, scale: Any, note: str, i: int, is_global: bool) -> None:
+            one = pictures[i]
+            place = starts[i] + np.arange(one.position.size).reshape(one.position.shape)
+            place = place[-1] if is_global else one.stitch(place)
+            name = (
+                f"Picture {i}" if len(pictures) > 1 else "Picture"
+            ) + ", global tile" * is_global
+            where = self._place(one, place, i, is_global, array == "bare")
+            content.add(
+                f"{array} {i}" + " global" * is_global, f"{name}: {title}", None, ("patch",), scale,
+                kind="picture", array=array, wide=False, note=note, share=share, opacity=0.55,
+                source=data_url((wholes if is_global else canvases)[i], room), **where,
+            )  # fmt: skip
+
+        for array, title, scale, note in overlays:
+            for i in range(len(pictures)):
+                add(array, title, scale, note, i, False)
+        looks = [each for each in overlays if each[0].startswith("attention")][-1]
+        for i, one in enumerate(pictures):
+            if one.layout.num_tiles > 1:
+                array, title, scale, note = looks
+                add(array, title, scale, note, i, True)
+        return content
+
+    def summary(self) -> str:
+        if not self.moment.prompt.spans.layouts:
+            return _NONE
+        moment, token = self.moment, self.selection.token
+        layouts = moment.prompt.spans.layouts
+        sizes = ", ".join(
+            f"{at.width} × {at.height} pixels in {at.rows} × {at.cols} tiles"
+            + " and a global one" * (at.num_tiles > 1)
+            for at in layouts
+        )
+        said = f"{len(layouts)} picture{'s' * (len(layouts) > 1)}: {sizes}"
+        for i in range(len(layouts)):
+            one = patches_of(moment.prompt, i)
+            if token in one.position:
+                names = dict(zip(one.position.ravel(), _label(one, i, len(layouts)), strict=True))
+                return f"{said}; token {token} shows {names[token]}"
+        return f"{said}; token {token} ‘{moment.words[token]}’ is text"
+
+    # ---- what lies over the pictures: name of the array, title, scale, note
+
+    def _experts(self, content: Content, tokens: np.ndarray) -> Iterator[tuple[str, str, Any, str]]:
+        routing, layer = self.moment.edited(routing_of), self.selection.layer
+        if layer in routing.layers:
+            chosen = routing.expert[routing.row(layer), tokens, 0]
+            content.array("expert", chosen, ("patch",))
+            scale = experts(routing.num_experts)
+            yield "expert", f"expert in layer {layer}", scale, "of the strongest score"
+
+    def _attention(
+        self, content: Content, tokens: np.ndarray
+    ) -> Iterator[tuple[str, str, Any, str]]:
+        moment, layer, token = self.moment, self.selection.layer, self.selection.token
+        count, heads = len(moment.words), moment.model.config.num_attention_heads
+        low = -np.ceil(np.log10(count)) - 1
+        scale = sequential(low, 0, "share", "(log scale)") | {"log": True}
+        is_whole = heads * count**2 <= 1 << 20
+        runs = (
+            {"clean": moment.clean, "edited": moment.edited} if moment.edits else {"": moment.clean}
+        )
+        for run, of in runs.items():
+            found = of(layer_of, layer, is_whole)
+            share = np.stack([found.row(head, token)[tokens] for head in range(heads)])
+            name = f"attention {run}".strip()
+            content.array(name, in_decades(share), ("head", "patch"), exact=_EXACT)
+            note = f"of the selected head{f', {run}' * bool(run)}"
+            if np.isnan(share).all():
+                note = "none of it is in sight: it comes later, or lies in another chunk"
+            yield (
+                name,
+                f"attention in layer {layer} from token {token} ‘{moment.words[token]}’",
+                scale,
+                note,
+            )
+
+    def _effects(
+        self, content: Content, tokens: np.ndarray, pictures: list[Patches]
+    ) -> Iterator[tuple[str, str, Any, str]]:
+        if not self._maps:
+            return
+        values = np.full(len(tokens), np.nan)
+        for one, found in zip(pictures, self._maps, strict=True):
+            values[np.searchsorted(tokens, one.stitch(one.position))] = found
+        content.array("effect", values, ("patch",))
+        note = (
+            f"log-probability of ‘{self._answer}’ lost when the patch is replaced by the mean one"
+        )
+        scale = diverging(float(np.nanmax(abs(values))), "nats")
+        yield "effect", "effect on the answer", scale, note
+
+    def _place(
+        self, one: Patches, place: np.ndarray, i: int, is_global: bool, is_named: bool
+    ) -> dict[str, Any]:
+        """Return where the cells of a picture lie, and its tiles and boxes."""
+        at, side, (rows, cols) = one.layout, one.tiling.image_size, place.shape
+        fit = (side, side) if is_global else (at.fit_width, at.fit_height)
+        boxes: list[list[Any]] = []
+        for tile in range(at.rows * at.cols if at.num_tiles > 1 and not is_global else 0):
+            y, x = (side * n for n in divmod(tile, at.cols))
+            boxes.append([x, y, x + side, y + side, f"tile {tile}" * is_named, "l4-tile"])
+        for left, top, right, bottom, name in self.moment.boxes if i == 0 else []:
+            across, down = fit[0] / at.width, fit[1] / at.height
+            edges = [left * across, top * down, right * across, bottom * down]
+            boxes.append([*edges, name * is_named, ""])
+        return {
+            "rows": rows, "cols": cols, "positions": place.ravel().tolist(), "boxes": boxes,
+            "width": side * cols // one.tiling.grid, "height": side * rows // one.tiling.grid,
+        }  # fmt: skip
+
+    # ---- what masking patches costs the answer
+
+    def _start(self) -> None:
+        try:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+        except RuntimeError:  # a script, without anybody to wait for
+            asyncio.run(self._run())
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        self._measure.disabled, self._cancel.disabled = True, False
+        moment = self.moment
+        try:
+            for done, count in self._steps():
+                self.board.busy = f"masking patches: {done} of {count} …"
+                await asyncio.sleep(0.01)  # lets the kernel hear of a click on Cancel
+                if self.moment is not moment:
+                    break
+        except ValueError as error:
+            self.board.problem = str(error)
+        finally:
+            self.board.busy = ""
+            self._measure.disabled, self._cancel.disabled = False, True
+            self.refresh()
+
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        """Compute the maps of all pictures, some sets of tokens at a time."""
+        moment = self.moment
+        if not moment.prompt.spans.layouts:
+            raise ValueError(_NONE)
+        answer = moment.edited(_next_token)
+        pictures = [patches_of(moment.prompt, i) for i in range(len(moment.prompt.spans.layouts))]
+        wanted: list[list[Sequence[int]]] = []
+        for one in pictures:
+            causal_map(one, lambda sets: wanted.append(list(sets)) or np.zeros(len(sets)))
+        count, done, maps = sum(map(len, wanted)), 0, []
+        yield 0, count
+        for one, sets in zip(pictures, wanted, strict=True):
+            parts = []
+            for start in range(0, len(sets), _SETS):
+                some = tuple(tuple(tokens) for tokens in sets[start : start + _SETS])
+                parts.append(moment.edited(masking_effects, answer, some))
+                done += len(some)
+                yield done, count
+            effects = np.concatenate(parts)
+            maps.append(causal_map(one, lambda _, effects=effects: effects))
+        self._maps = maps
+        self._answer = visible(moment.model.tokenizer.decode(list(answer)))
+
+    def refresh(self) -> None:
+        """Draw anew, without the effects of another moment."""
+        if getattr(self, "_measured", None) is not self.moment:
+            self._measured, self._maps = self.moment, []
+        super().refresh()
+
+
+def _next_token(model: Llama4, prompt: Prompt) -> tuple[int]:
+    """Return the id that most likely follows the prompt."""
+    prompt = prompt.to(model.device)
+    logits = model(prompt.input_ids, prompt.pixel_values, prompt.attention_mask, keep_last=1)
+    return (int(logits[0, -1].argmax()),)
+
+
+def _label(one: Patches, picture: int, count: int) -> list[str]:
+    """Name each image token by its tile, row and column."""
+    at = one.layout
+    found = []
+    for tile, row, col in np.ndindex(one.position.shape):
+        is_global = at.num_tiles > 1 and tile == at.num_tiles - 1
+        part = "global tile" if is_global else f"tile {tile}"
+        found.append(f"picture {picture}, " * (count > 1) + f"{part}, row {row}, column {col}")
+    return found
+
+
+def drawn_pictures(prompt: Prompt, one: Patches) -> tuple[Image.Image, Image.Image]:
+    """Return the tiles of a picture as the model sees them, and the last one: the global tile."""
+    assert prompt.pixel_values is not None
+    at, first = one.layout, int(prompt.spans.tile[0, one.position[0, 0, 0]])
+    tiles = prompt.pixel_values[first : first + at.num_tiles].float().cpu().numpy()
+    tiles = np.rint((tiles + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    if tiles.shape[1] == 1:
+        tiles = tiles.repeat(3, axis=1)
+    local = rearrange(tiles[: at.rows * at.cols], "(r c) rgb y x -> (r y) (c x) rgb", c=at.cols)
+    whole = Image.fromarray(rearrange(tiles[-1], "rgb y x -> y x rgb").copy())
+    return Image.fromarray(local), whole
+
+
+def data_url(picture: Image.Image, room: int) -> str:
+    """Write a picture as an address of its own: PNG, or a smaller JPEG where that needs room."""
+    written = io.BytesIO()
+    picture.save(written, "PNG")
+    side = 672
+    while written.tell() * 4 > room * 3 and side > 32:  # base64: four letters for three bytes
+        smaller = picture.copy()
+        smaller.thumbnail((side, side))
+        written, side = io.BytesIO(), int(side * 0.7)
+        smaller.save(written, "JPEG", quality=80)
+    kind = "png" if written.getvalue()[:4] == b"\x89PNG" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(written.getvalue()).decode()}"

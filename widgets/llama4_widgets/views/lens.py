@@ -1,0 +1,272 @@
+"""What would the model say if it stopped early, and which of its parts wrote what it says?"""
+
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import traitlets
+
+from llama4_lab.analysis.decomposition import (
+    Decomposition,
+    decompose_logit,
+    decompose_router,
+    written,
+)
+from llama4_lab.analysis.lens import Lens, logit_lens
+from llama4_lab.config import Llama4Config
+from llama4_widgets.panels import Axis, Content, diverging, sequential
+from llama4_widgets.view import View
+from llama4_widgets.words import token_id, visible
+
+COLOURS = ("top word", "final answer", "change by the edits")
+_CELLS = 8192  # words of one update
+_MOST = 14  # parts that are shown
+_ROUNDING = 1e-3  # logits; sums of a float32 model are far below it
+
+
+class LensView(View):
+    """The likeliest next word at each half layer, and the parts that wrote its logit."""
+
+    title = "Lens"
+    help = (
+        "Every half layer adds to the residual stream; read early through the final norm and the "
+        "read-out, the stream shows what the model would say if it stopped there (logit lens). A "
+        "logit is a sum over the parts that wrote to the stream: the bars are its addends."
+    )
+    follows = ("token", "layer")
+    word = traitlets.Unicode(help="the next word to follow; empty: the model's own answer")
+    colour = traitlets.Enum(COLOURS, COLOURS[0], help="whose log-probability colours a word")
+    against_runner_up = traitlets.Bool(help="explain the lead over the runner-up, not the logit")
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        word = ipywidgets.Text(
+            description="Follow word",
+            placeholder="the model's answer",
+            continuous_update=False,
+            style={"description_width": "initial"},
+        )
+        colour = ipywidgets.Dropdown(options=COLOURS, description="Colour by")
+        against = ipywidgets.Checkbox(description="lead over the runner-up", indent=False)
+        traitlets.link((self, "word"), (word, "value"))
+        traitlets.link((self, "colour"), (colour, "value"))
+        traitlets.link((self, "against_runner_up"), (against, "value"))
+        row = ipywidgets.HBox([word, colour, against])
+        row.add_class("l4-app-chips")
+        return [row]
+
+    @traitlets.observe("word", "colour", "against_runner_up")
+    def _redraw(self, _change: Any) -> None:
+        if self.moment is not None:
+            self.refresh()
+
+    # ---- what is shown
+
+    def content(self) -> Content:
+        clean, edited = self._lenses()
+        names = self._names(edited)
+        low, high = int(edited.positions[0]), int(edited.positions[-1]) + 1
+        count = len(self.moment.words)
+        content = Content(self.axes())
+        # Both halves of a layer select it; the embedding, what enters layer 0.
+        content.axes["point"] = Axis(
+            "stream", len(names), "layer", names, [layer for layer, _ in map(_place, edited.points)]
+        )
+        content.axes["near"] = Axis(
+            "token", high - low, "token", self.moment.words[low:high], list(range(low, high))
+        )
+        part = "" if high - low == count else f"; tokens {low} to {high - 1} of {count}"
+        colours = {
+            COLOURS[0]: (edited.top_logprob[..., 0], sequential(-8, 0, "nats", "sure")),
+            COLOURS[1]: (edited.target_logprob, sequential(-8, 0, "nats", "sure")),
+            COLOURS[2]: (
+                edited.target_logprob - clean.target_logprob, diverging(2, "nats", "or more")
+            ),
+        }  # fmt: skip
+        values, scale = colours[self.colour]
+        goal = f"‘{self.word}’" if self.word else "the final answer"
+        what = "the word shown" if self.colour == COLOURS[0] else goal
+        content.add(
+            "words", "What the model would say here", values, ("point", "near"), scale,
+            kind="words", text=self._texts(clean, edited), cell=84 if self.moment.edits else 56,
+            note=f"colour: log-probability of {what}{part}; ●: already the answer at the end",
+        )  # fmt: skip
+        rows = [i for i, name in enumerate(edited.points) if name.endswith("resid_post")]
+        content.add(
+            "answer", f"How sure is {goal} after each layer?", edited.target_logprob[rows],
+            ("layer", "near"), sequential(-8, 0, "nats", "sure"),
+            note=f"log-probability{part}",
+        )  # fmt: skip
+        if self.moment.edits:
+            before, after = clean.target_logprob, edited.target_logprob
+            content.add(
+                "change", "Change by the edits", (after - before)[rows],
+                ("layer", "near"), diverging(2, "nats", "or more"),
+                note="of the same log-probability, edited minus clean",
+            )  # fmt: skip
+        self._add_parts(content, "parts", *self._of_word(edited))
+        if self._is_moe():
+            self._add_parts(content, "router", *self._of_expert())
+        return content
+
+    def summary(self) -> str:
+        _, edited = self._lenses()
+        token, column = self.selection.token, self._column(edited)
+        _, (*_, mine) = self._of_word(edited)
+        answer = visible(self._decode(int(edited.top_token[-1, column, 0])))
+        same = edited.top_token[:, column, 0] == edited.top_token[-1, column, 0]
+        since = len(same) - int(np.argmin(same[::-1])) if not same.all() else 0
+        text = (
+            f"After token {token} ‘{self.moment.words[token]}’ the model says ‘{answer}’ "
+            f"({np.exp(edited.top_logprob[-1, column, 0]):.0%}), without a break since "
+            f"‘{self._names(edited)[since]}’. {self._sum(mine)}"
+        )
+        layer = self.selection.layer
+        if not self._is_moe():
+            return f"{text} Layer {layer} is dense: it has no router."
+        _, (*_, router) = self._of_expert()
+        return f"{text} Router of layer {layer}, expert {router.target}: {self._sum(router)}"
+
+    def _sum(self, parts: Decomposition) -> str:
+        """State how complete a sum is."""
+        text = f"{len(parts.values)} parts add up to {parts.values.sum():.4f} logits"
+        if self.moment.edits and parts.residual > _ROUNDING:
+            return f"{text}, edits of the stream itself wrote {_by_edits(parts):+.4f} more."
+        return f"{text}, the model's own number is {parts.residual:.1e} away."
+
+    def _lenses(self) -> tuple[Lens, Lens]:
+        """Return the clean and the edited lens around the token, both asked about one word."""
+        count = len(self.moment.words)
+        points = 1 + 2 * self.moment.model.config.num_hidden_layers
+        half = max(_CELLS // points // 2, 8)
+        start = self.selection.token // half * half - half // 2
+        low = max(0, min(start, count - 2 * half))
+        near = tuple(range(low, min(low + 2 * half, count)))
+        clean = self.moment.clean(logit_lens, near, target=self._goal())
+        if not self.moment.edits:
+            return clean, clean
+        return clean, self.moment.edited(logit_lens, near, target=tuple(clean.target.tolist()))
+
+    def _goal(self) -> int | None:
+        return token_id(self.moment.model.tokenizer, self.word) if self.word else None
+
+    def _names(self, lens: Lens) -> list[str]:
+        return [_name(point, self.moment.model.config) for point in lens.points]
+
+    def _column(self, lens: Lens) -> int:
+        return self.selection.token - int(lens.positions[0])
+
+    def _texts(self, clean: Lens, edited: Lens) -> list[list[str]]:
+        """Say the top words, marked where they are the last row's, with the clean one if other."""
+        ids = {int(i) for lens in (clean, edited) for i in np.unique(lens.top_token[..., 0])}
+        words = {i: visible(self._decode(i)) for i in ids}
+
+        def text(mine: int, last: int, theirs: int) -> str:
+            said = ("● " if mine == last else "") + words[mine]
+            return said if mine == theirs else f"{said} (was {words[theirs]})"
+
+        mine, theirs = edited.top_token[..., 0].tolist(), clean.top_token[..., 0].tolist()
+        return [
+            [text(*cell) for cell in zip(row, mine[-1], others, strict=True)]
+            for row, others in zip(mine, theirs, strict=True)
+        ]
+
+    def _decode(self, idx: int) -> str:
+        tokenizer = self.moment.model.tokenizer
+        return str(idx) if tokenizer is None else tokenizer.token_text(int(idx))
+
+    # ---- sums
+
+    def _is_moe(self) -> bool:
+        return self.moment.model.config.is_moe(self.selection.layer)
+
+    def _of_word(self, edited: Lens) -> tuple[str, list[Decomposition]]:
+        """Return the parts of the word's logit, and what they are: clean, then edited if it is."""
+        goal = self._goal()
+        column = self._column(edited)
+        target = int(edited.top_token[-1, column, 0]) if goal is None else goal
+        found = self._both(decompose_logit, self.selection.token, target)
+        title = f"What wrote the logit of ‘{visible(self._decode(target))}’?"
+        return self._titled(title, found, lambda i: f"‘{visible(self._decode(i))}’"), found
+
+    def _of_expert(self) -> tuple[str, list[Decomposition]]:
+        layer, token = self.selection.layer, self.selection.token
+        found = self._both(decompose_router, layer, token)
+        title = f"Why expert {found[-1].target} in layer {layer}?"
+        return self._titled(title, found, lambda i: f"expert {i}"), found
+
+    def _both(self, compute: Any, *question: Any) -> list[Decomposition]:
+        """Return the clean and the edited sum of one number; without edits, the clean one."""
+        moment = self.moment
+        versus = "runner_up" if self.against_runner_up else None
+        kept = moment.edited(written)
+        *where, target = question if compute is decompose_logit else (*question, None)
+        mine = compute(moment.model, moment.prompt, *where, target, versus, kept=kept)
+        if not moment.edits:
+            return [mine]
+        kept, same = moment.clean(written), (mine.target, mine.versus)
+        return [compute(moment.model, moment.prompt, *where, *same, kept=kept), mine]
+
+    def _titled(self, title: str, found: list[Decomposition], name: Any) -> str:
+        versus = found[-1].versus
+        return title if versus is None else f"{title} Its lead over {name(versus)}:"
+
+    def _add_parts(
+        self, content: Content, name: str, title: str, found: list[Decomposition]
+    ) -> None:
+        """Add the strongest parts, edited before clean, and all others as one."""
+        found = found[::-1]
+        each = [_parts(one) for one in found]
+        parts = list(dict.fromkeys(part for one in each for part in one))
+        values = np.array([[one.get(part, 0.0) for part in parts] for one in each])
+        order = np.argsort(-np.abs(values).max(axis=0), kind="stable")
+        shown, rest = order[:_MOST], order[_MOST:]
+        rows = [[parts[i][0], *map(float, values[:, i])] for i in shown]
+        choices = [_choice(*parts[i]) for i in shown]
+        bound = float(np.abs(values).max())
+        if len(rest):
+            together = values[:, rest].sum(axis=1)
+            rows.append([f"{len(rest)} others together", *map(float, together)])
+            bound = max(bound, float(np.abs(together).max()))
+        if self.moment.edits and found[0].residual > _ROUNDING:
+            rows.append(["edits of the stream itself", *map(_by_edits, found)])
+        rows.append(
+            [
+                "all: the model's own number",
+                *(f"{one.total:.4f}".replace("-", "−") for one in found),
+            ]
+        )
+        choices += [None] * (len(rows) - len(choices))
+        heads = ["logits"] if len(found) == 1 else ["edited (logits)", "clean (logits)"]
+        content.table(
+            name, title, ["part", *heads], rows, choices, wide=False,
+            bars=[None, *(bound for _ in heads)], note="red: for it; blue: against it",
+        )  # fmt: skip
+
+
+def _by_edits(found: Decomposition) -> float:
+    return found.total - float(found.values.sum())
+
+
+def _parts(found: Decomposition) -> dict[tuple[str, str, int, int], float]:
+    """Return the values by label, kind, layer and index."""
+    keys = zip(found.labels, found.kind, found.layer.tolist(), found.index.tolist(), strict=True)
+    return dict(zip(keys, found.values.tolist(), strict=True))
+
+
+def _choice(_label: str, kind: str, layer: int, index: int) -> dict[str, int] | None:
+    """Return what a click on a part selects."""
+    if layer < 0:
+        return None
+    return {"layer": layer} | ({kind: index} if kind in ("head", "expert") else {})
+
+
+def _place(point: str) -> tuple[int, str]:
+    """Return the layer and the last name of a point of the stream."""
+    return (0, point) if point == "embed" else (int(point.split(".")[1]), point.split(".")[2])
+
+
+def _name(point: str, config: Llama4Config) -> str:
+    layer, kind = _place(point)
+    fed = "experts" if config.is_moe(layer) else "MLP"
+    said = {"embed": "embedding", "resid_mid": f"layer {layer} attention"}
+    return said.get(kind, f"layer {layer} {fed}")
