@@ -1,0 +1,130 @@
+"""The lab in a browser: views follow each other, edits are live, and a kept page needs no kernel.
+
+With ``LAB_SCREENSHOTS=folder`` in the environment the pictures of the README are written there.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect
+
+import llama4_lab as l4
+from llama4_lab import edits as E
+from llama4_lab.analysis.routing import Routing, routing_of
+from llama4_widgets.app import LabApp
+from llama4_widgets.views import VIEWS
+from llama4_widgets.words import visible
+
+pytestmark = pytest.mark.browser
+
+expect.set_options(timeout=60_000)  # a busy machine must not fail a test
+TOKEN = 12
+SCREENSHOTS = os.environ.get("LAB_SCREENSHOTS", "")
+
+
+@pytest.fixture(scope="module")
+def model() -> l4.Llama4:
+    return l4.load("mini")
+
+
+def board(page: Page, title: str) -> Locator:
+    return page.locator(".l4-view").filter(has=page.get_by_text(title, exact=True)).first
+
+
+def strip(view: Locator) -> Locator:
+    return view.locator(".l4-words").first
+
+
+def test_a_click_moves_all_views_and_a_switch_changes_them(lab_page, model):
+    lab_page.open_notebook("03_the_lab.ipynb")
+    page = lab_page.page
+    page.set_viewport_size({"width": 1440, "height": 1600})
+    lab_page.run_all()
+    router, ablate = board(page, "Router"), board(page, "Ablate")
+    expect(strip(router)).to_be_visible()
+    prompt = LabApp(model, shown=[]).moment.prompt
+
+    strip(router).locator("span").nth(TOKEN).click()
+    for view in (router, ablate):
+        expect(strip(view).locator("span").nth(TOKEN)).to_have_class("l4-selected")
+    expect(ablate).to_contain_text(f"What follows token {TOKEN}")
+    layer = 3  # that the notebook selected
+    routing = routing_of(model, prompt)
+    label = router.locator("canvas").first.get_attribute("aria-label")
+    assert label == said("Chosen expert", routing, layer, TOKEN)
+
+    strip(router).press("ArrowRight")
+    expect(strip(ablate).locator("span").nth(TOKEN + 1)).to_have_class("l4-selected")
+    expect(ablate).to_contain_text(f"What follows token {TOKEN + 1}")
+
+    ablate.get_by_role("button", name="skip layer").click()
+    with E.edited(model, [E.SkipLayer(layer)]):
+        edited = routing_of(model, prompt)
+    flips = int((routing.expert[..., 0] != edited.expert[..., 0]).sum())
+    expect(ablate.locator(".l4-summary")).to_contain_text(f"{flips} routing flips")
+    expect(router.locator("[data-panel=flips]")).to_be_visible()
+    ablate.get_by_role("button", name="skip layer").click()
+    expect(router.locator("[data-panel=flips]")).to_have_count(0)
+
+
+def said(title: str, routing: Routing, layer: int, token: int) -> str:
+    """Return what a screen reader hears of a map of experts."""
+    word = visible(routing.tokens[token])
+    chosen = routing.expert[routing.row(layer), token, 0]
+    return f"{title}. layer {layer}, token {token} ‘{word}’: expert {chosen}"
+
+
+def photograph(browser: Browser, model: l4.Llama4, folder: Path) -> None:
+    """Write small pictures of every view, light and dark, for the README."""
+    app = LabApp(model, shown=list(VIEWS))
+    app.selection.layer, app.selection.token = 3, 9
+    app.views["experts"].measure()
+    app.views["ablate"].edits = (E.DropExpert(3, expert=7),)
+    for _ in range(40):
+        app.views["generate"].step()
+    app.views["generate"].refresh()
+    seeing = LabApp(model, shown=["image"])
+    seeing.bar.scene.click()
+    files = {f"view-{name}": view for name, view in (app.views | seeing.views).items()}
+    app.shown = ("router", "lens", "ablate", "experts")
+    for name, page_maker in (files | {"lab": app}).items():
+        page_maker.to_html(folder / f"{name}.html")
+        for scheme in ("light", "dark"):
+            width = 1440 if name == "lab" else 760
+            context = browser.new_context(
+                viewport={"width": width, "height": 500}, color_scheme=scheme, offline=True
+            )
+            page = context.new_page()
+            page.goto((folder / f"{name}.html").as_uri(), wait_until="commit")
+            page.wait_for_timeout(1000)
+            file = Path(SCREENSHOTS, f"{name}-{scheme}.png")
+            page.locator("main").screenshot(path=file)
+            Image.open(file).convert("RGB").quantize(96).save(file, optimize=True)
+            context.close()
+
+
+def test_a_kept_page_links_views_without_a_kernel(browser: Browser, model, tmp_path):
+    app = LabApp(model, "def add(a, b):\n    return a + b", shown=["router", "attention", "ablate"])
+    app.edits = (E.DropExpert(3, expert=0),)
+    app.to_html(tmp_path / "lab.html")
+    context = browser.new_context(viewport={"width": 1280, "height": 1000}, offline=True)
+    page, wrong = context.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: request.url.startswith("file:") or wrong.append(request.url))
+    page.goto((tmp_path / "lab.html").as_uri(), wait_until="commit")
+    strips = page.locator(".l4-words")
+    expect(strips.nth(1)).to_be_visible()
+    strips.first.locator("span").nth(5).click()
+    for i in range(strips.count()):
+        expect(strips.nth(i).locator("span").nth(5)).to_have_class("l4-selected")
+    label = page.locator("[data-panel=chosen] canvas").first.get_attribute("aria-label")
+    assert label == said(
+        "Chosen expert", app.moment.edited(routing_of), app.selection.layer, token=5
+    )
+    assert wrong == []
+    context.close()
+    if SCREENSHOTS:
+        photograph(browser, model, tmp_path)
