@@ -128,3 +128,60 @@ def test_a_kept_page_links_views_without_a_kernel(browser: Browser, model, tmp_p
     context.close()
     if SCREENSHOTS:
         photograph(browser, model, tmp_path)
+
+
+TIMED = """async ([selector, act, seen, times]) => {
+    const view = (title) => [...document.querySelectorAll(".l4-view")].find(
+        (each) => each.querySelector(".l4-heading b")?.textContent === title);
+    const frame = () => new Promise((done) => requestAnimationFrame(done));
+    const taken = [];
+    for (let i = 0; i < times; i++) {
+        const which = act === "key" ? 0 : 3 + i % 9;
+        const target = view(selector[0]).querySelectorAll(selector[1])[which];
+        const changed = new Promise((done) => {
+            const watch = new MutationObserver(() => (watch.disconnect(), done()));
+            watch.observe(view(seen[0]).querySelector(seen[1]),
+                { subtree: true, childList: true, characterData: true, attributes: true });
+        });
+        const start = performance.now();
+        if (act === "key") {
+            const key = i % 2 ? "ArrowLeft" : "ArrowRight";
+            target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+        } else target.click();
+        await changed;
+        await frame();
+        await frame();
+        taken.push(performance.now() - start);
+        await new Promise((done) => setTimeout(done, 300));
+    }
+    return taken.sort((a, b) => a - b);
+}"""
+
+
+def test_the_page_answers_in_time(lab_page, capsys):
+    """Print latencies and payloads; the ceilings are wide, for a busy machine."""
+    received = []
+    page = lab_page.page
+    page.on(
+        "websocket",
+        lambda socket: socket.on("framereceived", lambda data: received.append(len(data))),
+    )
+    lab_page.open_notebook("03_the_lab.ipynb")
+    lab_page.run_all()
+    expect(board(page, "Ablate").locator(".l4-panels figure").first).to_be_visible()
+    whole = sum(received)
+    asked = {
+        "slider to edited picture": (["Ablate", ".noUi-handle"], "key", ["Router", ".l4-panels"]),
+        "click to linked view": (["Router", ".l4-words span"], "click", ["Ablate", ".l4-words"]),
+    }
+    lines = [f"whole page: {whole / 1e6:.2f} MB over the socket"]
+    for what, (selector, act, seen) in asked.items():
+        before = sum(received)
+        taken = page.evaluate(TIMED, [selector, act, seen, 20])
+        size = (sum(received) - before) / 20 / 1e3
+        median, late = taken[10], taken[18]
+        lines.append(f"{what}: median {median:.0f} ms, p95 {late:.0f} ms, {size:.0f} kB each")
+        assert late < 10_000 and size < 1000
+    assert whole < 12e6
+    with capsys.disabled():
+        print("", *lines, sep="\n")
