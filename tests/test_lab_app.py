@@ -1,7 +1,9 @@
 """The lab's bar: pictures, scenes, and another run beside this one."""
 
+import asyncio
 import io
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,3 +195,23 @@ def test_a_comparison_is_kept(app, tmp_path):
     assert list(kept.boards) == ["difference", "router", "router beside"]
     assert kept.recording.about["beside"] == "the text 'two'"
     assert len({board.group for board in kept.boards.values()}) == 1
+
+
+def test_a_dragged_slider_is_answered_before_slower_views_follow(model):
+    async def drag() -> tuple[list[bool], list[bool]]:
+        app = LabApp(model, TEXT, shown=["router", "lens", "ablate"])
+        ablate: Any = app.views["ablate"]
+        slider = next(
+            c.widget for c in ablate._controls if c.widget.description == "router temperature"
+        )
+        slider.value = 2.0
+        slider.value = 3.0
+        names = ("router", "ablate", "lens")
+        at_once = [app.views[name].moment is app.moment for name in names]
+        await asyncio.sleep(0.3)
+        assert app.edits == (E.RouterTemperature(0, 3.0),)
+        return at_once, [app.views[name].moment is app.moment for name in names]
+
+    at_once, later = asyncio.run(drag())
+    assert at_once == [True, True, False]
+    assert later == [True, True, True]

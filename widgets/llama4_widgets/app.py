@@ -1,5 +1,6 @@
 """The lab: one page of linked views of a prompt in a model."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from llama4_widgets.views.difference import DifferenceView
 
 MAX_TOKENS = 4096
 _ONCE = ("ablate", "generate", "planner")  # views that are no part of a comparison
+_AT_ONCE = ("router", "ablate")  # views that answer a slider; the others follow when it rests
+_PAUSE = 0.05  # seconds
 _TEXT = "The old man looked at the sea.\ndef add(a, b):\n    return a + b\n12 + 7 = 19\n"
 
 
@@ -56,6 +59,7 @@ class LabApp(ipywidgets.VBox):
         self.selection = Selection()
         self._mirror = Mirror(self.selection)  # of what stands beside
         self.views: dict[str, View] = {}
+        self._is_dragged = False
         self.difference: DifferenceView | None = None
         self.beside: dict[str, View] = {}  # the other run's
         self._other: Any = None  # what it is compared with
@@ -169,6 +173,7 @@ class LabApp(ipywidgets.VBox):
 
     def recording(self) -> Recording:
         """Return what is shown, as it is kept."""
+        self._catch_up()
         boards = {name: view.board for name, view in self._on_page()}
         return record(self.prompt, self.moment, boards, self._told() if self.difference else "")
 
@@ -197,14 +202,29 @@ class LabApp(ipywidgets.VBox):
             return
         made = [view.moment for view in self.views.values() if view.moment.edits == self.edits]
         made = [moment for moment in made if moment.prompt is self.moment.prompt]
+        self._is_dragged = bool(made)  # it came from a view: more of it may be on its way
         self.moment = made[0] if made else self.moment.with_edits(self.edits)
+        self._is_dragged = False
 
     @traitlets.observe("moment")
     def _show_moment(self, _change: Any) -> None:
-        for view in self.views.values():
-            view.moment = self.moment
+        for name, view in self.views.items():
+            if name in _AT_ONCE or not self._is_dragged:
+                view.moment = self.moment
+        self._catch_up_soon()
         if self.difference:
             self.bar.guard(lambda: self.compare(self._other))
+
+    def _catch_up_soon(self) -> None:
+        """Bring the other views up to date when the kernel has heard the newest wish."""
+        try:
+            asyncio.get_running_loop().call_later(_PAUSE, self._catch_up)
+        except RuntimeError:  # no loop: outside of a notebook
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        for view in self.views.values():
+            view.moment = self.moment
 
     @traitlets.observe("shown")
     def _show_views(self, _change: Any = None) -> None:
