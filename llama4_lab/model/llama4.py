@@ -96,9 +96,7 @@ class Llama4(nn.Module):
         """Return an empty cache of this model's dtype, device, chunks and (here) heads."""
         heads = self.config.num_key_value_heads // self.ranks.size
         config = self.config.replace(num_attention_heads=heads, num_key_value_heads=heads)
-        return KVCache(
-            config, batch_size, dtype=self.dtype, device=self.device, chunks=self.chunks
-        )
+        return KVCache(config, batch_size, dtype=self.dtype, device=self.device, chunks=self.chunks)
 
     def forward(
         self,
