@@ -8,7 +8,7 @@ rest; many runs share the batches, each joining at the layer where it begins.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any, cast
 
@@ -169,12 +169,13 @@ class Replay:
             joined = clean.expand(count, *clean.shape[1:])
             return joined if x is None else torch.cat([x, joined])
 
+        step = cache(lambda batch_size: self._step(batch_size, first))
         x = self._embedded(variants, first, rows)
         for i, layer in enumerate(layers):
             at, z = f"layers.{i}.", None
             tap = rows.scope(at)
             if (x := join(x, at + "resid_pre", (i, 0))) is not None:
-                x, z = layer.mix(x, self._step(len(x), first), tap)
+                x, z = layer.mix(x, step(len(x)), tap)
             z = join(z, at + "attn.z", (i, 1))
             x = join(x, at + "resid_pre", (i, 1))
             if x is not None and z is not None:

@@ -81,6 +81,15 @@ def test_a_lesson_is_of_its_length_and_depends_on_the_generator_only(material, l
         assert slots == len(rows.pixel_values) * VISION.tokens_per_tile
 
 
+def test_pictures_ask_only_what_they_are_told(material):
+    rows = Pictures(4, tasks=("colour", "count")).draw(np.random.default_rng(0), material)
+    for row in rows.inputs:
+        turns = material.tokenizer.decode(row.tolist()).split("<|header_start|>user<|header_end|>")
+        questions = [turn.split("<|eot|>")[0].split("<|image_end|>")[-1].strip() for turn in turns]
+        assert len(questions) > 1
+        assert all(question.startswith(("What colo", "How many")) for question in questions[1:])
+
+
 def test_sums_score_answers_only(material):
     rows = Sums(2).draw(np.random.default_rng(0), material)
     line = material.tokenizer.decode(rows.inputs[0].tolist()).split("\n")[0]

@@ -179,7 +179,8 @@ class Sums(Lesson):
 
 @dataclass(frozen=True)
 class Pictures(Lesson):
-    """Chats about scenes, several questions to each.
+    """Chats about scenes, several questions to each; a task that stands in `tasks` several times
+    is asked as much more often.
 
     Beside the answers, each image token is scored on naming what it shows (see `patch_labels`):
     what is to be said stands ready then where it is looked for. `patch_weight` is the weight of
@@ -188,7 +189,7 @@ class Pictures(Lesson):
 
     length: int = 128
     world: scenes.World = scenes.WORLD
-    tasks: tuple[str, ...] = scenes.ONE_PICTURE  # of the first question
+    tasks: tuple[str, ...] = scenes.ONE_PICTURE
     tiles: tuple[tuple[int, int], ...] = ((1, 1),)
     questions: int = 6  # to each scene, at most
     patch_weight: float = 0.1
@@ -202,7 +203,7 @@ class Pictures(Lesson):
         example = scenes.sample(rng, choose(rng, self.tasks), world)
         questions = {example.question: example.answer}
         for _ in range(self.questions):
-            more = scenes.another(rng, example, world)
+            more = scenes.another(rng, example, world, self.tasks)
             questions[more.question] = more.answer
         rows, prompt = chat(material, example.images, questions.items(), self.length)
         labels = patch_labels(choose(rng, ATTRIBUTES), prompt, example.scenes, material.tokenizer)

@@ -6,7 +6,7 @@ an object stands inside one place, so objects never touch and painting one out i
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -211,15 +211,22 @@ def sample(rng: np.random.Generator, task: str | None = None, world: World = WOR
             return _example(query, scenes, ask(query, int(rng.integers(len(WORDINGS[task])))))
 
 
-def another(rng: np.random.Generator, example: Example, world: World = WORLD) -> Example:
+def another(
+    rng: np.random.Generator,
+    example: Example,
+    world: World = WORLD,
+    tasks: Sequence[str] = ONE_PICTURE,
+) -> Example:
     """Draw one more unambiguous question about the pictures of an example.
 
-    Here some numbers and some answers are more frequent than others: pictures that happen to fit
+    About a single picture it is of one of `tasks`, about several of the same task again. Some
+    numbers and some answers are more frequent than others here: pictures that happen to fit
     a question are kept, and nothing is drawn again to make up for it.
     """
     scenes = example.scenes
     is_motion = example.query.task == "motion"
-    tasks = ONE_PICTURE if example.query.task in ONE_PICTURE else (example.query.task,)
+    if example.query.task in _SEVERAL:
+        tasks = (example.query.task,)
     is_crowd = is_motion and len(scenes[0].objects) > 1
     while True:
         task = _pick(rng, tasks)
