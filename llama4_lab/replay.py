@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
@@ -66,7 +66,7 @@ class Replay:
             )
         names = [f"layers.*.{part}" for part in _KEPT] + ["embed", "final_norm"]
         if any(model.config.is_moe(i) for i in range(model.config.num_hidden_layers)):
-            names.append("layers.*.router.indices")
+            names.append("layers.*.router.*")
         with torch.no_grad(), trace(model, names) as kept:
             model.hidden(**self.inputs)
         self._kept = {name: model.ranks.mine(name, value) for name, value in kept.items()}
@@ -148,7 +148,7 @@ class Replay:
                 edits=tuple(variant.edits),
                 first=first,
                 hidden=hidden[row],
-                experts={i: chosen[row] for i, chosen in rows.experts.items() if row < len(chosen)},
+                routers={p: value[row] for p, value in rows.routers.items() if row < len(value)},
                 evidence=rows.evidence(row),
                 change_logits=variant.change("logits"),
             )
@@ -277,7 +277,7 @@ class Edited:
     edits: tuple[Edit, ...]
     first: int
     hidden: Float[Tensor, "t d"]  # what the read-out sees, from `first` on
-    experts: dict[int, Int[Tensor, "t topk"]]  # chosen from `first` on, in the layers run again
+    routers: dict[str, Tensor]  # by point, from `first` on, of the layers run again
     evidence: dict[str, Evidence]
     change_logits: Callable[[Tensor], Tensor]
 
@@ -312,11 +312,20 @@ class Edited:
             evidence=self.evidence,
         )
 
+    def router(self, layer: int, part: str) -> Shaped[Tensor, "t _"]:
+        """Return "logits", "indices" or "scores" of a MoE layer's router, for the whole prompt."""
+        point = f"layers.{layer}.router.{part}"
+        clean = self.replay._kept[point][0]
+        if (mine := self.routers.get(point)) is None:
+            return clean
+        return torch.cat([clean[: self.first], mine]) if self.first else mine
+
     def _flips(self, layer: int) -> int:
-        if layer not in self.experts:
+        point = f"layers.{layer}.router.indices"
+        if point not in self.routers:
             return 0
         clean = self.replay.experts[layer][self.first :].sort(dim=-1).values
-        mine = self.experts[layer].sort(dim=-1).values
+        mine = self.routers[point].sort(dim=-1).values
         if clean.shape != mine.shape:  # another number of experts each
             return len(mine)
         return int((clean != mine).any(dim=-1).sum())
@@ -360,7 +369,7 @@ class _Rows(Tap):
 
     def __init__(self, variants: list[_Variant]):
         self.witness = Witness()
-        self.experts: dict[int, Int[Tensor, "b t topk"]] = {}
+        self.routers: dict[str, Shaped[Tensor, "b t _"]] = {}
         self._changed: list[dict[str, float]] = [{} for _ in variants]
         self._by_point: dict[str, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
         self._seen_by: dict[str, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
@@ -387,8 +396,8 @@ class _Rows(Tap):
                 new = rows[0] if len(rows) == 1 else torch.cat(rows)
             self.witness.follow(name, new, instead_of=value)
             value = new
-        if name.endswith("router.indices"):
-            self.experts[int(name.split(".")[1])] = value
+        if ".router." in name:
+            self.routers[name] = value
         return value
 
     def watched(self, row: int, point: str) -> Callable[[Tensor], Tensor]:

@@ -18,6 +18,8 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, pack, sequential
 from llama4_widgets.selection import Selection
 from llama4_widgets.still import picked, unpack
+from llama4_widgets.views.difference import DifferenceView
+from llama4_widgets.views.experts import ExpertsView
 from llama4_widgets.views.router import RouterView
 
 TEXT = "def add(a, b):\n    return a + b"
@@ -105,6 +107,17 @@ def test_an_edited_moment_is_the_edited_model_beside_the_clean_one(moment, model
     assert "flips" in names and "flips" not in [
         panel["name"] for panel in RouterView(moment).board.content.panels
     ]
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_views_show_a_layer_that_chooses_more_experts(moment, k):
+    other = moment.with_edits([E.TopK(1, k)])
+    views = [RouterView(other), ExpertsView(other), DifferenceView(moment, Selection(), other)]
+    for view in views:
+        assert view.board.problem == ""
+        assert view.summary()
+    flips = views[2].flips()
+    assert flips[1].all() and not flips[0].any()
 
 
 def test_a_hidden_view_computes_when_it_is_shown(moment, model):

@@ -1,12 +1,14 @@
 """Replay: runs from the middle equal whole runs, and say what they changed."""
 
+import numpy as np
 import pytest
 import torch
-from test_edits import ALL, in_full, some_prompt
+from test_edits import ALL, in_full, rows_of, some_prompt
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
 from llama4_lab import edits as E
+from llama4_lab.analysis.routing import routing_in
 from llama4_lab.points import NO_TAP
 from llama4_lab.replay import Replay, _Rows
 
@@ -35,6 +37,23 @@ def test_many_runs_at_once_equal_each_by_itself(model, prompt, replay):
         assert found.edits == tuple(edits)
         expected = in_full(model, prompt, sources, edits)
         torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_run_knows_what_its_routers_decided(model, prompt, replay):
+    sources = {"clean": prompt, "other": some_prompt(1)}
+    tokens = [str(i) for i in range(len(replay))]
+    for edits in [[], *([edit] for edit in ALL)]:
+        found = routing_in(replay.edited(edits), tokens)
+        points = [f"layers.{i}.router.*" for i in found.layers]
+        expected = rows_of(model, points, prompt, edits, sources)
+        for row, layer in enumerate(found.layers):
+            for name, mine in (("indices", found.expert), ("scores", found.score)):
+                theirs = expected[f"layers.{layer}.router.{name}"][0].numpy()
+                shown = mine[row, :, : theirs.shape[1]]
+                np.testing.assert_allclose(shown, theirs, atol=1e-5, err_msg=f"{edits} {name}")
+            logits = expected[f"layers.{layer}.router.logits"][0].numpy()
+            np.testing.assert_allclose(found.logits[row], logits, atol=1e-5, err_msg=f"{edits}")
 
 
 @torch.no_grad()

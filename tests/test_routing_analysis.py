@@ -9,6 +9,7 @@ from small_tokenizer import small_tokenizer
 from tiny import CONFIG
 
 import llama4_lab as l4
+from llama4_lab import edits as E
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.prompt import Prompt, build_prompt
 
@@ -41,6 +42,18 @@ def test_routing_is_what_the_routers_decided(prompt):
         np.testing.assert_array_equal(routing.runner_up[row], best[:, 2])
         np.testing.assert_array_equal(routing.margin[row], ranked[:, 1] - ranked[:, 2])
         np.testing.assert_allclose(routing.score[row], 1 / (1 + np.exp(-ranked[:, :2])), rtol=1e-5)
+
+
+def test_layers_may_choose_different_numbers_of_experts(prompt):
+    routed, clean = model(), routing_of(model(), prompt)
+    with E.edited(routed, [E.TopK(3, 4), E.TopK(5, 1)]):
+        routing = routing_of(routed, prompt)
+    assert routing.expert.shape == (3, len(prompt.tokens), 4)
+    np.testing.assert_array_equal(routing.expert[0, :, :2], clean.expert[0])
+    assert (routing.expert[0, :, 2:] == -1).all() and np.isnan(routing.score[0, :, 2:]).all()
+    assert (routing.expert[1] >= 0).all()
+    assert (routing.expert[2, :, 0] >= 0).all() and (routing.expert[2, :, 1:] == -1).all()
+    np.testing.assert_allclose(routing.load.sum(axis=1), 1)
 
 
 def test_load_counts_the_choices_of_each_expert(prompt):

@@ -75,7 +75,7 @@ def counterfactual(
         for layer in layers
         for expert in range(config.num_local_experts)
     ]
-    base = replay.edited(edits) if edits else None
+    base = replay.edited(edits)
     found = [
         run.logits_of(slice(read - run.first, read - run.first + 1))[0] for run in replay.many(runs)
     ]
@@ -85,21 +85,17 @@ def counterfactual(
         read=read,
         gate=gate,
         layers=layers,
-        chosen=_chosen(replay, base, token),
-        clean=_numpy(F.log_softmax((base or replay).logits[read].float(), dim=-1)),
+        chosen=_chosen(base, token),
+        clean=_numpy(F.log_softmax(base.logits[read].float(), dim=-1)),
         logprobs=_numpy(logprobs).reshape(len(layers), config.num_local_experts, -1),
     )
 
 
-def _chosen(replay: Replay, base: Edited | None, token: int) -> Int[np.ndarray, "l topk"]:
-    """Return the experts of a token, of the edited run where that ran again."""
-    rows = {layer: _numpy(chosen[token]) for layer, chosen in replay.experts.items()}
-    if base is not None and token >= base.first:
-        rows |= {i: _numpy(chosen[token - base.first]) for i, chosen in base.experts.items()}
-    most = max(len(row) for row in rows.values())
-    return np.stack(
-        [np.pad(row, (0, most - len(row)), constant_values=-1) for row in rows.values()]
-    )
+def _chosen(run: Edited, token: int) -> Int[np.ndarray, "l topk"]:
+    """Return the experts of a token; -1 where a layer chooses fewer than another."""
+    rows = [_numpy(run.router(layer, "indices")[token]) for layer in run.replay.experts]
+    most = max(map(len, rows))
+    return np.stack([np.pad(row, (0, most - len(row)), constant_values=-1) for row in rows])
 
 
 def _numpy(x: Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Which experts the tokens of a prompt or of a batch chose, and how close each choice was."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
+from llama4_lab.replay import Edited
 from llama4_lab.trace import trace
 
 Batch = Tensor | Prompt | tuple[Prompt, Tensor]
@@ -21,8 +23,8 @@ class Routing:
     tokens: list[str]
     layers: tuple[int, ...]
     logits: Float[np.ndarray, "l n e"]
-    expert: Int[np.ndarray, "l n topk"]  # strongest first
-    score: Float[np.ndarray, "l n topk"]  # sigmoid of the chosen logits, in (0, 1)
+    expert: Int[np.ndarray, "l n topk"]  # strongest first; -1 where a layer chooses fewer
+    score: Float[np.ndarray, "l n topk"]  # sigmoid of the chosen logits, in (0, 1); nan for -1
     runner_up: Int[np.ndarray, "l n"]  # the best expert not chosen; -1 if all are chosen
     margin: Float[np.ndarray, "l n"]  # logits from the runner-up up to the weakest chosen expert
 
@@ -33,7 +35,8 @@ class Routing:
     @property
     def load(self) -> Float[np.ndarray, "l e"]:
         """Each expert's share of the prompt's choices, in [0, 1]; a layer's shares sum to one."""
-        return (self.expert[..., None] == np.arange(self.num_experts)).mean(axis=(1, 2))
+        count = (self.expert[..., None] == np.arange(self.num_experts)).sum(axis=(1, 2))
+        return count / count.sum(axis=1, keepdims=True)
 
     def row(self, layer: int) -> int:
         """Return where a layer of the model stands on the axis l.
@@ -72,14 +75,33 @@ def routing_of(model: Llama4, prompt: Prompt) -> Routing:
     prompt = prompt.to(model.device)
     with trace(model, "layers.*.router.*") as cache:
         model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
+    return _routing(tokens, layers, lambda i, part: cache[f"layers.{i}.router.{part}"][0])
 
-    def stacked(name: str) -> Tensor:
-        return torch.stack([cache[f"layers.{i}.router.{name}"][0] for i in layers])
 
-    logits, expert = stacked("logits"), stacked("indices")
-    runner_up, margin = _next_best(logits, expert)
-    arrays = (logits, expert, stacked("scores"), runner_up, margin)
-    return Routing(tokens, layers, *map(_numpy, arrays))
+def routing_in(run: Edited, tokens: list[str]) -> Routing:
+    """Return what the routers decided in an edited run, without running anything.
+
+    Raises:
+        ValueError: a model without MoE layers.
+    """
+    return _routing(tokens, moe_layers(run.replay.model), run.router)
+
+
+def _routing(
+    tokens: list[str], layers: tuple[int, ...], decided: Callable[[int, str], Tensor]
+) -> Routing:
+    """Put together what ``decided(layer, part)`` of each layer's router says, ``[n, …]``."""
+    found: list[list[np.ndarray]] = []
+    for i in layers:
+        logits, expert = decided(i, "logits"), decided(i, "indices")
+        found.append([_numpy(x) for x in (logits, expert, decided(i, "scores"))])
+        found[-1] += [_numpy(x) for x in _next_best(logits, expert)]
+    topk = max(each[1].shape[-1] for each in found)
+    for each in found:
+        fewer = ((0, 0), (0, topk - each[1].shape[-1]))
+        each[1] = np.pad(each[1], fewer, constant_values=-1)
+        each[2] = np.pad(each[2], fewer, constant_values=np.nan)
+    return Routing(tokens, layers, *map(np.stack, zip(*found, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +160,8 @@ def moe_layers(model: Llama4) -> tuple[int, ...]:
 
 
 def _next_best(
-    logits: Float[Tensor, "l n e"], expert: Int[Tensor, "l n topk"]
-) -> tuple[Int[Tensor, "l n"], Float[Tensor, "l n"]]:
+    logits: Float[Tensor, "n e"], expert: Int[Tensor, "n topk"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Find the best expert that was not chosen, and how far below the weakest chosen one it is."""
     weakest = logits.gather(-1, expert).amin(dim=-1)
     best, runner_up = logits.scatter(-1, expert, float("-inf")).max(dim=-1)

@@ -52,6 +52,7 @@ def describe(routing: "Routing", layer: int, token: int) -> str:
         for expert, score in zip(
             routing.expert[row, token].tolist(), routing.score[row, token].tolist(), strict=True
         )
+        if expert >= 0
     ]
     sentence = f"layer {layer}, token {token} ‘{visible(routing.tokens[token])}’: "
     sentence += " and ".join(chosen)

@@ -68,8 +68,15 @@ class DifferenceView(View):
 
     def flips(self) -> Int[np.ndarray, "l n"]:
         """Return 1 where the two runs chose other experts, by MoE layer and token."""
-        mine, theirs = (side.edited(routing_of).expert for side in (self.moment, self.other))
-        return (np.sort(mine) != np.sort(theirs)).any(axis=-1).astype(int)
+        sides = [side.edited(routing_of).expert for side in (self.moment, self.other)]
+        topk = max(expert.shape[-1] for expert in sides)  # edits can give a layer more choices
+        mine, theirs = (
+            np.sort(
+                np.pad(expert, ((0, 0), (0, 0), (0, topk - expert.shape[-1])), constant_values=-1)
+            )
+            for expert in sides
+        )
+        return (mine != theirs).any(axis=-1).astype(int)
 
     def _add_answers(self, content: Content) -> None:
         """Add the likeliest next words after the selected token, of both."""

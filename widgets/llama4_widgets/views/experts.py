@@ -13,8 +13,9 @@ from llama4_lab.analysis.load import effective_experts, gini, max_over_mean, nor
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.analysis.specialisation import Specialisation, specialisation
 from llama4_lab.analysis.transitions import following
-from llama4_widgets.panels import Axis, Content, diverging, experts, sequential
+from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View
+from llama4_widgets.views.router import add_load
 
 _ROWS, _LENGTH = 4, 96  # documents of each kind of text, and their tokens
 _CONTEXT = 4  # tokens on either side
@@ -69,24 +70,9 @@ class ExpertsView(View):
         clean, edited = self.moment.clean(routing_of), self.moment.edited(routing_of)
         count = len(clean.layers)
         content = Content(self.axes() | {"next": Axis("next layer's expert", edited.num_experts)})
-        scale = experts(edited.num_experts)
-        uniform = 100 / edited.num_experts
         both = ("moe layer", "expert")
-        if self.moment.edits:
-            content.array("clean load", 100 * clean.load, both)
-        content.add(
-            "load",
-            f"Load of layer {self._layer(edited)}",
-            100 * edited.load,
-            both,
-            sequential(0, 100 * min(1.0, 1.2 * float(edited.load.max())), "%"),
-            kind="bars",
-            wide=False,
-            colours=scale["colours"],
-            clean="clean load" if self.moment.edits else None,
-            reference=uniform,
-            note=f"dashed: all alike, {uniform:.3g} %" + "; marks: clean" * bool(self.moment.edits),
-        )
+        before = clean if self.moment.edits else None
+        add_load(content, edited, before, f"layer {self._layer(edited)}")
         content.add(
             "loads",
             "Load of all layers",
@@ -117,7 +103,8 @@ class ExpertsView(View):
         self._add_tokens(content, edited)
         if count > 1:
             counts = RoutingCounts.empty(count, edited.num_experts, 1)
-            counts.update(edited.expert)
+            in_all = (edited.expert >= 0).all(axis=(0, 1))  # edits can give a layer more choices
+            counts.update(edited.expert[..., in_all])
             flow = np.full((count, edited.num_experts, edited.num_experts), np.nan)
             flow[:-1] = 100 * following(counts.transitions)
             content.add(
@@ -127,6 +114,7 @@ class ExpertsView(View):
                 ("moe layer", "expert", "next"),
                 sequential(0, 100, "%"),
                 wide=False,
+                paged=True,
                 note="of the tokens of an expert (down)",
             )
         if self.specialised is not None:
