@@ -38,7 +38,7 @@ def library(monkeypatch):
 
 
 @pytest.mark.parametrize("topk", [1, 2, 5])
-@pytest.mark.parametrize("n", [1, 2, 7, 16])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 16, 41, 150])  # rows, a vector, panels, many panels
 @torch.no_grad()
 def test_one_call_for_few_tokens_equals_the_loop(n, topk):
     x, weights = torch.randn(n, D), layer()
@@ -46,6 +46,26 @@ def test_one_call_for_few_tokens_equals_the_loop(n, topk):
     expected = experts.moe(x, *weights, topk=topk, backend="loop")
     found = experts.moe(x, *weights, topk=topk, backend="numba")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [7, 16, 41, 150])
+@torch.no_grad()
+def test_bfloat16_weights_are_read_as_they_lie(n, monkeypatch):
+    monkeypatch.setitem(probe.DEFAULT, torch.bfloat16, probe.Best(200, "linear"))
+    x, weights = torch.randn(n, D).bfloat16(), layer(dtype=torch.bfloat16)
+    found = experts.moe(x, *weights, backend="numba").float()
+    exact = [tuple(w.float() for w in each) for each in weights[1:]]
+    expected = experts.moe(x.float(), weights[0].float(), *exact, backend="loop")
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+@torch.no_grad()
+def test_nan_stays_with_its_token():
+    x, weights = torch.randn(40, D), layer(e=1)
+    x[5, 3] = torch.nan
+    found = experts.moe(x, *weights, backend="numba")
+    assert found[5].isnan().all()
+    assert not found[torch.arange(40) != 5].isnan().any()
 
 
 @pytest.mark.parametrize("name", ["linear", "transposed", "onednn"])

@@ -97,6 +97,18 @@ def choose_backend(x: Tensor) -> str:
     return "grouped" if fast else "loop"
 
 
+def backend_for(x: Tensor, asked: str) -> str:
+    """Return the backend that is asked for, or of "auto" the one that it stands for.
+
+    Raises:
+        ValueError: a backend that does not exist.
+    """
+    backend = choose_backend(x) if asked == "auto" else asked
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
+    return backend
+
+
 def moe(
     x: Float[Tensor, "n d"],
     router: Float[Tensor, "e d"],
@@ -125,9 +137,7 @@ def moe(
     Raises:
         ValueError: a backend that does not exist.
     """
-    backend = choose_backend(x) if backend == "auto" else backend
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
+    backend = backend_for(x, backend)
     inside = any(record.watches(name) for name in _INSIDE) or isinstance(experts[0], Mapped)
     if backend == "numba" and not inside and _numba().takes(x, router, *experts, *shared):
         return _numba().moe(x, router, experts, shared, topk, record)

@@ -112,6 +112,8 @@ class Mapped:
             return weight.to(self.like.device), from_file
         if self.like.device.type != "cpu":
             return weight.to(self.like).contiguous(), from_file
+        if weight.dtype == self.like.dtype and weight.is_contiguous():
+            return weight, from_file
         return pages(tuple(weight.shape), self.like.dtype).copy_(weight), from_file
 
     def moved(self, fn: Callable[[Tensor], Tensor]) -> "Mapped":

@@ -1,4 +1,4 @@
-"""Backend of compiled kernels for the CPU: rows for few tokens an expert, the library for many.
+"""Backend of compiled kernels for the CPU: rows for few tokens an expert, tiles for more.
 
 `moe` runs a whole MoE block of few tokens in one call; `apply` is the backend for more. Kernels run
 on the caller's thread and compile at their first call; the result is kept on disk.
@@ -25,7 +25,8 @@ from jaxtyping import Float, Int
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from llama4_lab.experts import loop, probe
+from llama4_lab.experts import loop, probe, tile
+from llama4_lab.experts.tile import LANES, PANEL, ROWS
 from llama4_lab.packed import Packed
 from llama4_lab.points import NO_TAP, Tap
 
@@ -46,6 +47,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 inlined = partial(compiled, forceinline=True)
 f32 = numba.float32
 SET, ADD, TIMES = 0, 1, 2  # what a product does to its output
+FEW, MOST = LANES // 2, 4 * PANEL  # tokens: from how many on panels are used, and at a time
 _ONE = np.zeros(1, np.int64)
 
 
@@ -161,6 +163,56 @@ def neurons_of(gate, up, x, tokens, score, hidden):
 
 
 @compiled
+def panels(weights, x, out, tokens):
+    """Set ``out[p] = weights @ x[p]`` for the panels p of so many tokens."""
+    for row in range(0, len(weights), ROWS):
+        for p in range(len(x)):
+            if tokens - p * PANEL > LANES:
+                tile.two(weights, row, x, p, out)
+            else:
+                tile.one(weights, row, x, p, out)
+
+
+@compiled
+def expert(gate, up, down, x, tokens, score, scratch, out, write, how):
+    """Set, or add to, ``out[write[i]]`` what an expert makes of ``score[i] · x[tokens[i]]``.
+
+    Few tokens are taken row by row, more in panels, `MOST` at a time, so that they stay in the
+    cache. The score multiplies the products of rows instead of their input, which is the same.
+
+    Args:
+        scratch: at least what `room` returns.
+    """
+    wide()
+    f, d = gate.shape
+    if len(tokens) < FEW:
+        hidden = scratch[: len(tokens) * f].reshape(len(tokens), f)
+        neurons_of(gate, up, x, tokens, score, hidden)
+        product(down, hidden, np.arange(len(tokens)), out, write, how)
+        return
+    for start in range(0, len(tokens), MOST):
+        m = min(len(tokens) - start, MOST)
+        count = -(-m // PANEL)
+        y = scratch[: count * d * PANEL].reshape(count, d, PANEL)
+        neurons = scratch[y.size : y.size + 2 * count * f * PANEL].reshape(2, count, f, PANEL)
+        for i in range(count * PANEL):
+            p, lane = divmod(i, PANEL)
+            for s in range(d):
+                y[p, s, lane] = score[start + i] * x[tokens[start + i], s] if i < m else f32(0)
+        panels(gate, y, neurons[0], m)
+        panels(up, y, neurons[1], m)
+        a, b = neurons[0].ravel(), neurons[1].ravel()
+        for i in range(len(a)):
+            a[i] = a[i] * sigmoid(a[i]) * b[i]
+        panels(down, neurons[0], y, m)
+        for i in range(m):
+            p, lane = divmod(i, PANEL)
+            row = out[write[start + i]]
+            for s in range(d):
+                row[s] = y[p, s, lane] + (row[s] if how == ADD else f32(0))
+
+
+@compiled
 def neurons(gate, up, x, score, hidden):
     """Set ``hidden [f] = silu(gate @ (score · x)) · (up @ (score · x))`` for one token."""
     neurons_of(gate, up, x.reshape(1, -1), _ONE, np.full(1, score), hidden.reshape(1, -1))
@@ -201,30 +253,24 @@ def ordered(slots, num_experts):
 
 
 @compiled
-def routed(x, order, offsets, score, gate_up, down, most, hidden, out):
-    """Add to out what experts make of their tokens, those with up to `most` of them; score is flat.
-
-    Args:
-        hidden: scratch, ``[most, f]``.
-    """
+def routed(x, order, offsets, score, gate_up, down, most, scratch, out):
+    """Add to out what the experts of up to `most` tokens make of them; score is flat."""
     f, topk = down.shape[2], len(score) // len(x)
     for e in range(len(down)):
         slots = order[offsets[e] : offsets[e + 1]]
         if 0 < len(slots) <= most:
             gate, up, tokens = gate_up[e, :f], gate_up[e, f:], slots // topk
-            neurons_of(gate, up, x, tokens, score[slots], hidden)
-            product(down[e], hidden, np.arange(len(slots)), out, tokens, ADD)
+            expert(gate, up, down[e], x, tokens, score[slots], scratch, out, tokens, ADD)
 
 
 @compiled
 def block(
     x, router, gate_up, down, shared_gate, shared_up, shared_down,
-    hidden, logits, scores, indices, shared, out, known,
+    scratch, logits, scores, indices, shared, out, known,
 ):  # fmt: skip
     """Fill in what a MoE block makes of n tokens, from logits to out, but for the first `known`.
 
     Args:
-        hidden: scratch, ``[n · topk, f]``.
         known: how many of logits, indices, scores and shared are given.
     """
     n, topk = indices.shape
@@ -239,11 +285,11 @@ def block(
             for j in range(topk):
                 scores[i, j] = sigmoid(logits[i, indices[i, j]])
     if known < 4:
-        neurons_of(shared_gate, shared_up, x, every, np.ones(n, np.float32), hidden)
-        product(shared_down, hidden, every, shared, every, SET)
+        alike = np.ones(n, np.float32)
+        expert(shared_gate, shared_up, shared_down, x, every, alike, scratch, shared, every, SET)
     out[:] = shared
     order, offsets = ordered(indices.ravel(), len(router))
-    routed(x, order, offsets, scores.ravel(), gate_up, down, n * topk, hidden, out)
+    routed(x, order, offsets, scores.ravel(), gate_up, down, n * topk, scratch, out)
 
 
 @compiled
@@ -305,6 +351,12 @@ def array(tensor: Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def room(tokens: int, d: int, f: int) -> np.ndarray:
+    """Return the scratch of `expert` for up to so many tokens."""
+    columns = min(-(-tokens // PANEL) * PANEL, MOST)
+    return np.empty(max(columns * (d + 2 * f), FEW * f), np.float32)
+
+
 def sort(
     expert: Int[Tensor, "n topk"], num_experts: int
 ) -> tuple[Int[Tensor, " m"], Int[Tensor, " ends"]]:
@@ -344,10 +396,9 @@ def run(
     ends = offsets.tolist()
     loads = [end - start for start, end in pairwise(ends)]
     if any(0 < load <= best.rows for load in loads):
-        hidden = np.empty((best.rows, down.shape[2]), np.float32)
         routed(
             array(x.float()), array(order), array(offsets), array(score.float().flatten()),
-            array(gate_up), array(down), best.rows, hidden, array(out),
+            array(gate_up), array(down), best.rows, room(best.rows, *down.shape[1:]), array(out),
         )  # fmt: skip
     token, score = order // score.shape[1], score.flatten()[order, None]
     for e, load in enumerate(loads):
@@ -378,8 +429,8 @@ def moe(
     alone, out = torch.empty(n, d), torch.empty(n, d)
     weights = [array(w) for w in (x, router, *experts, *shared)]
     made = [array(y) for y in (logits, scores, indices, alone, out)]
-    hidden = np.empty((n * topk, f), np.float32)
-    block(*weights, hidden, *made, 0)
+    scratch = room(n * topk, d, f)
+    block(*weights, scratch, *made, 0)
     names = ("router.logits", "router.indices", "router.scores", "shared.out")
     for known, (name, value) in enumerate(
         zip(names, (logits, indices, scores, alone), strict=True)
@@ -389,5 +440,5 @@ def moe(
             if name == "router.indices":
                 logits.gather(-1, given)  # refuses experts that do not exist
             value.copy_(given)
-            block(*weights, hidden, *made, known + 1)
+            block(*weights, scratch, *made, known + 1)
     return out

@@ -1,9 +1,10 @@
 """Which products are fastest on this machine: measured once, in about a second, and kept.
 
 The `numba` backend asks `best`. What is found lies in the user's cache folder, one file for each
-CPU and version of torch and numba; without a file that can be read or written, every process
-measures for itself, and where `LLAMA4_LAB_BACKEND` names a backend, nothing is measured at all.
-Kernels are compiled and measured in the background: until they are there, "auto" is the loop.
+CPU, number of torch's threads and version of torch and numba; without a file that can be read or
+written, every process measures for itself, and where `LLAMA4_LAB_BACKEND` names a backend, nothing
+is measured at all. Kernels are compiled and measured in the background: until they are there,
+"auto" is the loop.
 """
 
 import json
@@ -27,13 +28,13 @@ from torch import Tensor
 from llama4_lab.loading import Loading
 
 CHOSEN = os.environ.get("LLAMA4_LAB_BACKEND", "auto")  # what "auto" stands for
-_COUNTS = (1, 2, 4, 8, 12, 16, 24, 32, 48)  # tokens of an expert
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # tokens of an expert
 _EXPERTS, _ROUNDS = 8, 4
 
 
 @dataclass(frozen=True)
 class Best:
-    """What is fastest: compiled rows up to so many tokens an expert, and a library above."""
+    """What is fastest: compiled kernels up to so many tokens an expert, and a library above."""
 
     rows: int
     library: str
@@ -44,13 +45,13 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 
 
 # ``x @ weight.T``. On AMD, oneDNN uses vectors twice as wide as MKL does; on Intel, MKL is ahead of
-# it, and for some tens of rows best when asked for the transposed product.
+# it, and for some tens of tokens best when asked for the transposed product.
 LIBRARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": F.linear,
     "transposed": lambda x, weight: torch.mm(weight, x.T).T,
     "onednn": _onednn,
 }
-DEFAULT = {torch.float32: Best(16, "linear"), torch.bfloat16: Best(2, "linear")}
+DEFAULT = {torch.float32: Best(256, "linear"), torch.bfloat16: Best(2, "linear")}
 
 
 def best(dtype: torch.dtype) -> Best:
@@ -78,14 +79,15 @@ def _measured() -> dict[torch.dtype, Best]:
 
 
 def _path() -> Path:
-    """Return the file for this CPU and these versions, in the user's cache folder."""
+    """Return the file for this CPU, its threads and these versions, in the user's cache folder."""
     home = Path.home()
     folder = {
         "darwin": home / "Library/Caches",
         "win32": Path(os.environ.get("LOCALAPPDATA", home)),
     }
     base = os.environ.get("XDG_CACHE_HOME") or folder.get(sys.platform, home / ".cache")
-    key = f"{_cpu()} torch {torch.__version__} numba {version('numba')}"
+    threads = torch.get_num_threads()  # a library uses them all, a kernel one
+    key = f"{_cpu()} {threads} torch {torch.__version__} numba {version('numba')}"
     return Path(base) / "llama4_lab" / f"{sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -98,7 +100,7 @@ def _cpu() -> str:
 
 
 def measure(dtype: torch.dtype) -> Best:
-    """Time compiled rows against libraries, with experts that all get the same number of tokens."""
+    """Time compiled kernels against libraries, with experts that all get as many tokens."""
     from llama4_lab.experts import numba
 
     generator = torch.Generator().manual_seed(0)
