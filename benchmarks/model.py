@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,8 +68,9 @@ ROWS = {
     "routers": Row("prefill with every router traced / without", "×", both(1.01), True),
     "decode_routers": Row("decode with every router traced / without", "×", both(1.01), True),
     "attention": Row("attention under a mask / in chunks", "×", both(0.9 * CHUNKS)),
-    "load": Row("load, float32 folder, file cache warm", "ms", both(30), True),
+    "load": Row("load, our own float32 folder, file cache warm", "ms", both(30), True),
     "load_int8": Row("load, int8 folder, file cache warm", "ms", both(30), True),
+    "load_theirs": Row("load, Hugging Face's float32 folder, file cache warm", "ms", {}),
     "import": Row("import llama4_lab, torch being there", "s", both(0.3), True),
 }
 
@@ -174,11 +175,15 @@ class Bench:
 
     def load(self) -> dict[str, Cell]:
         found = {}
-        with tempfile.TemporaryDirectory(dir=self.folder) as small:
-            l4.save(l4.load(self.folder, quantize="int8"), small)
-            for name, folder in (("load", self.folder), ("load_int8", Path(small))):
-                seconds = min(clocked(lambda folder=folder: l4.load(folder)) for _ in range(5))
-                found[name] = Cell(f"{seconds * 1e3:.1f}", seconds * 1e3)
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            folders = {"load": Path(name) / "own", "load_int8": Path(name) / "int8"}
+            l4.convert(self.folder, folders["load"])
+            l4.convert(self.folder, folders["load_int8"], quantize="int8")
+            expected = self.ours(self.ids)
+            check_equal("our own folder", l4.load(folders["load"])(self.ids), expected, 0.0)
+            for row, folder in (folders | {"load_theirs": self.folder}).items():
+                times = [clocked(partial(l4.load, folder)) for _ in range(2 * self.repeats)]
+                found[row] = Cell(f"{min(times) * 1e3:.1f}", min(times) * 1e3)
         return found
 
     def imports(self) -> dict[str, Cell]:

@@ -2,7 +2,7 @@
 
 from llama4_lab import edits, parallel
 from llama4_lab.cache import KVCache
-from llama4_lab.checkpoint import load, save
+from llama4_lab.checkpoint import convert, load, save
 from llama4_lab.config import (
     BEHEMOTH_ESTIMATE,
     MAVERICK,
@@ -28,6 +28,7 @@ __all__ = [
     "Replay",
     "RopeScaling",
     "VisionConfig",
+    "convert",
     "edits",
     "generate",
     "intervene",

@@ -21,7 +21,8 @@ PIECE = 8192  # tokens of a prompt that go through the layers together
 USABLE = 0.96  # share of a GPU's memory, the rest is fragments and the driver's
 RUNTIME = 1.7e9  # bytes: an allowance for CUDA's context, libraries and graphs; not measured
 ALL_REDUCE = 8e-6  # seconds of a small all-reduce among GPUs of one machine; an estimate
-REPLICATED = ("norms", "routers", "vision encoder", "projector")  # on every GPU of a plan
+# Whole on every GPU of a plan, as in `llama4_lab.parallel`; and so is the table of embeddings.
+REPLICATED = ("norms", "routers", "vision encoder", "projector")
 
 
 # ---- sizes
@@ -233,15 +234,29 @@ class Plan:
 
     def needed(self, batch: int = 1, context: int = 8192) -> dict[str, float]:
         """Return the bytes that each GPU needs, by purpose."""
-        sizes = weight_bytes(self.config, self.weights, self.head)
-        everywhere = sum(sizes.get(part, 0.0) for part in REPLICATED)
         piece = min(PIECE, batch * context)
         return {
-            "weights": (sizes["total"] - everywhere) / self.num_gpus + everywhere,
+            "weights": self._weights(),
             "cache": cache_bytes(self.config, context, batch, self.cache) / self.num_gpus,
             "activations": activation_bytes(self.config, piece, batch, self.num_gpus),
             "runtime": RUNTIME,
         }
+
+    def _weights(self) -> float:
+        """Return the bytes of weights on each GPU.
+
+        Left out are some thousandths: biases and fp8's scales of rows that are divided, which are
+        whole on every GPU.
+        """
+        sizes = weight_bytes(self.config, self.weights, self.head)
+        if self.num_gpus == 1:
+            return sizes["total"]
+        table = 2.0 * self.config.vocab_size * self.config.hidden_size
+        whole = table + sum(sizes.get(part, 0.0) for part in REPLICATED)
+        divided = sizes["total"] - whole
+        if self.config.tie_word_embeddings:
+            divided += table  # each GPU holds its part of the read-out beside the table
+        return whole + divided / self.num_gpus
 
     def fits(self, batch: int = 1, context: int = 8192) -> bool:
         return sum(self.needed(batch, context).values()) <= self.usable

@@ -185,6 +185,7 @@ def loading_and_seeding_make_only_this_ranks_part(mesh, folder):
     whole, copied = tiny(**EVEN), []
     if mesh.get_rank() == 0:
         l4.save(whole, folder / "tiny", max_shard_bytes=100_000)
+        l4.convert(folder / "tiny", folder / "ours")
     dist.barrier()
     fill = ranks.fill
     ranks.fill = lambda target, source: (
@@ -192,10 +193,11 @@ def loading_and_seeding_make_only_this_ranks_part(mesh, folder):
         fill(target, source),
     )
     for mode in MODES:
-        copied.clear()
-        model = parallel.load(folder / "tiny", mesh, experts=mode)
-        assert sum(copied) == sum(p.nbytes for p in model.parameters())
-        close(model(**some_prompt(0)), whole(**some_prompt(0)))
+        for name in ("tiny", "ours"):
+            copied.clear()
+            model = parallel.load(folder / name, mesh, experts=mode)
+            assert sum(copied) == sum(p.nbytes for p in model.parameters())
+            close(model(**some_prompt(0)), whole(**some_prompt(0)))
         seeded = parallel.random(whole.config, mesh, experts=mode)
         assert seeded.state_dict().keys() == model.state_dict().keys()
         for one, two in zip(seeded.parameters(), model.parameters(), strict=True):
@@ -261,6 +263,14 @@ def what_cannot_be_is_refused(mesh, folder):
         "this model is divided among 2 ranks already",
         lambda: parallel.parallelise(model, mesh),
     )
+    for mode in MODES:
+        model = shared(mesh, mode)
+        model.backend = "fast"
+        refuses(
+            ValueError,
+            "unknown backend 'fast'; choose auto, loop, numba, gather, grouped, padded, triton",
+            lambda model=model: model(torch.tensor([[4, 5]])),
+        )
     refuses(
         ValueError,
         "experts='split' is unknown; choose sliced or placed",

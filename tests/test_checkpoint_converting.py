@@ -1,5 +1,6 @@
-"""Conversion to few bits: what is written, what an interruption leaves, what memory it takes."""
+"""Conversion, plain or to few bits: what is written, what an interruption leaves, what it takes."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from small_tokenizer import small_tokenizer
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
-from llama4_lab.checkpoint import convert, converting
+from llama4_lab.checkpoint import convert
+from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
 from llama4_lab.checkpoint.params import config_from_params
 from llama4_lab.cli import main
 from llama4_lab.packed import KINDS
@@ -56,39 +58,79 @@ def test_a_converted_folder_is_what_saving_a_quantised_model_writes(folder, kind
         assert torch.equal(logits, l4.load(folder, quantize=kind)(IDS))
 
 
-def test_a_meta_folder_is_converted(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes", [{}, {"vision_config": None}, {"vision_config": None, "tie_word_embeddings": True}]
+)
+def test_a_plain_conversion_opens_as_its_source_and_is_saved_as_it_was(changes, dtype, tmp_path):
+    l4.save(tiny(**changes).to(dtype), tmp_path / "a", max_shard_bytes=150_000)
+    convert(tmp_path / "a", tmp_path / "own", max_shard_bytes=40_000)
+    content = json.loads((tmp_path / "own" / "config.json").read_text())["quantization_config"]
+    assert content == {"method": "llama4_lab", "kind": "none"}
+    model, source = l4.load(tmp_path / "own"), l4.load(tmp_path / "a")
+    found, expected = model.state_dict(), source.state_dict()
+    assert model.dtype == dtype and found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    with torch.no_grad():
+        assert torch.equal(model(IDS), source(IDS))
+    l4.save(model, tmp_path / "b", max_shard_bytes=150_000)
+    assert len(list((tmp_path / "a").iterdir())) == len(list((tmp_path / "b").iterdir())) > 3
+    for file in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_converted_plain_can_be_packed(folder, kind, tmp_path):
+    convert(folder, tmp_path / "own")
+    found = l4.load(tmp_path / "own", quantize=kind).state_dict()
+    expected = l4.load(folder, quantize=kind).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
+    convert(tmp_path / "own", tmp_path / "a", quantize=kind)
+    convert(folder, tmp_path / "b", quantize=kind)
+    assert contents(tmp_path / "a").keys() == contents(tmp_path / "b").keys()
+    for name, tensor in contents(tmp_path / "b").items():
+        other = contents(tmp_path / "a")[name]
+        assert torch.equal(tensor.view(torch.uint8), other.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("kind", [None, "int4"])
+def test_a_meta_folder_is_converted(tmp_path, kind):
     l4.save(l4.random(config_from_params(PARAMS)), tmp_path / "hf")
     write_meta(tmp_path / "meta", load_file(tmp_path / "hf" / "model.safetensors"), PARAMS, 2)
     for source in ("hf", "meta"):
-        convert(tmp_path / source, tmp_path / f"{source}-int4", quantize="int4")
-    found, expected = (contents(tmp_path / f"{at}-int4") for at in ("meta", "hf"))
+        convert(tmp_path / source, tmp_path / f"{source}-own", quantize=kind)
+    found, expected = (contents(tmp_path / f"{at}-own") for at in ("meta", "hf"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 def stop_after(monkeypatch, count):
-    """Let packing fail after so many pieces."""
-    left, pack = [count], converting.Quantisation.pack
+    """Let reading fail after so many pieces."""
+    left, pieces = [count], HuggingFaceFolder.pieces
 
-    def packing(self, weight):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return pack(self, weight)
+    def reading(self, name, shapes):
+        for piece in pieces(self, name, shapes):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            yield piece
 
-    monkeypatch.setattr(converting.Quantisation, "pack", packing)
+    monkeypatch.setattr(HuggingFaceFolder, "pieces", reading)
     return left
 
 
-def test_an_interrupted_conversion_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [None, "int4"])
+def test_an_interrupted_conversion_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, kind):
     with monkeypatch.context() as patch:
         left = stop_after(patch, 10**6)
-        convert(folder, tmp_path / "whole", quantize="int4", max_shard_bytes=40_000)
+        convert(folder, tmp_path / "whole", quantize=kind, max_shard_bytes=40_000)
         pieces = 10**6 - left[0]
     target = tmp_path / "target"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, pieces // 2)
-        convert(folder, target, quantize="int4", max_shard_bytes=40_000)
+        convert(folder, target, quantize=kind, max_shard_bytes=40_000)
     unfinished = target / ".unfinished-conversion"
     assert [file.name for file in target.iterdir()] == [unfinished.name]
     written = {file: file.stat().st_mtime_ns for file in unfinished.glob("*.safetensors")}
@@ -100,7 +142,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(folder, tmp_path, mo
     spoilt.write_bytes(spoilt.read_bytes()[:-1])
     with monkeypatch.context() as patch:
         left = stop_after(patch, 10**6)
-        convert(folder, target, quantize="int4", max_shard_bytes=40_000)
+        convert(folder, target, quantize=kind, max_shard_bytes=40_000)
         assert 0 < 10**6 - left[0] < pieces
     for file, time in written.items():
         assert ((target / file.name).stat().st_mtime_ns == time) == (file != spoilt)
@@ -113,7 +155,7 @@ def test_files_of_another_source_or_kind_are_not_taken_over(folder, tmp_path, mo
     other = tmp_path / "other"
     l4.save(tiny(seed=1), other, max_shard_bytes=150_000)
     target = tmp_path / "target"
-    for source, kind in ((other, "int4"), (folder, "int8")):
+    for source, kind in ((other, "int4"), (folder, None), (folder, "int8")):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_after(patch, 20)
             convert(source, target, quantize=kind, max_shard_bytes=40_000)
@@ -125,8 +167,6 @@ def test_files_of_another_source_or_kind_are_not_taken_over(folder, tmp_path, mo
 
 
 def contents_of_index(folder):
-    import json
-
     return set(
         json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
     )
@@ -156,6 +196,9 @@ def test_the_command_says_what_went_wrong(folder, tmp_path, capsys, monkeypatch)
     assert main(["convert", str(folder), str(tmp_path / "t"), "--quantize", "int8"]) == 0
     assert l4.load(tmp_path / "t").lm_head.weight.kind == "int8"
     assert capsys.readouterr().out == f"saved to {tmp_path / 't'}\n"
+    assert main(["convert", str(folder), str(tmp_path / "own")]) == 0
+    assert HuggingFaceFolder.open(tmp_path / "own").is_ours
+    assert l4.load(tmp_path / "own").lm_head.weight.dtype == torch.float32
 
     def said(*arguments):
         assert main(["convert", *map(str, arguments), "--quantize", "int4"]) == 1
@@ -191,13 +234,14 @@ def kilobytes(key):
 torch.ones(512, 512) @ torch.ones(512, 512)
 Path("/proc/self/clear_refs").write_text("5")
 before = kilobytes("VmRSS")
-convert(sys.argv[1], sys.argv[2], quantize="int4")
+convert(sys.argv[1], sys.argv[2], quantize=None if sys.argv[3] == "None" else sys.argv[3])
 print((kilobytes("VmHWM") - before) * 1024)
 """
 
 
 @pytest.mark.slow
-def test_converting_takes_the_memory_of_one_expert(tmp_path):
+@pytest.mark.parametrize("kind", [None, "int4"])
+def test_converting_takes_the_memory_of_one_expert(tmp_path, kind):
     config = CONFIG.replace(
         hidden_size=512, intermediate_size=1024, num_local_experts=16,
         num_hidden_layers=2, interleave_moe_layer_step=1, vision_config=None,
@@ -207,7 +251,7 @@ def test_converting_takes_the_memory_of_one_expert(tmp_path):
     weights = sum(parameter.nbytes for parameter in model.parameters())
     expert = 2 * 1024 * 512 * 4
     del model
-    command = [sys.executable, "-c", _PEAK, str(tmp_path / "a"), str(tmp_path / "b")]
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "a"), str(tmp_path / "b"), str(kind)]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     # Beside an expert's larger matrix and its codes, rounding takes blocks of 262,144 weights,
     # five times in float32, and the modules that are imported on the way some 10 MB.

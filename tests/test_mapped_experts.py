@@ -10,6 +10,7 @@ from tiny import CONFIG, tiny
 
 import llama4_lab as l4
 from llama4_lab.checkpoint import convert
+from llama4_lab.experts import mapped
 from llama4_lab.experts.mapped import ExpertMemory
 
 IDS = torch.arange(5, 29)[None] % 89
@@ -26,11 +27,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(folder, tmp_path_factory):
-    """The same checkpoint plain and in few bits."""
+    """The same checkpoint in Hugging Face's layout, in ours, and in few bits."""
     found = {None: folder}
-    for kind in ("int8", "int4", "fp8"):
+    for kind in ("ours", "int8", "int4", "fp8"):
         found[kind] = tmp_path_factory.mktemp(kind)
-        convert(folder, found[kind], quantize=kind, max_shard_bytes=40_000)
+        quantize = None if kind == "ours" else kind
+        convert(folder, found[kind], quantize=quantize, max_shard_bytes=40_000)
     return found
 
 
@@ -40,7 +42,7 @@ def resident(folder, **options):
     return model
 
 
-@pytest.mark.parametrize("kind", [None, "int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", [None, "ours", "int8", "int4", "fp8"])
 @torch.no_grad()
 def test_logits_are_those_of_the_resident_model_to_the_bit(folders, kind):
     model = l4.load(folders[kind], experts="mmap")
@@ -49,7 +51,19 @@ def test_logits_are_those_of_the_resident_model_to_the_bit(folders, kind):
 
 
 @torch.no_grad()
-def test_another_dtype_is_converted_while_reading(folder):
+def test_an_expert_of_our_own_layout_is_where_it_was_read_to(folders, monkeypatch):
+    copies, pages = [], mapped.pages
+    monkeypatch.setattr(mapped, "pages", lambda *of: copies.append(of) or pages(*of))
+    for kind, count in ((None, 1), ("ours", 0)):
+        copies.clear()
+        experts = l4.load(folders[kind], experts="mmap").layers[1].feed_forward.experts
+        assert experts.gate_up_proj[2].shape == (80, 48) and len(copies) == count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [None, "ours"])
+def test_another_dtype_is_converted_while_reading(folders, kind):
+    folder = folders[kind]
     model = l4.load(folder, experts="mmap", dtype=torch.bfloat16)
     expected = resident(folder, dtype=torch.bfloat16)
     assert torch.equal(model(IDS), expected(IDS))

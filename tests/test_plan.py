@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import CONFIG, tiny
+from torch.distributed.device_mesh import DeviceMesh
 
 import llama4_lab as l4
-from llama4_lab import cli, plan_page
+from llama4_lab import cli, parallel, plan_page
 from llama4_lab.hardware import GPUS, find_gpu
 from llama4_lab.model.attention import visible
 from llama4_lab.packed import KINDS, pack
@@ -280,10 +281,50 @@ def test_several_gpus_share_all_but_what_each_must_hold():
     one, four = (Plan(l4.SCOUT, H100, n, weights="int4") for n in (1, 4))
     sizes = weight_bytes(l4.SCOUT, "int4")
     alone = sum(sizes[part] for part in ("norms", "routers", "vision encoder", "projector"))
+    alone += 2 * l4.SCOUT.vocab_size * l4.SCOUT.hidden_size  # the table of embeddings
     assert one.needed()["weights"] == pytest.approx(sizes["total"])
     assert four.needed()["weights"] == pytest.approx((sizes["total"] - alone) / 4 + alone)
     assert four.needed()["cache"] == one.needed()["cache"] / 4
     assert four.decode().read_seconds == pytest.approx(one.decode().read_seconds / 4)
+
+
+class TwoRanks(DeviceMesh):
+    """What the first of two processes knows, without the other."""
+
+    device_type, ndim = "cpu", 1
+
+    def __init__(self):
+        pass
+
+    def size(self, mesh_dim=None):
+        return 2
+
+    def get_group(self, mesh_dim=None):
+        return None
+
+    def get_local_rank(self, mesh_dim=None):
+        return 0
+
+
+@pytest.mark.parametrize("experts", ["sliced", "placed"])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_the_weights_of_a_plan_are_those_that_parallel_ranks_hold(kind, experts, tmp_path):
+    changes = {"vocab_size": 98, "num_local_experts": 6, "num_attention_heads": 16}
+    changes |= {"intermediate_size": 256, "intermediate_size_mlp": 256, "hidden_size": 256}
+    for tied in (False, True):
+        config = CONFIG.replace(**changes, tie_word_embeddings=tied)
+        l4.save(l4.random(config).bfloat16(), tmp_path)
+        model = l4.load(tmp_path, quantize=kind)
+        planned = Plan(config, H100, 2, weights=kind or "bf16").needed()["weights"]
+        parallel.parallelise(model, TwoRanks(), experts=experts)
+        held = [*model.parameters(), *model.buffers()]
+        scales = 0  # of rows that are divided: each rank has them whole
+        if kind == "fp8":
+            ends = ("o_proj.weight_scales", "down_proj.weight_scales")
+            ends += ("experts.down_proj_scales",) if experts == "sliced" else ()
+            scales = sum(x.nbytes for n, x in model.named_buffers() if n.endswith(ends)) / 2
+            assert scales < planned / 100
+        assert sum(x.nbytes for x in held) - scales == pytest.approx(planned, rel=1e-9)
 
 
 def test_fp8_weights_multiply_at_the_fp8_rate_and_int4_at_bf16s():

@@ -1,7 +1,8 @@
-"""Quantised models: loaded so, saved, opened again, watched and edited."""
+"""Our own layout, and quantised models: loaded so, saved, opened again, watched and edited."""
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_saved_quantised_model_opens_as_it_was(folder, kind, tmp_path):
     again = l4.load(tmp_path / "q")
     assert torch.equal(again(IDS), model(IDS))
     content = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
-    assert content == {"quant_method": "llama4_lab", "kind": kind, "group_size": 128}
+    assert content == {"method": "llama4_lab", "kind": kind, "group_size": 128}
     assert torch.equal(l4.load(tmp_path / "q", quantize=kind)(IDS), model(IDS))
     # The same file again: nothing is rounded twice.
     l4.save(again, tmp_path / "r")
@@ -70,14 +71,35 @@ def test_a_saved_quantised_model_opens_as_it_was(folder, kind, tmp_path):
         assert torch.equal(tensor.view(torch.uint8), model.state_dict()[name].view(torch.uint8))
 
 
-def test_codes_stay_in_the_file(folder, tmp_path):
-    l4.save(l4.load(folder, quantize="int4"), tmp_path)
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_all_of_our_own_layout_stays_in_the_file(folder, kind, tmp_path):
+    l4.convert(folder, tmp_path, quantize=kind)
     model = l4.load(tmp_path)
     lines = Path("/proc/self/maps").read_text().splitlines()
     mapped = [line.split("-", 1) for line in lines if str(tmp_path) in line]
     ranges = [(int(low, 16), int(rest.split()[0], 16)) for low, rest in mapped]
-    for name, buffer in model.named_buffers():
-        assert any(low <= buffer.data_ptr() < high for low, high in ranges), name
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        assert any(low <= weight.data_ptr() < high for low, high in ranges), name
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_transformers_refuses_our_own_layout(folder, kind, tmp_path):
+    from transformers import AutoModelForCausalLM, Llama4ForCausalLM
+
+    l4.convert(folder, tmp_path, quantize=kind, text_only=True)
+    for theirs in (AutoModelForCausalLM, Llama4ForCausalLM):
+        with pytest.raises(ValueError, match=r"quantization config .* has no `quant_method`"):
+            theirs.from_pretrained(tmp_path)
+    if kind is None:  # and were this key lost, the shapes would still speak
+        raw = json.loads((tmp_path / "config.json").read_text())
+        del raw["quantization_config"]
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            Llama4ForCausalLM.from_pretrained(tmp_path)
+        name = "model.layers.1.feed_forward.experts.gate_up_proj"
+        sentence = f"{name} is [5, 80, 48] where config.json asks for [5, 48, 80]"
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            l4.load(tmp_path)
 
 
 def test_meta_folders_can_be_quantised(tmp_path):
@@ -224,7 +246,15 @@ def spoil_config(folder, at, **changes):
     (at / "config.json").write_text(json.dumps(raw))
 
 
+def transpose_experts(folder, at):
+    l4.convert(folder, at)
+    tensors = load_file(at / "model.safetensors")
+    tensors[DOWN] = tensors[DOWN].mT.contiguous()
+    save_file(tensors, at / "model.safetensors")
+
+
 Q = "language_model.model.layers.0.self_attn.q_proj.weight"
+DOWN = "language_model.model.layers.3.feed_forward.experts.down_proj"
 BROKEN = {
     "lost scales": (
         lambda folder, at: spoil(folder, at, lambda t: t.pop(f"{Q}_scales")),
@@ -259,6 +289,10 @@ BROKEN = {
     "an unknown kind": (
         lambda folder, at: spoil_config(folder, at, kind="int3"),
         "{at}/config.json: kind 'int3' of quantised weights is not int8, int4 or fp8",
+    ),
+    "experts of Hugging Face's layout": (
+        transpose_experts,
+        f"{{at}}/model.safetensors: {DOWN} is [5, 40, 48] where config.json asks for [5, 48, 40]",
     ),
     "an odd group": (
         lambda folder, at: spoil_config(folder, at, group_size=100),

@@ -41,7 +41,7 @@ def load(
     taken. Files are mapped, and a tensor is copied at most once, so that the peak is the weights
     and one layer. On the CPU, tensors that are stored as they are used stay mapped: they are read
     when they are first needed, and the files should not be written to while the model lives
-    (`save` does not; it replaces them).
+    (`save` does not; it replaces them). Of a folder that `convert` wrote these are all.
 
     Args:
         dtype: None keeps the files' dtype, and means float32 for a shipped model: they are small,
@@ -109,15 +109,20 @@ def convert(
     name_or_folder: str | Path,
     target: str | Path,
     *,
-    quantize: str,
+    quantize: str | None = None,
     text_only: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Quantise a checkpoint of any size from folder to folder, an expert in memory at a time.
+    """Write a checkpoint of any size in our own layout, an expert in memory at a time.
 
-    The target is the folder that saving ``load(..., quantize=...)`` would write, and `load` maps.
-    It becomes a checkpoint when all is written. After an interruption a second call goes on behind
-    the last whole file. Of Meta's folders the largest matrix (the embeddings) is in memory at once.
+    There all weights lie as the model holds them, so that `load` maps them and copies none;
+    `llama4_lab.checkpoint.quantised` describes it. Only llama4_lab opens such a folder: `save`
+    writes those that transformers opens. The target becomes a checkpoint when all is written. After
+    an interruption a second call goes on behind the last whole file. Of Meta's folders the largest
+    matrix (the embeddings) is in memory at once.
+
+    Args:
+        quantize: packs weights as `load` does; None keeps them, in their own dtype.
 
     Raises:
         FileExistsError, FileNotFoundError, NotADirectoryError, OSError: there is no such source, or
@@ -127,7 +132,8 @@ def convert(
     folder, target = find(name_or_folder), Path(target).expanduser()
     if target.resolve() == folder.resolve():
         raise ValueError(f"{target} is what is converted: give another folder to write to")
-    source, quantisation = _open(folder, text_only), Quantisation(quantize)
+    source = _open(folder, text_only)
+    quantisation = None if quantize is None else Quantisation(quantize)
     if source.quantisation is not None:
         raise ValueError(
             f"{folder} is quantised already, to {source.quantisation.kind}: convert the checkpoint "

@@ -1,4 +1,4 @@
-"""Quantise a checkpoint from folder to folder, an expert in memory at a time.
+"""Write a checkpoint in our own layout, from folder to folder, an expert in memory at a time.
 
 Files grow in the target's ``.unfinished-conversion`` and become a checkpoint when all are whole.
 An interrupted conversion goes on behind the last whole file: its header says what it was made from.
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from llama4_lab.checkpoint.files import CODES, DTYPES
 from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder, their_name
 from llama4_lab.checkpoint.meta import MetaFolder
-from llama4_lab.checkpoint.quantised import Quantisation, of_packed, packable
+from llama4_lab.checkpoint.quantised import PLAIN, Quantisation, of_packed, packable
 from llama4_lab.checkpoint.saving import (
     UNFINISHED,
     check_vacant,
@@ -41,10 +41,10 @@ def convert_folder(
     source: Folder,
     tokenizer: Tokenizer | None,
     target: Path,
-    quantisation: Quantisation,
+    quantisation: Quantisation | None,
     max_shard_bytes: int,
 ) -> None:
-    """Write the folder that `save` would write of the model that ``load(..., quantize=)`` returns.
+    """Write a folder that `load` maps: packed as ``load(..., quantize=)`` packs, or plain.
 
     Raises:
         FileExistsError: the target holds something else than a Llama 4 checkpoint.
@@ -60,11 +60,13 @@ def convert_folder(
         model = Llama4(source.config)
     weights = dict(model.named_parameters())
     source.check(weights)
-    packs, dtype = packable(model), source.dtype
+    dtype, pack = source.dtype, {}
+    if quantisation is not None:
+        pack = dict.fromkeys(packable(model), quantisation)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     becomes = {
-        name: of_packed(name, quantisation.empty(shapes[name], "meta"))
-        if name in packs
+        name: of_packed(name, pack[name].empty(shapes[name], "meta"))
+        if name in pack
         else {name: weight.to(dtype)}
         for name, weight in weights.items()
     }
@@ -77,13 +79,14 @@ def convert_folder(
             weight_map |= dict.fromkeys(layout.begins, file)
             if not layout.is_in(new / file):
                 _check_room(new, layout.size)
-                layout.write(new / file, _pieces(source, names, shapes, packs, quantisation), bar)
+                layout.write(new / file, _pieces(source, names, shapes, pack), bar)
             else:
                 bar.update(sum(sizes[name] for name in names))
     for file in {each.name for each in new.iterdir()} - set(weight_map.values()):
         (new / file).unlink()  # left by a conversion into other shards
     copy_companions(tokenizer, new)
-    config = config_as_json(source.config, dtype, quantisation)
+    ours = quantisation.to_dict() if quantisation else PLAIN
+    config = config_as_json(source.config, dtype, ours)
     write_listings(new, sum(sizes.values()), weight_map, config)
     publish(new, target)
 
@@ -92,14 +95,13 @@ def _pieces(
     source: Folder,
     names: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
-    packs: Iterable[str],
-    quantisation: Quantisation,
+    pack: Mapping[str, Quantisation],
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield what follows next in each tensor."""
     for name in names:
         for rows in source.pieces(name, shapes):
-            if name in packs:
-                yield from of_packed(name, quantisation.pack(rows)).items()
+            if name in pack:
+                yield from of_packed(name, pack[name].pack(rows)).items()
             else:
                 yield name, rows
 

@@ -1,8 +1,8 @@
 """Hugging Face folders: ``config.json`` and safetensors, in one file or in shards with an index.
 
 Parameters carry the same names in our model, up to a prefix; the routed experts' matrices are
-stored transposed. Read `llama4_lab.checkpoint.quantised` for what `save` and `convert` add when
-weights are packed, and `llama4_lab.checkpoint.meta` for Meta's format.
+stored transposed. Read `llama4_lab.checkpoint.quantised` for our own layout, which `convert`
+writes, and `llama4_lab.checkpoint.meta` for Meta's format.
 """
 
 from collections.abc import Iterator, Mapping
@@ -64,7 +64,7 @@ def their_name(name: str, multimodal: bool) -> str:
 
 
 def is_transposed(name: str) -> bool:
-    """Whether the files hold ``[e, inputs, outputs]`` where we hold ``[e, outputs, inputs]``."""
+    """Whether Hugging Face stores ``[e, inputs, outputs]``, and we ``[e, outputs, inputs]``."""
     return ".experts." in name and not is_of_packed(name)
 
 
@@ -89,6 +89,7 @@ class HuggingFaceFolder:
     listing: Path  # the file that says which tensors there are
     tensors: dict[str, Stored]
     quantisation: Quantisation | None  # of packed weights
+    is_ours: bool  # in our own layout: no tensor is transposed
 
     @classmethod
     def open(cls, folder: Path, text_only: bool = False) -> "HuggingFaceFolder":
@@ -97,7 +98,7 @@ class HuggingFaceFolder:
         Raises:
             FileNotFoundError, ValueError: files missing or broken, another model, or quantised.
         """
-        config, quantisation = _read_config(folder / CONFIG)
+        config, quantisation, is_ours = _read_config(folder / CONFIG)
         listing, files = _files(folder)
         tensors: dict[str, Stored] = {}
         for file, promised in files.items():
@@ -117,7 +118,14 @@ class HuggingFaceFolder:
             tensors = {name: t for name, t in tensors.items() if not name.startswith(_VISION)}
         if config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)  # the table of embeddings serves as both
-        return cls(config, listing, tensors, quantisation)
+        return cls(config, listing, tensors, quantisation, is_ours)
+
+    def as_ours(self, name: str, stored: Tensor) -> Tensor:
+        """Return a tensor of a file, or one of its experts, as a view in our layout."""
+        return stored.mT if self.is_transposed(name) else stored
+
+    def is_transposed(self, name: str) -> bool:
+        return is_transposed(name) and not self.is_ours
 
     def check(self, ours: Mapping[str, Tensor]) -> None:
         """Compare the headers with our tensors' shapes, and of codes and scales the dtypes too.
@@ -131,7 +139,7 @@ class HuggingFaceFolder:
             shape = tuple(tensor.shape)
             stored = self.tensors.get(name)
             theirs = stored.name if stored else their_name(name, multimodal)
-            expected[theirs] = (shape[0], shape[2], shape[1]) if is_transposed(name) else shape
+            expected[theirs] = (shape[0], *shape[:0:-1]) if self.is_transposed(name) else shape
             if is_of_packed(name):
                 dtypes[theirs] = tensor.dtype
         found = {stored.name: stored for stored in self.tensors.values()}
@@ -156,12 +164,12 @@ class HuggingFaceFolder:
                     if is_of_packed(name):
                         yield name, kept.get_tensor(stored.name).to(device)
                         continue
-                    if device.type == "cpu" and stored.dtype == dtype and not is_transposed(name):
+                    is_as_used = stored.dtype == dtype and not self.is_transposed(name)
+                    if device.type == "cpu" and is_as_used:
                         yield name, kept.get_tensor(stored.name)
                         continue
                     target = torch.empty(shapes[name], dtype=dtype, device=device)
-                    source = map_tensor(stored)
-                    fill(target, source.mT if is_transposed(name) else source)
+                    fill(target, self.as_ours(name, map_tensor(stored)))
                     yield name, target
 
     @property
@@ -181,7 +189,7 @@ class HuggingFaceFolder:
         stored, shape = self.tensors[name], shapes[name]
         if len(shape) == 3:
             for expert in range(shape[0]):
-                yield map_tensor(stored)[expert].mT
+                yield self.as_ours(name, map_tensor(stored)[expert])
         else:
             step = max(1, _PIECE // shape[-1])
             for start in range(0, shape[0], step):
@@ -201,7 +209,7 @@ class HuggingFaceFolder:
 
             def expert(index: int) -> tuple[Tensor | Packed, int]:
                 part = read(index)
-                return part.mT, part.nbytes
+                return self.as_ours(name, part), part.nbytes
         else:
             kind = self.quantisation.kind
             codes, scales = (part_reader(self.tensors[name + part]) for part in OF_PACKED)
@@ -218,12 +226,12 @@ class HuggingFaceFolder:
         return Mapped(name, (shape[1], shape[2]), every, expert, memory, like, packed_size)
 
 
-def _read_config(path: Path) -> tuple[Llama4Config, Quantisation | None]:
+def _read_config(path: Path) -> tuple[Llama4Config, Quantisation | None, bool]:
     raw = read_json(path)
-    quantised = raw.get("quantization_config")
-    quantisation = Quantisation.from_dict(quantised, path) if quantised else None
+    layout = raw.get("quantization_config")
+    quantisation = Quantisation.from_dict(layout, path) if layout else None
     with describing(path):
-        return Llama4Config.from_dict(raw), quantisation
+        return Llama4Config.from_dict(raw), quantisation, bool(layout)
 
 
 def _files(folder: Path) -> tuple[Path, dict[Path, list[str]]]:

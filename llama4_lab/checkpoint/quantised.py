@@ -1,8 +1,13 @@
-"""Checkpoints in few bits: which weights are packed, and what config.json says of them.
+"""Checkpoints in our own layout: which weights are packed, and what config.json says of them.
 
-A packed weight is two tensors of the file, ``NAME_codes`` and ``NAME_scales``, laid out as
-`llama4_lab.packed` describes; routed experts lie as we hold them, not transposed. config.json has
-``"quantization_config": {"quant_method": "llama4_lab", "kind": "int4", "group_size": 128}``.
+Routed experts lie as we hold them, not transposed. A packed weight is two tensors of the file,
+``NAME_codes`` and ``NAME_scales``, laid out as `llama4_lab.packed` describes. config.json has
+``"quantization_config": {"method": "llama4_lab", "kind": "int4", "group_size": 128}``, or the kind
+"none" where nothing is packed.
+
+transformers 5 opens a folder whose ``quant_method`` it does not know, with a warning and seeded
+weights. Without that key it stops with an error, and so does it at the shapes of experts that are
+not transposed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +24,7 @@ from llama4_lab.model.text import Experts, Linear, Packable
 from llama4_lab.packed import GROUP, KINDS, Packed, empty, pack
 
 METHOD = "llama4_lab"
+PLAIN = {"method": METHOD, "kind": "none"}  # what config.json says where nothing is packed
 OF_PACKED = ("_codes", "_scales")  # what the names of a packed weight's tensors end in
 _VISION = ("vision_model.", "multi_modal_projector.")
 
@@ -44,22 +50,24 @@ class Quantisation:
         return min(self.group_size, k & -k)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, **asdict(self)}
+        return {"method": METHOD, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, raw: object, path: Path) -> "Quantisation":
-        """Read config.json's ``quantization_config``.
+    def from_dict(cls, raw: object, path: Path) -> "Quantisation | None":
+        """Read config.json's ``quantization_config``; None if nothing is packed.
 
         Raises:
             ValueError: another program's, or one that says what no file of ours does.
         """
-        method = raw.get("quant_method") if isinstance(raw, dict) else raw
+        method = raw.get("method", raw.get("quant_method")) if isinstance(raw, dict) else raw
         if not isinstance(raw, dict) or method != METHOD:
             raise ValueError(
                 f"{path}: quant_method {method!r}: only files that llama4-lab quantised are read; "
                 "convert the bfloat16 checkpoint with `llama4-lab convert --quantize`"
             )
         kind, group = raw.get("kind"), raw.get("group_size", GROUP)
+        if kind == PLAIN["kind"]:
+            return None
         if kind not in KINDS:
             raise ValueError(f"{path}: kind {kind!r} of quantised weights is not {_one_of(KINDS)}")
         if not isinstance(group, int) or group < 1 or group & (group - 1):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama4_lab.checkpoint.files import read_json
 from llama4_lab.checkpoint.huggingface import CONFIG, INDEX, SINGLE, is_transposed, their_name
-from llama4_lab.checkpoint.quantised import Quantisation, quantisation_of
+from llama4_lab.checkpoint.quantised import quantisation_of
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Tokenizer
@@ -52,6 +52,7 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
     folder = Path(folder).expanduser()
     check_vacant(folder)
     quantisation = quantisation_of(model)
+    layout = quantisation.to_dict() if quantisation else None
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     shards = in_shards({name: tensor.nbytes for name, tensor in state.items()}, max_shard_bytes)
     multimodal = model.config.vision_config is not None
@@ -64,9 +65,7 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
             save_file(content, new / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(content, file)
         size = sum(parameter.nbytes for parameter in state.values())
-        write_listings(
-            new, size, weight_map, config_as_json(model.config, model.dtype, quantisation)
-        )
+        write_listings(new, size, weight_map, config_as_json(model.config, model.dtype, layout))
         copy_companions(model.tokenizer, new)
 
 
@@ -140,13 +139,13 @@ def _as_stored(name: str, parameter: Tensor) -> Tensor:
 
 
 def config_as_json(
-    config: Llama4Config, dtype: torch.dtype, quantisation: Quantisation | None
+    config: Llama4Config, dtype: torch.dtype, layout: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return what config.json says."""
+    """Return what config.json says; `layout` is our own, None Hugging Face's."""
     raw = config.to_dict()
     for part in (raw, raw.get("text_config", raw)):
         part["dtype"] = str(dtype).removeprefix("torch.")
-    return raw | ({"quantization_config": quantisation.to_dict()} if quantisation else {})
+    return raw | ({"quantization_config": layout} if layout else {})
 
 
 def write_listings(

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from llama4_lab import checkpoint
 from llama4_lab.checkpoint.files import map_tensor
-from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder, is_transposed
+from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder
 from llama4_lab.checkpoint.shipped import find
 from llama4_lab.config import Llama4Config
 from llama4_lab.experts.mapped import Mapped
@@ -107,7 +107,7 @@ def load(
     text_only: bool = False,
     max_tiles: int = 16,
 ) -> Llama4:
-    """Load each rank's part of a checkpoint of Hugging Face's format, onto the mesh's devices.
+    """Load each rank's part of a Hugging Face checkpoint or a converted one, onto its device.
 
     Files are mapped and only the part is read, so that no rank ever holds the whole. `experts` is
     that of `parallelise`, the other options are those of `llama4_lab.load`.
@@ -126,9 +126,9 @@ def load(
         name_or_folder, device="meta", dtype=dtype, text_only=text_only, max_tiles=max_tiles
     )
     ranks = Ranks(mesh, model.config, experts)
-    for name, stored in HuggingFaceFolder.open(folder, text_only).tensors.items():
-        whole = map_tensor(stored)
-        ranks.take(model, name, whole.mT if is_transposed(name) else whole)
+    source = HuggingFaceFolder.open(folder, text_only)
+    for name, stored in source.tensors.items():
+        ranks.take(model, name, source.as_ours(name, map_tensor(stored)))
     return join(model, ranks)
 
 

@@ -76,6 +76,7 @@ class PlacedExperts:
 
     def forward(self, x: Float[Tensor, "b t d"], tap: Tap, backend: str) -> Float[Tensor, "b t d"]:
         rows, record = x.flatten(0, 1), _PerToken(tap, x.shape[:2])
+        backend = experts.backend_for(rows, backend)  # on all ranks, before one waits for others
         logits = record("router.logits", F.linear(rows, self.block.router.weight))
         expert, score = experts.route(logits, self.block.topk, record)
         run = self.run_watched if any(map(record.watches, _INSIDE)) else self.run
@@ -102,7 +103,7 @@ class PlacedExperts:
         expert, score = expert.flatten()[slot, None], score.flatten()[slot, None]
         if len(slot):
             order, offsets = experts.sort(expert, held)
-            apply = experts.BACKENDS[experts.choose_backend(rows) if backend == "auto" else backend]
+            apply = experts.BACKENDS[backend]
             done = apply(rows[token], order, offsets, score, *self.weights)
             out.index_add_(0, token, done)
         return out
