@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_written_does_no_harm(cache_folder):
 def test_measuring_gives_a_product_that_exists(monkeypatch):
     monkeypatch.setattr(probe, "_COUNTS", (1, 4))
     found = probe.measure(torch.float32)
-    assert found.rows in (0, 1, 4)
+    assert found.rows in (0, 1, probe._ALL)
     assert found.library in probe.LIBRARY
 
 
