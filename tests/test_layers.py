@@ -16,6 +16,7 @@ PACKAGES = {"llama4_lab": ROOT / "llama4_lab", "llama4_widgets": ROOT / "widgets
 LAYERS = [
     "llama4_widgets",
     "llama4_lab.cli",
+    "llama4_lab.opening",
     "llama4_lab",
     "llama4_lab.train llama4_lab.bench",
     "llama4_lab.analysis",
@@ -106,8 +107,8 @@ def test_imports_point_down(module):
         ("llama4_lab.model.text", "def f():\n    import llama4_lab.prompt.chat", False),
         ("llama4_lab.model.text", "import llama4_lab", False),
         ("llama4_lab.trace", "from llama4_lab.edits import points", False),
-        ("llama4_lab.cli", "import llama4_widgets.router", False),
-        ("llama4_widgets.router", "import llama4_lab", True),
+        ("llama4_lab.cli", "import llama4_widgets.board", False),
+        ("llama4_widgets.explore", "import llama4_lab", True),
         ("llama4_lab", "import llama4_widgets", False),
     ],
 )

@@ -1,9 +1,11 @@
 """The router explorer without a browser: figure, traits, messages, pictures and pages."""
 
 import base64
-import json
+import gzip
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,61 +16,84 @@ from tiny import CONFIG
 import llama4_lab as l4
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.prompt import build_prompt
-from llama4_widgets import domains
+from llama4_widgets import domains, still
 from llama4_widgets import explore as explore_module
+from llama4_widgets.board import unflat
 from llama4_widgets.colours import PALETTE, colour, ink
-from llama4_widgets.explore import explore
-from llama4_widgets.router import RouterExplorer, figure
-from llama4_widgets.words import describe
+from llama4_widgets.explore import RouterExplorer, explore
+from llama4_widgets.still import unpack
+from llama4_widgets.words import describe, visible
 
-TOKENS = ["<|begin_of_text|>", "def", " f", "():\n", "  ", "<b>", "\t\x07", "书"]
-
-
-def routing(experts: int = 8, topk: int = 1, layers=(1, 3, 5), tokens=TOKENS) -> Routing:
-    logits = np.random.default_rng(0).normal(size=(len(layers), len(tokens), experts))
-    best = np.argsort(-logits, axis=-1)
-    ranked = np.take_along_axis(logits, best, axis=-1)
-    score = 1 / (1 + np.exp(-ranked[..., :topk]))
-    margin = ranked[..., topk - 1] - ranked[..., topk]
-    return Routing(list(tokens), layers, logits, best[..., :topk], score, best[..., topk], margin)
+TEXT = "for i in():\n  <b>\t\x07书"
 
 
 @pytest.fixture
-def model(tmp_path) -> l4.Llama4:
-    tokenizer = small_tokenizer(tmp_path)
-    model = l4.random(CONFIG.replace(vocab_size=336)).eval()
-    model.build_prompt = lambda *given, **options: build_prompt(tokenizer, *given, **options)
-    return model
+def make_model(tmp_path):
+    def make(experts: int = 5, topk: int = 2) -> l4.Llama4:
+        """Return a model with experts in its layers 1, 3 and 5."""
+        tokenizer = small_tokenizer(tmp_path)
+        sizes = {"num_local_experts": experts, "num_experts_per_tok": topk}
+        model = l4.random(CONFIG.replace(vocab_size=336, **sizes)).eval()
+        model.tokenizer = tokenizer
+        model.build_prompt = lambda *given, **options: build_prompt(tokenizer, *given, **options)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def model(make_model) -> l4.Llama4:
+    return make_model()
+
+
+def choose(explorer: RouterExplorer, **chosen: int) -> None:
+    """Choose as a browser does."""
+    before = explorer.board.selection
+    explorer.board.set_state({"selection": before | chosen | {"seq": before["seq"] + 1}})
+
+
+def type_in(explorer: RouterExplorer, text: str) -> None:
+    """Send a text as a browser does."""
+    explorer.children[1].set_state({"value": text})
 
 
 # ---- the figure
 
 
 @pytest.mark.parametrize(("experts", "topk"), [(8, 1), (16, 2), (128, 1)])
-def test_figure_draws_the_choices_the_probabilities_and_the_load(experts, topk):
-    shown = routing(experts, topk)
-    drawn = figure(shown, layer=3, token=2)
-    choices, probability, load = drawn.data
+def test_figure_draws_the_choices_the_probabilities_and_the_load(make_model, experts, topk):
+    explorer = explore(make_model(experts, topk), TEXT, layer=3, token=2)
+    shown, drawn = explorer.routing, explorer.figure()
+    choices, probability, load, *_ = drawn.data
     np.testing.assert_array_equal(choices.z, shown.expert[..., 0])
-    np.testing.assert_allclose(probability.y, 1 / (1 + np.exp(-shown.logits[1, 2])))
-    np.testing.assert_allclose(load.y, 100 * shown.load[1])
-    framed = np.flatnonzero(probability.marker.line.width)
-    assert sorted(framed) == sorted(shown.expert[1, 2])
-    assert drawn.layout.yaxis.ticktext == ("1", "3", "5")
-    assert drawn.layout.yaxis2.title.text == "sigmoid(logit), each expert<br>alone: no sum to 1"
-    assert drawn.layout.title.text == describe(shown, 3, 2)
-    assert f"{100 / experts:.3g} %" in drawn.layout.annotations[-1].text
+    np.testing.assert_allclose(probability.y, 1 / (1 + np.exp(-shown.logits[1, 2])), rtol=1e-6)
+    np.testing.assert_allclose(load.y, 100 * shown.load[1], rtol=1e-6)
+    for bars in (probability, load):
+        framed = np.flatnonzero(bars.marker.line.width)
+        assert sorted(framed) == sorted(shown.expert[1, 2])
+    assert choices.y == ("1", "3", "5")
+    captions = [note.text for note in drawn.layout.annotations]
+    assert "sigmoid of the logit, each alone: no sum to 1" in captions[1]
+    assert f"dashed: all alike, {100 / experts:.3g} %" in captions[2]
+    dashed = [shape.y0 for shape in drawn.layout.shapes if shape.line.dash == "dash"]
+    assert dashed == [100 / experts]
+    title = drawn.layout.title.text.replace("<br>", " ")
+    assert title == f"Router: {describe(shown, 3, 2)}"
 
 
-def test_figure_shows_tokens_as_text_and_not_as_markup():
-    ticks = figure(routing(), layer=1, token=5).layout.xaxis.ticktext
-    assert ticks[2:7] == ("·f", "():↵", "··", "&lt;b&gt;", "→␇")
+def test_figure_shows_tokens_as_text_and_not_as_markup(model):
+    explorer = explore(model, TEXT)
+    ticks = explorer.figure().layout.xaxis.ticktext
+    assert len(ticks) == len(explorer.routing.tokens)
+    assert "".join(ticks).startswith("&lt;|begin_o…for·i·in():↵··&lt;b&gt;→␇")
+    explorer.token = next(i for i, token in enumerate(explorer.routing.tokens) if "<" in token[:1])
+    assert "‘&lt;" in explorer.figure().layout.title.text
 
 
-def test_figure_of_a_long_prompt_names_positions():
-    drawn = figure(routing(tokens=["a"] * 300), layer=1, token=0)
-    assert drawn.layout.xaxis.ticktext[:3] == (0, 15, 30)
-    assert drawn.layout.xaxis.title.text == "position of the token"
+def test_figure_of_a_long_prompt_names_positions(model):
+    drawn = explore(model, "a " * 150).figure()
+    assert drawn.layout.xaxis.ticktext is None
+    assert drawn.layout.xaxis.title.text == "token"
 
 
 def one_token(experts: list[int], scores: list[float], runner_up: int, margin: float) -> Routing:
@@ -100,46 +125,55 @@ def test_domains_are_compared_on_one_scale():
 # ---- the explorer
 
 
-def test_the_shown_figure_is_the_figure_of_the_state():
-    explorer = RouterExplorer(routing())
+def test_the_shown_figure_is_the_figure_of_the_state(model):
+    explorer = explore(model, TEXT)
     assert (explorer.layer, explorer.token) == (1, 1)
-    explorer.set_state({"layer": 5, "token": 4})  # what a browser sends
+    choose(explorer, layer=5, token=4)
     assert (explorer.layer, explorer.token) == (5, 4)
-    assert explorer.figure() == figure(explorer.routing, 5, 4)
+    other = explore(model, TEXT, layer=5, token=4)
+    assert explorer.figure() == other.figure()
+    assert explorer.figure() != explore(model, TEXT, layer=5, token=3).figure()
 
 
-def test_a_negative_token_counts_from_the_end():
-    assert RouterExplorer(routing(), token=-1).token == len(TOKENS) - 1
+def test_a_trait_that_is_set_moves_the_page(model):
+    explorer = explore(model, TEXT)
+    explorer.layer, explorer.token = 3, 2
+    assert explorer.board.selection["layer"] == 3
+    assert explorer.board.selection["token"] == 2
+
+
+def test_a_negative_token_counts_from_the_end(model):
+    explorer = explore(model, TEXT, token=-1)
+    assert explorer.token == explorer.selection.token == len(explorer.routing.tokens) - 1
 
 
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
         ("layer", 2, "layer 2 has no experts: the MoE layers are 1, 3, 5"),
-        ("token", 8, "token 8 is out of range: this prompt has 8 tokens (0 to 7)"),
+        ("token", 8, "token 8 is out of range: this prompt has 4 tokens (0 to 3)"),
         (
             "text",
-            "hello",
-            "this explorer cannot run 'hello': it shows a recorded routing; explore(model, text) "
-            "makes one that runs other texts",
+            "1 2 3 4 5 6",
+            "this text has 12 tokens, the explorer shows at most 9: shorten it",
         ),
     ],
 )
-def test_a_bad_value_is_explained_and_changes_nothing(name, value, sentence):
-    explorer = RouterExplorer(routing(), "some text")
-    before = getattr(explorer, name)
+def test_a_bad_value_is_explained_and_changes_nothing(model, name, value, sentence, monkeypatch):
+    monkeypatch.setattr(explore_module, "MAX_TOKENS", 9)
+    explorer = explore(model, "one")
+    before = explorer.routing, explorer.layer, explorer.token, explorer.text
     with pytest.raises(traitlets.TraitError, match=re.escape(sentence)):
         setattr(explorer, name, value)
-    with pytest.raises(traitlets.TraitError, match=re.escape(sentence)):
-        explorer.set_state({name: value})
-    assert getattr(explorer, name) == before
+    assert (explorer.routing, explorer.layer, explorer.token, explorer.text) == before
+    with pytest.raises((traitlets.TraitError, ValueError), match=re.escape(sentence)):
+        explore(model, **({"text": "one"} | {name: value}))
 
 
 def test_explore_shows_what_the_library_computes(model):
     explorer = explore(model, "The user asks", layer=3)
     expected = routing_of(model, model.prompt("The user asks"))
     assert explorer.text == "The user asks"
-    assert explorer.is_live
     assert explorer.routing.tokens == expected.tokens
     np.testing.assert_array_equal(explorer.routing.logits, expected.logits)
 
@@ -150,77 +184,91 @@ def test_setting_the_text_runs_it_and_keeps_the_choice_inside(model):
     expected = routing_of(model, model.prompt("no"))
     np.testing.assert_array_equal(explorer.routing.logits, expected.logits)
     assert (explorer.layer, explorer.token) == (5, len(expected.tokens) - 1)
+    assert explorer.children[1].value == "no"
 
 
-def typed(explorer: RouterExplorer, text: str, monkeypatch) -> list[dict]:
-    """Send a text as the browser does, and return the answers."""
-    answers = []
-    monkeypatch.setattr(explorer, "send", answers.append)
-    explorer._handle_custom_msg({"run": text}, [])
-    return answers
-
-
-def test_a_typed_text_runs(model, monkeypatch):
+def test_a_typed_text_runs(model):
     explorer = explore(model, "one")
-    assert typed(explorer, "two times", monkeypatch) == [{"problem": ""}]
+    type_in(explorer, "two times")
     assert explorer.text == "two times"
     assert explorer.routing.tokens == model.prompt("two times").tokens
+    assert (explorer.board.problem, explorer.board.busy) == ("", "")
 
 
 def test_a_text_that_is_too_long_is_answered_and_changes_nothing(model, monkeypatch):
     monkeypatch.setattr(explore_module, "MAX_TOKENS", 9)
     explorer = explore(model, "one")
     before = explorer.routing
+    type_in(explorer, "1 2 3 4 5 6 7 8 9 0")
     problem = "this text has 20 tokens, the explorer shows at most 9: shorten it"
-    assert typed(explorer, "1 2 3 4 5 6 7 8 9 0", monkeypatch) == [{"problem": problem}]
+    assert explorer.board.problem == problem
     assert (explorer.text, explorer.routing) == ("one", before)
-    with pytest.raises(ValueError, match=problem):
-        explore(model, "1 2 3 4 5 6 7 8 9 0")
+    type_in(explorer, "one")
+    assert explorer.board.problem == ""
 
 
 @pytest.mark.parametrize("topk", [1, 2])
-def test_the_browser_gets_the_same_numbers(topk):
-    explorer = RouterExplorer(routing(16, topk))
-    message = explorer.get_state("routing")["routing"]
-    assert message["words"][1:5] == ["def", "·f", "():↵", "··"]
-    assert message["colours"] == [colour(e) for e in range(16)]
-    for name, dtype in (("expert", "<i2"), ("runnerUp", "<i2"), ("margin", "<f4"), ("load", "<f4")):
-        sent = np.frombuffer(message[name], dtype)
-        expected = getattr(explorer.routing, "runner_up" if name == "runnerUp" else name)
-        np.testing.assert_array_equal(sent, expected.ravel().astype(dtype))
-    np.testing.assert_array_equal(
-        np.frombuffer(message["logits"], "<f4"), explorer.routing.logits.ravel().astype("<f4")
+def test_the_browser_gets_the_same_numbers(make_model, topk):
+    explorer = explore(make_model(16, topk), TEXT)
+    message = explorer.board.get_state("content")["content"]
+    shown = explorer.routing
+    assert message["axes"]["token"]["labels"] == [visible(token) for token in shown.tokens]
+    assert message["axes"]["moe layer"]["values"] == [1, 3, 5]
+    (strip,) = [panel for panel in message["panels"] if panel["kind"] == "strip"]
+    assert strip["scale"]["colours"] == [colour(e) for e in range(16)]
+    assert strip["chosen"] == ["chosen", "chosen 2"][:topk]
+    arrays = {name: unpack(array) for name, array in message["arrays"].items()}
+    for k in range(topk):
+        np.testing.assert_array_equal(arrays[strip["chosen"][k]], shown.expert[..., k])
+    np.testing.assert_array_equal(arrays["runner up"], shown.runner_up)
+    np.testing.assert_array_equal(arrays["margin"], shown.margin.astype("<f4"))
+    np.testing.assert_array_equal(arrays["load"], (100 * shown.load).astype("<f4"))
+    np.testing.assert_allclose(arrays["probability"], 1 / (1 + np.exp(-shown.logits)), rtol=1e-6)
+    second = "[ and expert {chosen 2} with score {score 2:2}]" * (topk == 2)
+    assert message["sentence"] == (
+        "{moe layer}, {token}: expert {chosen} with score {score:2}" + second + ""
+        "[, margin {margin:2} logits over expert {runner up}]"
     )
 
 
 # ---- without a browser or a kernel
 
 
-@pytest.mark.parametrize(("experts", "count"), [(8, 8), (16, 400), (128, 8)])
-def test_the_output_holds_a_picture_and_a_sentence_beside_the_widget(experts, count):
-    explorer = RouterExplorer(routing(experts, tokens=(TOKENS * 50)[:count]), layer=3, token=5)
-    data, _ = explorer._repr_mimebundle_()
+@pytest.mark.parametrize(("experts", "text"), [(8, "def it"), (16, "a " * 200), (128, "def it")])
+def test_the_output_holds_a_picture_and_a_sentence_beside_the_widget(make_model, experts, text):
+    explorer = explore(make_model(experts, 2), text, layer=3, token=1)
+    data = explorer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
-    sentence = describe(explorer.routing, 3, 5)
-    assert data["text/plain"] == f"RouterExplorer: {sentence}"
+    sentence = describe(explorer.routing, 3, 1)
+    assert data["text/plain"] == f"Router: {sentence}"
     root = ElementTree.fromstring(data["image/svg+xml"])
-    words = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert words[0] == sentence
-    assert words[1:4:2] == ["<|begin_of_text|>", "def"]
-    assert ("… and 100 more" in words) == (count == 400)
+    nodes = list(root.iter("{http://www.w3.org/2000/svg}text"))
+    heading = [node.text for node in nodes if node.get("class") == "title"]
+    assert " ".join(heading) == f"Router: {sentence}"
+    words = [node.text for node in nodes if node.get("class") == "word"]
+    expected = [visible(token) for token in explorer.routing.tokens]
+    assert words == expected[:300]
+    numbers = [node.text for node in nodes if node.get("class") == "number"]
+    assert numbers[1] == ",".join(map(str, explorer.routing.expert[1, 1]))
+    assert [node.text for node in nodes if "more" in node.text] == (
+        [f"… and {len(expected) - 300} more"] if len(expected) > 300 else []
+    )
 
 
-def test_the_page_is_complete_and_asks_nobody(tmp_path):
-    explorer = RouterExplorer(routing(), "</script><b>/*STATE*/ {{STYLE}}", token=5)
+def test_the_page_is_complete_and_asks_nobody(model, tmp_path):
+    explorer = explore(model, "</script><b>/*STATE*/ {{STYLE}}", token=5)
     explorer.to_html(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=|@import|url\(", page)
-    assert page.count("</script>") == 1
-    assert len(page) < 60_000
-    state = json.loads(re.search(r"^const state = (.*);$", page, re.MULTILINE)[1])
-    assert (state["layer"], state["token"], state["text"]) == (1, 5, explorer.text)
-    sent = np.frombuffer(base64.b64decode(state["routing"]["expert"]), "<i2")
-    np.testing.assert_array_equal(sent, explorer.routing.expert.ravel())
+    assert page.count("</script>") == 2
+    assert len(page) < 70_000
+    packed = gzip.decompress(base64.b64decode(re.search(r'id="states">(.*?)<', page)[1]))
+    end = 4 + int.from_bytes(packed[:4], "little")
+    (state,) = unflat(packed[4:end], packed[end:])
+    assert (state["selection"]["layer"], state["selection"]["token"]) == (1, 5)
+    shown = unpack(state["content"]["arrays"]["chosen"])
+    np.testing.assert_array_equal(shown, explorer.routing.expert[..., 0])
+    assert explorer.text.replace(" ", "·") in "".join(state["content"]["axes"]["token"]["labels"])
 
 
 # ---- colours
@@ -274,3 +322,91 @@ def test_numbers_on_colours_reach_the_contrast_of_wcag_aa():
         on_white, on_black = 1.05 / (light + 0.05), (light + 0.05) / 0.05
         assert (on_black if ink(background) == "#000000" else on_white) >= 4.5
     assert colour(21) == PALETTE[5]
+
+
+def oklab(colours, eyes) -> np.ndarray:
+    """Lightness, green to red and blue to yellow, of what eyes see."""
+    return np.cbrt(np.clip(linear(colours) @ EYES[eyes], 0, 1) @ CONES) @ OKLAB
+
+
+def blend(start: str, end: str, share: float) -> str:
+    """Mix two colours as browsers do, on their written numbers."""
+    ends = [np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in (start, end)]
+    return "#" + "".join(f"{round(x):02x}" for x in (1 - share) * ends[0] + share * ends[1])
+
+
+def steps(stops) -> list[str]:
+    """The colours of a scale, ten from one stop to the next."""
+    pairs = itertools.pairwise(stops)
+    return [blend(*pair, i / 10) for pair in pairs for i in range(10)] + [stops[-1]]
+
+
+PACKAGE = Path(still.__file__).parent
+BOARD = (PACKAGE / "board.js").read_text()
+SCALES = {
+    name: re.findall(r"#[0-9a-f]{6}", stops)
+    for name, stops in re.findall(
+        r"(\w+): \[(.*?)\]", re.search(r"const SCALES = {(.*?)\n};", BOARD, re.DOTALL)[1]
+    )
+}
+PAPERS = ("#ffffff", "#111111")  # JupyterLab's, light and dark
+
+
+def test_still_pictures_have_the_pages_scales():
+    assert {"sequential", "diverging"} == set(SCALES)
+    assert still._stops({"kind": "sequential"}) == tuple(SCALES["sequential"])
+    assert still._stops({"kind": "diverging"}) == tuple(SCALES["diverging"])
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_scales_rise_in_lightness_for_all_eyes(eyes):
+    light = oklab(steps(SCALES["sequential"]), eyes)[:, 0]
+    assert (np.diff(light) > 0).all()
+    assert np.diff(light[::10]).min() > 0.05  # from stop to stop
+    ends = steps(SCALES["diverging"])
+    middle = len(ends) // 2
+    light = oklab(ends, eyes)[:, 0]
+    assert (np.diff(light[: middle + 1]) > 0).all() and (np.diff(light[middle:]) < 0).all()
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_the_two_sides_of_a_diverging_scale_differ_for_all_eyes(eyes):
+    seen = oklab(SCALES["diverging"], eyes)
+    below, above = seen[:3], seen[:3:-1]  # the strongest first
+    apart = np.linalg.norm(below - above, axis=-1)
+    assert apart.min() > 0.05 and apart[0] > 0.2
+    for end in (seen[0], seen[-1]):
+        assert np.linalg.norm(end - seen[3]) > 0.3
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+@pytest.mark.parametrize("eyes", EYES)
+def test_words_and_bars_stand_out_from_the_paper_for_all_eyes(eyes, paper):
+    """A strip's orange by strength, its blue and red at three quarters, a table's bars at half."""
+    orange = [int(x) for x in re.search(r'"sequential" \? \[(\d+), (\d+), (\d+)\]', BOARD).groups()]
+    orange = "#" + "".join(f"{x:02x}" for x in orange)
+    light = oklab([blend(paper, orange, i / 10) for i in range(11)], eyes)[:, 0]
+    rises = np.diff(light) * np.sign(light[-1] - light[0])
+    assert (rises > 0).all() and abs(light[-1] - light[0]) > 0.2
+    for ends, share in ((SCALES["diverging"][::6], 0.75), (table_bars(), 0.5)):
+        seen = oklab([paper, *(blend(paper, end, share) for end in ends)], eyes)
+        apart = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
+        assert apart[~np.eye(3, dtype=bool)].min() > 0.06
+
+
+def table_bars() -> list[str]:
+    """The colours of negative and positive bars in tables."""
+    found = re.findall(r"rgb\((\d+) (\d+) (\d+) / 0.5\)", BOARD)
+    return ["#" + "".join(f"{int(x):02x}" for x in rgb) for rgb in found]
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_lines_and_bars_of_one_drawing_differ_for_all_eyes(eyes):
+    drawings = {
+        path.name: sorted(set(re.findall(r'"(#[0-9a-f]{6})"', path.read_text())))
+        for path in [*PACKAGE.glob("views/*.py"), PACKAGE / "parts.py"]
+    }
+    assert sum(len(colours) > 1 for colours in drawings.values()) >= 3
+    for name, colours in drawings.items():
+        for one, other in itertools.combinations(oklab(colours, eyes) if colours else (), 2):
+            assert np.linalg.norm(one - other) > 0.11, name

@@ -1,19 +1,16 @@
-"""A newcomer opens the first notebook, types a text and sees which expert reads each token.
+"""A newcomer opens the first notebook, types a text and sees which expert reads each token."""
 
-With ``LAB_SCREENSHOTS=folder`` in the environment the pictures of the README are written there.
-"""
-
-import os
+import re
 import time
-from pathlib import Path
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 import llama4_lab as l4
 from llama4_lab.analysis.routing import routing_of
 from llama4_widgets.explore import explore
-from llama4_widgets.words import decimals, describe
+from llama4_widgets.words import describe
 
 pytestmark = pytest.mark.browser
 
@@ -30,8 +27,6 @@ CELLS = """() => {
     const { activeCellIndex, widgets } = jupyterapp.shell.currentWidget.content;
     return [activeCellIndex, widgets.length];
 }"""
-SCREENSHOTS = os.environ.get("LAB_SCREENSHOTS")
-THEME = "(theme) => jupyterapp.commands.execute('apputils:change-theme', { theme })"
 
 TIMEOUT_S = 60  # a busy machine must not fail a test
 expect.set_options(timeout=1000 * TIMEOUT_S)
@@ -42,18 +37,10 @@ def model() -> l4.Llama4:
     return l4.load("mini")
 
 
-def photograph(page: Page, explorer: Locator) -> None:
-    """Write the pictures of the README, if they are wanted."""
-    if not SCREENSHOTS:
-        return
-    usual = page.viewport_size
-    page.set_viewport_size({"width": 1440, "height": 2400})
-    page.locator(".js-plotly-plot").first.screenshot(path=Path(SCREENSHOTS, "domains.png"))
-    for theme in ("Dark", "Light"):
-        page.evaluate(THEME, f"JupyterLab {theme}")
-        name = f"router-explorer-{theme.lower()}.png"
-        explorer.screenshot(path=Path(SCREENSHOTS, name), animations="disabled")
-    page.set_viewport_size(usual)
+def bars(explorer: Locator, panel: str) -> list[str]:
+    """What a screen reader hears of bars: ``expert 0: 0.12``."""
+    heard = explorer.locator(f"[data-panel={panel}] svg").get_attribute("aria-label")
+    return re.split(r", (?=expert)", heard)
 
 
 def wait_until_printed(page: Page, code: str, expected: str) -> None:
@@ -70,9 +57,8 @@ def test_a_typed_text_shows_the_experts_that_the_library_computes(lab_page, mode
     page = lab_page.page
     lab_page.open_notebook("00_start_here.ipynb")
     lab_page.run_all()
-    explorer = page.locator(".l4-router").first
+    explorer = page.locator(".l4-view").first
     said = explorer.get_by_role("status")
-    photograph(page, explorer)
 
     prompt = explorer.get_by_label("prompt")
     first, *others = TEXT.splitlines()
@@ -96,20 +82,71 @@ def test_a_typed_text_shows_the_experts_that_the_library_computes(lab_page, mode
     assert page.evaluate(CELLS) == cells, "a key in the explorer also moved the notebook"
 
     row = routing.row(6)
-    numbers = [int(number) for number in explorer.locator("sub").all_inner_texts()]
+    numbers = [int(word.get_attribute("data-value")) for word in words.all()]
     assert numbers == routing.expert[row, :, 0].tolist()
-    bars = explorer.get_by_role("img").first
     chosen = routing.expert[row, 4, 0]
-    assert f"expert {chosen}: {decimals(float(routing.score[row, 4, 0]))}" in bars.get_attribute(
-        "aria-label"
-    )
+    bar = bars(explorer, "probability")[chosen]
+    assert float(bar.split()[-1]) == pytest.approx(float(routing.score[row, 4, 0]), rel=0.0051)
+    load = explorer.locator("[data-panel=load] svg")
+    assert load.locator(".l4-chosen").count() == 1
+    assert load.locator(".l4-reference").count() == 1
+    share = float(bars(explorer, "load")[chosen].split()[-2])
+    assert share == pytest.approx(100 * float(routing.load[row, chosen]), rel=0.0051)
     wait_until_printed(
         page, "print(explorer.layer, explorer.token, repr(explorer.text))", f"6 4 {TEXT!r}"
     )
 
     words.nth(9).hover()
     expect(said).to_have_text(describe(routing, 6, 9))
+    looked_at = routing.expert[row, 9, 0]
+    best = float(bars(explorer, "probability")[looked_at].split()[-1])
+    assert best == pytest.approx(float(routing.score[row, 9, 0]), rel=0.0051)
     assert page.evaluate(IN_KERNEL, "print(explorer.token)") == "4"
+    load.locator("g").nth(looked_at).hover()
+    expect(said).to_have_text(describe(routing, 6, 4))
+    bright = explorer.locator("[role=option]:not(.l4-dim)")
+    expect(bright).to_have_count(int((routing.expert[row, :, 0] == looked_at).sum()))
+
+
+def test_a_text_that_cannot_be_run_is_answered_in_the_view(lab_page):
+    page = lab_page.page
+    lab_page.open_notebook("00_start_here.ipynb")
+    lab_page.run_all()
+    explorer = page.locator(".l4-view").first
+    count = int(page.evaluate(IN_KERNEL, "print(len(explorer.routing.tokens))"))
+    expect(explorer.get_by_role("option")).to_have_count(count)
+    prompt = explorer.get_by_label("prompt")
+    prompt.fill("1 2 3 4 5 6 7 8 " * 400)
+    prompt.press("Enter")
+    expect(explorer.get_by_role("alert")).to_contain_text("shows at most 4096: shorten it")
+    expect(explorer.get_by_role("option")).to_have_count(count)
+    assert page.evaluate(IN_KERNEL, "print(len(explorer.routing.tokens))") == str(count)
+    prompt.fill("no more")
+    explorer.get_by_role("button", name="Run").click()
+    expect(explorer.get_by_role("alert")).to_be_hidden()
+    wait_until_printed(page, "print(explorer.text)", "no more")
+
+
+def test_of_a_long_text_the_page_gets_what_is_selected(lab_page, model):
+    page = lab_page.page
+    lab_page.open_notebook("00_start_here.ipynb")
+    lab_page.run_all()
+    explorer = page.locator(".l4-view").first
+    text = 40 * TEXT
+    routing = routing_of(model, model.prompt(text))
+    explorer.get_by_label("prompt").fill(text)
+    explorer.get_by_label("prompt").press("Enter")
+    words = explorer.get_by_role("option")
+    expect(words).to_have_count(len(routing.tokens))
+    for layer, token in ((3, 500), (0, 499)):
+        explorer.get_by_label("layer", exact=True).fill(str(layer))
+        words.nth(token).click()
+        where = f"layer {layer}, token {token} "
+        expect(explorer.get_by_role("status")).to_contain_text(where)
+        expect(explorer.locator(".l4-late")).to_have_count(0)
+        found = [float(bar.split()[-1]) for bar in bars(explorer, "probability")]
+        expected = 1 / (1 + np.exp(-routing.logits[layer, token]))
+        assert found == pytest.approx(expected.tolist(), abs=0.003)  # one of 254 steps
 
 
 def test_an_exported_page_works_without_kernel_and_network(browser: Browser, model, tmp_path):
@@ -125,13 +162,23 @@ def test_an_exported_page_works_without_kernel_and_network(browser: Browser, mod
     last = len(explorer.routing.tokens) - 1
     said = page.get_by_role("status")
     expect(said).to_have_text(describe(explorer.routing, 2, last))
-    expect(page.get_by_label("prompt")).to_be_hidden()
+    expect(page.get_by_label("prompt")).to_have_count(0)
     page.get_by_role("listbox").focus()
     for key in ("ArrowUp", "Home", "ArrowRight"):
         page.keyboard.press(key)
     expect(said).to_have_text(describe(explorer.routing, 1, 1))
     page.get_by_label("layer", exact=True).fill("7")
     expect(said).to_have_text(describe(explorer.routing, 7, 1))
+    words = page.get_by_role("option")
+    words.first.click()  # a long word, and a long sentence
+    for width in range(480, 680, 20):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.mouse.move(0, 0)
+        expect(said).to_contain_text("layer 7, token 0 ")
+        before = words.nth(5).bounding_box()
+        words.nth(5).hover()
+        expect(said).to_contain_text("layer 7, token 5 ")
+        assert words.nth(5).bounding_box() == before, "words move away from the pointer"
     assert asked == [(tmp_path / "routing.html").as_uri()]
     assert errors == []
     context.close()

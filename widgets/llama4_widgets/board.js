@@ -8,7 +8,7 @@ const SCALES = {
   sequential: ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838"], // cividis
   diverging: ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"],
 };
-const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-1e6, 0], End: [1e6, 0] };
 const SETTLE = 120; // milliseconds without a zoom before finer numbers are asked for
 const [LEFT, TOP, RIGHT, BOTTOM] = [46, 6, 8, 30]; // margins of a map, in pixels
 
@@ -39,14 +39,20 @@ const told = (value, scale) => written(scale?.log ? 10 ** value : value, scale?.
 
 class Values {
   constructor({ dtype, shape, axes, low, high, data, tile }) {
-    const bytes = data.buffer.slice(data.byteOffset, data.byteOffset + data.byteLength);
-    this.raw = new TYPES[dtype](bytes);
+    const numbers = (bytes) => new TYPES[dtype](bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
     this.axes = axes;
     this.tile = tile;
     this.size = (name) => shape[axes.indexOf(name)];
     this.strides = shape.map((_, i) => shape.slice(i + 1).reduce((a, b) => a * b, 1));
     this.painted = new Map(); // slices that were drawn as pictures
+    this.pages = data ? null : new Set(); // those that are here, of an array that comes in parts
+    this.raw = data ? numbers(data) : new TYPES[dtype](shape[0] * this.strides[0]);
+    this.take = ({ page, data }) => this.pages.add(page) && this.raw.set(numbers(data), page * this.strides[0]);
+    this.decimals = dtype === "u1" && high - low > 2.54 ? 1 : 2; // that are worth telling
     this.read = dtype === "u1" ? (i) => (this.raw[i] ? low + ((this.raw[i] - 1) * (high - low)) / 254 : NaN) : (i) => this.raw[i];
+  }
+  isLate(index) {
+    return Boolean(this.pages) && !this.pages.has(index(this.axes[0]));
   }
   // The number at given indices of some axes; `index(axis)` says the others.
   slice(shown, index) {
@@ -93,10 +99,11 @@ function render({ model, el }) {
   const group = GROUPS.get(name) ?? { selection: model.get("selection"), boards: new Set() };
   GROUPS.set(name, group);
   if ((model.get("selection").seq ?? 0) > (group.selection.seq ?? 0)) group.selection = model.get("selection");
-  let content, arrays;
+  let content, arrays; // as Values
   let drawn = []; // of each panel: its figure, and the function that draws it anew
+  let pointed = {}; // what is under the pointer, in fields of the selection
   const windows = new Map(); // what is on screen of maps that zoom together, by name
-  const own = { redraw: () => drawn.forEach((each) => each.again()) };
+  const own = { redraw: () => (drawn.forEach(show), say()) };
   group.boards.add(own);
 
   help.onclick = () => {
@@ -105,6 +112,7 @@ function render({ model, el }) {
   };
 
   function select(change) {
+    pointed = {};
     group.selection = { ...group.selection, ...change, seq: (group.selection.seq ?? 0) + 1 };
     for (const board of group.boards) board.redraw();
     model.set("selection", group.selection);
@@ -114,11 +122,12 @@ function render({ model, el }) {
   // -- axes
 
   const axis = (name) => content.axes[name];
-  function index(name) {
+  function index(name, selection = group.selection) {
     const { select: field, values, size } = axis(name);
-    const chosen = group.selection[field] ?? 0;
+    const chosen = selection[field] ?? 0;
     return values ? Math.max(values.lastIndexOf(chosen), 0) : clamp(chosen, 0, size - 1);
   }
+  const seen = (name) => index(name, { ...group.selection, ...pointed }); // by bars and the summary
   const place = (name, i) => axis(name).values?.[i] ?? i; // what the selection calls an index
   function called(name, i) {
     const { title, labels } = axis(name);
@@ -128,7 +137,7 @@ function render({ model, el }) {
     const change = Object.fromEntries(pairs.filter(([name]) => axis(name).select).map(([name, i]) => [axis(name).select, place(name, i)]));
     if (Object.keys(change).length) select(change);
   };
-  const picked = (array) => (shown) => arrays[array].slice(shown, index);
+  const picked = (array, at = index) => (shown) => arrays[array].slice(shown, at);
 
   function describe(panel, indices, names = panel.axes.map((name, i) => called(name, indices[i])), array = panel.array) {
     const value = picked(array)(panel.axes)(...indices);
@@ -144,28 +153,73 @@ function render({ model, el }) {
     tip.style.top = `${event.clientY - frame.top + 16}px`;
   }
 
+  // -- what is selected, in words and in panels; what is not here yet stays as it was
+
+  const isLate = (name, at = seen) => Boolean(arrays[name]?.isLate(at));
+
+  function show({ panel, figure, again }) {
+    const at = panel.kind === "bars" ? seen : index;
+    const late = [panel.array, panel.clean, ...(panel.chosen ?? [])].some((name) => isLate(name, at));
+    figure.classList.toggle("l4-late", late);
+    if (!late) again();
+  }
+
+  function say() {
+    const names = (text) => Array.from(text.matchAll(/\{([^{}:]+)/g), ([, name]) => name);
+    const { sentence = "", otherwise = "" } = content;
+    if (names(sentence).some((name) => isLate(name))) return;
+    const value = (name) => picked(name, seen)([])();
+    const isThere = (name) => axis(name)?.values?.includes(group.selection[axis(name).select]) ?? true;
+    const text = (names(sentence).every(isThere) ? sentence : otherwise)
+      .replace(/\[(.*?)\]/g, (_, part) => (names(part).some((name) => value(name) < 0) ? "" : part))
+      .replace(/\{([^{}:]+)(?::(\d))?\}/g, (_, name, digits) => {
+        if (axis(name)) return called(name, seen(name));
+        return digits ? value(name).toFixed(Math.min(digits, arrays[name].decimals)) : written(value(name));
+      });
+    summary.setAttribute("aria-live", Object.keys(pointed).length ? "off" : "polite");
+    summary.style.minHeight = text && root.clientWidth < 640 ? "3em" : ""; // two lines
+    summary.textContent = text || model.get("summary");
+  }
+
+  // Shows what is under the pointer before it is chosen; nothing may move away from there.
+  function look(place) {
+    summary.style.height = Object.keys(place).length ? `${summary.offsetHeight}px` : "";
+    pointed = place;
+    for (const each of drawn) if (each.panel.kind === "bars") show(each);
+    say();
+  }
+
   // -- kinds of panel: each adds its elements to a figure and returns the function that draws them
 
   const kinds = { strip: addStrip, map: addMap, multiples: addMultiples, bars: addBars, lines: addLines, picture: addPicture, words: addWords, table: addTable };
 
   function addStrip(figure, panel) {
     const [name] = panel.axes;
+    const slide = panel.walk && addSlider(figure, panel.walk);
     const box = make("div", figure, { className: "l4-words", tabIndex: 0 }, { ...OWN_KEYS, role: "listbox" });
     let shown; // the word that was last brought into sight
+    let numbers = []; // arrays that are written at each word
     const words = axis(name).labels.map((word, i) => {
+      if (word.startsWith("·")) make("wbr", box); // lines end between words, where that is possible
       const node = make("span", box, { textContent: word, onclick: () => choose([[name, i]]) }, { role: "option" });
       if (word.includes("↵")) make("br", box);
+      node.onpointerenter = () => look({ [axis(name).select]: place(name, i) });
       node.onpointermove = (event) => point(event, describe(panel, [i]));
-      node.onpointerleave = () => point();
+      node.onpointerleave = () => (point(), look({}));
       return node;
     });
     box.onkeydown = (event) => {
       const step = STEPS[event.key];
-      if (!step) return;
+      if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
       event.preventDefault();
-      choose([[name, clamp(index(name) + step[0] + step[1], 0, words.length - 1)]]);
+      const [along, by] = panel.walk && step[1] ? [panel.walk, step[1]] : [name, step[0] + step[1]];
+      choose([[along, clamp(index(along) + by, 0, axis(along).size - 1)]]);
     };
-    return () => {
+    // Dims all words but those of an expert.
+    const shine = (expert) => words.forEach((node, i) => node.classList.toggle("l4-dim", expert !== undefined && numbers.every((at) => at(i) !== expert)));
+    const again = () => {
+      slide?.();
+      numbers = (panel.chosen ?? []).map((array) => picked(array)(panel.axes));
       box.setAttribute("aria-label", panel.title);
       const value = picked(panel.array)(panel.axes);
       const colour = colourOf(panel.scale);
@@ -180,7 +234,25 @@ function render({ model, el }) {
         node.classList.toggle("l4-nothing", v !== v);
         node.classList.toggle("l4-selected", i === index(name));
         node.setAttribute("aria-selected", i === index(name));
+        if (!numbers.length) return;
+        node.dataset.value = numbers.map((at) => at(i)).filter((number) => number >= 0);
+        node.style.setProperty("--own", `rgb(${r} ${g} ${b})`);
       });
+    };
+    return Object.assign(again, { shine });
+  }
+
+  // A slider along an axis that is picked, not drawn.
+  function addSlider(figure, name) {
+    const { title, size } = axis(name);
+    const label = make("label", figure, { className: "l4-slider", textContent: title });
+    const input = make("input", label, { type: "range", min: 0, max: size - 1 }, { ...OWN_KEYS, "aria-label": title });
+    const output = make("span", label);
+    input.oninput = () => choose([[name, Number(input.value)]]);
+    return () => {
+      input.value = index(name);
+      output.textContent = `${place(name, index(name))} of ${place(name, 0)}–${place(name, size - 1)}`;
+      input.setAttribute("aria-valuetext", `${title} ${output.textContent}`);
     };
   }
 
@@ -307,6 +379,18 @@ function render({ model, el }) {
         pen.clearRect(px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
         pen.drawImage(arrays[array].paint(panel.axes, index, panel.scale), px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
       }
+      const [rows, cols] = panel.axes.map(arrays[panel.array].size);
+      const value = picked(panel.array)(panel.axes);
+      const isRoomy = inner / cols >= 14 && tall / rows >= 12 && !panel.zoom;
+      Object.assign(pen, { font: "11px system-ui, sans-serif", textAlign: "center" });
+      for (let i = 0; panel.scale.inks && isRoomy && i < rows; i++) {
+        for (let j = 0; j < cols; j++) {
+          pen.clearRect(px(j + 1) - 1, py(i), 1, py(i + 1) - py(i));
+          pen.clearRect(px(j), py(i + 1) - 1, px(j + 1) - px(j), 1);
+          pen.fillStyle = panel.scale.inks[value(i, j) % panel.scale.inks.length];
+          if (value(i, j) >= 0) pen.fillText(value(i, j), (px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2 + 4);
+        }
+      }
       pen.strokeStyle = style.getPropertyValue("--muted");
       pen.setLineDash([4, 3]);
       for (const edge of panel.borders ?? []) {
@@ -319,7 +403,6 @@ function render({ model, el }) {
         pen.lineTo(px(whole.x[1]), py(whole.y[1]));
         pen.stroke();
       }
-      const [rows, cols] = panel.axes.map(arrays[panel.array].size);
       const marked = panel.marks && picked(panel.marks)(panel.axes); // a ring in each cell that is marked
       for (let i = 0; marked && i < rows; i++) {
         for (let j = 0; j < cols; j++) {
@@ -351,7 +434,7 @@ function render({ model, el }) {
       pen.fillText(axis(across).title, left + inner / 2, TOP + tall + 26);
       pen.textAlign = "right";
       for (const i of ticks(down, window.y, tall / 13)) pen.fillText(named(down, i), left - 6, (py(i) + py(i + 1)) / 2 + 4);
-      pen.translate(8, TOP + tall / 2);
+      pen.translate(10, TOP + tall / 2);
       pen.rotate(-Math.PI / 2);
       pen.textAlign = "center";
       pen.fillText(axis(down).title, 0, 0);
@@ -417,10 +500,11 @@ function render({ model, el }) {
     const [name] = panel.axes;
     const count = axis(name).size;
     return () => {
-      const value = picked(panel.array)(panel.axes);
+      const value = picked(panel.array, seen)(panel.axes);
       const heights = Array.from({ length: count }, (_, i) => value(i));
       const top = panel.scale.high ?? Math.max(...heights, panel.reference ?? 0, 1e-9) * 1.1;
-      const ghosts = panel.clean && Array.from({ length: count }, (_, i) => picked(panel.clean)(panel.axes)(i));
+      const shine = (i) => axis(name).select === "expert" && drawn.forEach((each) => each.again.shine?.(i));
+      const ghosts = panel.clean && Array.from({ length: count }, (_, i) => picked(panel.clean, seen)(panel.axes)(i));
       drawBars(svg, heights, {
         colours: panel.colours ?? heights.map(() => "#6c9cfc"),
         axis: axis(name).title,
@@ -429,11 +513,12 @@ function render({ model, el }) {
         ghosts,
         reference: panel.reference,
         label: (v) => written(v, panel.scale.unit),
-        chosen: axis(name).select ? [index(name)] : [],
+        chosen: panel.chosen?.map((array) => picked(array, seen)([])()) ?? (axis(name).select ? [index(name)] : []),
         each: (bar, i, text) => {
           bar.onclick = () => choose([[name, i]]);
           bar.onpointermove = (event) => point(event, text + (ghosts ? `; clean ${written(ghosts[i], panel.scale.unit)}` : ""));
-          bar.onpointerleave = () => point();
+          bar.onpointerenter = () => shine(i);
+          bar.onpointerleave = () => (point(), shine());
         },
       });
     };
@@ -583,7 +668,14 @@ function render({ model, el }) {
     const figures = drawn.map((each) => each.figure);
     // Whoever has the focus or has scrolled stays where they are.
     if (figures.some((figure, i) => figure !== body.children[i]) || body.children.length > figures.length) body.replaceChildren(...figures);
+    turn();
     own.redraw();
+  }
+  // Takes the parts of arrays that came, and says how many are new.
+  function turn() {
+    const parts = Object.entries(model.get("pages") ?? {}).filter(([name, { page }]) => arrays[name]?.pages?.has(page) === false);
+    for (const [name, part] of parts) arrays[name].take(part);
+    return parts.length;
   }
   function added(panel, key) {
     const figure = make("figure", body, { className: `l4-${panel.wide === false ? "narrow" : "wide"}${panel.square ? " l4-square" : ""} l4-of-${panel.kind}`, style: panel.share ? `flex: 0 1 calc(${100 * panel.share}% - 20px)` : "" }, { "data-panel": panel.name });
@@ -600,7 +692,7 @@ function render({ model, el }) {
     title.textContent = model.get("title");
     explanation.textContent = model.get("help");
     help.title = help.ariaLabel = `What ${model.get("title")} shows`;
-    summary.textContent = model.get("summary");
+    say();
     problem.textContent = model.get("problem");
     root.classList.toggle("l4-busy", Boolean(model.get("busy")));
     root.dataset.busy = model.get("busy");
@@ -612,11 +704,12 @@ function render({ model, el }) {
     for (const board of group.boards) board.redraw();
   }
   model.on("change:content", rebuild);
+  model.on("change:pages", () => turn() && own.redraw());
   model.on("change:finer", answer);
   model.on("change:selection", listen);
   for (const trait of ["title", "help", "summary", "problem", "busy"]) model.on(`change:${trait}`, retitle);
-  retitle();
   rebuild();
+  retitle();
   const watch = new ResizeObserver(() => own.redraw());
   watch.observe(body);
   return () => {

@@ -17,15 +17,15 @@ from llama4_widgets.panels import Content
 from llama4_widgets.selection import Selection
 
 
-def _read(name: str) -> str:
+def read(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 class Board(anywidget.AnyWidget):
     """Draws a `Content`; clicks and keys move the selection, which other boards share."""
 
-    _esm = _read("elements.js") + _read("board.js")
-    _css = _read("board.css")
+    _esm = read("elements.js") + read("board.js")
+    _css = read("board.css")
 
     title = traitlets.Unicode().tag(sync=True)
     help = traitlets.Unicode(help="what the view teaches, in two sentences").tag(sync=True)
@@ -35,9 +35,11 @@ class Board(anywidget.AnyWidget):
     group = traitlets.Unicode(help="boards of a group share the selection").tag(sync=True)
     selection = traitlets.Dict().tag(sync=True)
     content = traitlets.Instance(Content).tag(
-        sync=True, to_json=lambda content, _: content.message()
+        sync=True, to_json=lambda content, _: content.message(is_whole=False)
     )
-
+    pages = traitlets.Dict(help="parts of the content's arrays, for what is selected").tag(
+        sync=True
+    )
     finer = traitlets.Dict(help="arrays of a region, drawn over the content's").tag(sync=True)
 
     def __init__(self, selection: Selection, **traits: Any):
@@ -55,6 +57,10 @@ class Board(anywidget.AnyWidget):
             self._selection.follow(change["new"])
         except traitlets.TraitError as error:
             self.problem = str(error)
+
+    @traitlets.observe("content", "selection")
+    def _turn(self, _change: Any) -> None:
+        self.pages = self.content.pages(self.selection)
 
     def answer(self, panel: str, arrays: Mapping[str, Any], notes: Mapping[str, str]) -> None:
         """Answer a wish for a region: packed arrays, and what the panels say about them."""
@@ -87,7 +93,7 @@ def page_of(states: Sequence[Mapping[str, Any]], title: str, about: Sequence[str
         "SCRIPT": Board._esm.replace("export default { render };", ""),
         "STATES": base64.b64encode(packed).decode(),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("boards.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], read("boards.html"))
 
 
 def flat(value: Any) -> tuple[bytes, bytes]:

@@ -4,7 +4,6 @@ const SVG = "http://www.w3.org/2000/svg";
 const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" }; // on what has the focus, or Lab takes its keys
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
-const percent = (share) => `${Number((100 * share).toFixed(1))} %`;
 
 function make(tag, parent, properties = {}, attributes = {}) {
   const node = Object.assign(document.createElement(tag), properties);

@@ -1,8 +1,17 @@
-"""Run a model and hand what happened to a view: the only module here that needs torch."""
+"""Type a text and see which experts its tokens choose."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ipywidgets
+import traitlets
 
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.model import Llama4
-from llama4_widgets.router import RouterExplorer
+from llama4_widgets.moment import Moment
+from llama4_widgets.prompt import Prompt
+from llama4_widgets.views.router import RouterView
 
 MAX_TOKENS = 4096  # more would make the views slow, and nobody reads that many words
 _TEXT = """\
@@ -13,22 +22,108 @@ def add(a, b):
 Старик смотрел на море."""
 
 
-def explore(model: Llama4, text: str = _TEXT, **choice: int) -> RouterExplorer:
+def explore(
+    model: Llama4, text: str = _TEXT, *, layer: int | None = None, token: int | None = None
+) -> "RouterExplorer":
     """Show which experts each token of a text chooses; other texts can be typed in.
 
     Args:
-        choice: `layer` and `token` to begin with.
+        layer, token: to begin with; else the first layer with experts and the first word.
 
     Raises:
         ValueError: a model without experts or tokenizer, or a text of more than 4096 tokens.
+        TraitError: a layer without experts, or a token outside the text.
+    """
+    explorer = RouterExplorer(model, text)
+    if layer is not None:
+        explorer.layer = layer
+    if token is not None:
+        explorer.token = token
+    return explorer
+
+
+class RouterExplorer(RouterView):
+    """The router's view of a text that can be typed anew.
+
+    `layer`, `token` and `text` are traits: set them, observe them, or read them in the next cell.
+    Setting `text`, or typing one and pressing Enter, runs it.
     """
 
-    def run(text: str) -> Routing:
-        prompt = model.prompt(text)
+    layer = traitlets.Int(help="layer of the model; one that has experts")
+    token = traitlets.Int(help="position in the prompt")
+    text = traitlets.Unicode(help="the text that is shown")
+
+    def __init__(self, model: Llama4, text: str):
+        self._model = model
+        self._ran = text
+        self._field = Prompt(value=text)
+        self._field.observe(self._type, "value")
+        moment = self._moment_of(text)
+        super().__init__(moment, text=text)
+        self.selection.observe(self._take, ["layer", "token"])
+        self.layer = self.routing.layers[0]
+        self.token = min(1, len(moment.tokens) - 1)  # what stands behind begin-of-text
+
+    @property
+    def routing(self) -> Routing:
+        """The decisions on screen."""
+        return self.moment.clean(routing_of)
+
+    def controls(self) -> list[ipywidgets.Widget]:
+        return [self._field]
+
+    def _moment_of(self, text: str) -> Moment:
+        prompt = self._model.prompt(text)
         if (count := len(prompt.tokens)) > MAX_TOKENS:
             raise ValueError(
                 f"this text has {count} tokens, the explorer shows at most {MAX_TOKENS}: shorten it"
             )
-        return routing_of(model, prompt)
+        moment = Moment(self._model, prompt)
+        moment.clean(routing_of)  # raises what hinders it
+        return moment
 
-    return RouterExplorer(run(text), text, run, **choice)
+    def _type(self, change: Any) -> None:
+        self.board.problem = ""
+        with self.working("the model is"):
+            self.text = change["new"]
+
+    @traitlets.validate("text")
+    def _run(self, proposal: Any) -> str:
+        """Run a text and show it; one that cannot be run changes nothing."""
+        text = proposal["value"]
+        if text != self._ran:
+            with _explained():
+                self.moment = self._moment_of(text)
+            self._ran = text
+        return text
+
+    @traitlets.observe("text")
+    def _show_text(self, _change: Any) -> None:
+        self._field.value = self.text
+
+    @traitlets.validate("layer")
+    def _check_layer(self, proposal: Any) -> int:
+        with _explained():
+            self.routing.row(proposal["value"])
+        return proposal["value"]
+
+    @traitlets.validate("token")
+    def _check_token(self, proposal: Any) -> int:
+        with _explained():
+            return self.routing.position(proposal["value"])
+
+    @traitlets.observe("layer", "token")
+    def _choose(self, change: Any) -> None:
+        setattr(self.selection, change["name"], change["new"])
+
+    def _take(self, change: Any) -> None:
+        setattr(self, change["name"], change["new"])
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise the error that traitlets knows, with the same sentence."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise traitlets.TraitError(str(error)) from error

@@ -9,7 +9,8 @@ from jaxtyping import Shaped
 
 from llama4_widgets.colours import PALETTE, ink
 
-_EXACT = 65_536  # numbers; larger arrays are sent in 254 steps
+_EXACT = 8192  # numbers; larger arrays are sent in 254 steps
+_WHOLE = 16_384  # numbers; larger arrays that are `paged` are sent in parts
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,21 @@ class Axis:
     labels: Sequence[str] | None = None
     values: Sequence[int] | None = None
 
+    def index(self, selection: Mapping[str, int]) -> int:
+        """Return the place that is selected; the first where none is."""
+        chosen = selection.get(self.select or "", 0)
+        if self.values is not None:
+            return max((i for i, value in enumerate(self.values) if value == chosen), default=0)
+        return min(max(chosen, 0), self.size - 1)
+
 
 @dataclass
 class Content:
     """Everything that a board shows.
+
+    `sentence` says what is selected: ``{axis}`` and ``{array}`` stand for what is selected there,
+    ``{array:2}`` for a number with two decimals, and a part in ``[…]`` is left out where a number
+    in it is negative. `otherwise` is said where an axis of it does not have what is selected.
 
     >>> content = Content({"layer": Axis("layer", 2, "layer"), "token": Axis("token", 3, "token")})
     >>> content.add("map", "Scores", np.zeros((2, 3)), ("layer", "token"), sequential(0, 1))
@@ -39,6 +51,8 @@ class Content:
     axes: dict[str, Axis] = field(default_factory=dict)
     arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
     panels: list[dict[str, Any]] = field(default_factory=list)
+    sentence: str = ""
+    otherwise: str = ""
 
     def array(
         self,
@@ -46,16 +60,19 @@ class Content:
         values: Shaped[np.ndarray, "..."],
         axes: Sequence[str],
         *,
-        exact: int = _EXACT,
+        paged: bool = False,
         **tile: Any,
     ) -> None:
-        """Add an array; not-a-number is "nothing there"; above `exact` numbers, one byte each.
+        """Add an array; not-a-number is "nothing there"; large ones take one byte a number.
 
-        `tile` says that the array stands for a part of its last two axes, pooled: ``x=(from, to)``,
-        ``y=(from, to)`` in places of the axes.
+        Of a large `paged` array a browser gets what is selected on the first axis, when it is
+        selected: no panel may draw that axis. `tile` says that the array stands for a part of its
+        last two axes, pooled: ``x=(from, to)``, ``y=(from, to)`` in places of the axes.
         """
         assert values.ndim == len(axes), (name, values.shape, axes)
-        packed = pack(values, exact)
+        packed = pack(values)
+        if paged and values.size > _WHOLE:
+            packed["paged"] = True
         if tile:
             packed["tile"] = tile | {"rows": values.shape[-2], "cols": values.shape[-1]}
         self.arrays[name] = packed | {"axes": list(axes)}
@@ -71,6 +88,7 @@ class Content:
         kind: str = "map",
         shown: Sequence[str] | None = None,
         array: str | None = None,
+        paged: bool = False,
         **options: Any,
     ) -> None:
         """Add a panel and its array, or a panel for an `array` that is there.
@@ -79,7 +97,7 @@ class Content:
         down and across); the others are picked by the selection. None: the last one or two.
         """
         if values is not None:
-            self.array(name, values, axes)
+            self.array(name, values, axes, paged=paged)
         count = 2 if kind in ("map", "words") else 1
         panel = {"name": name, "kind": kind, "title": title, "array": array or name}
         panel |= {"axes": list(shown or axes[-count:]), "scale": dict(scale or sequential(0, 1))}
@@ -102,22 +120,43 @@ class Content:
         panel |= {"rows": [list(row) for row in rows], "choices": choices and list(choices)}
         self.panels.append(panel | options)
 
-    def message(self) -> dict[str, Any]:
-        """Return plain values and bytes, as a browser takes them."""
+    def message(self, *, is_whole: bool = True) -> dict[str, Any]:
+        """Return plain values and bytes, as a browser takes them; `pages` of arrays follow."""
         axes = {name: dict(vars(axis)) for name, axis in self.axes.items()}
-        return {"axes": axes, "arrays": self.arrays, "panels": self.panels}
+        arrays = {
+            name: packed
+            if is_whole or "paged" not in packed
+            else {key: value for key, value in packed.items() if key != "data"}
+            for name, packed in self.arrays.items()
+        }
+        said = {"sentence": self.sentence, "otherwise": self.otherwise}
+        return {"axes": axes, "arrays": arrays, "panels": self.panels} | said
+
+    def pages(self, selection: Mapping[str, int]) -> dict[str, Any]:
+        """Return the parts of paged arrays that a selection needs."""
+        found = {}
+        for name, packed in self.arrays.items():
+            if "paged" in packed:
+                page = self.axes[packed["axes"][0]].index(selection)
+                size = len(packed["data"]) // packed["shape"][0]
+                found[name] = {"page": page, "data": packed["data"][page * size :][:size]}
+        return found
 
 
-def pack(values: Shaped[np.ndarray, "..."], exact: int = _EXACT) -> dict[str, Any]:
-    """Return an array as bytes: integers and small arrays exactly, large ones in 254 steps."""
+def pack(values: Shaped[np.ndarray, "..."]) -> dict[str, Any]:
+    """Return an array as bytes: whole numbers and small arrays exactly, large ones in 254 steps."""
     shape = list(values.shape)
     if values.dtype.kind in "bui":
-        return {"dtype": "i2", "shape": shape, "data": values.astype("<i2").tobytes()}
-    if values.size <= exact:
+        low = int(values.min(initial=0))
+        if values.max(initial=0) - low > 254:
+            return {"dtype": "i2", "shape": shape, "data": values.astype("<i2").tobytes()}
+        high, finite = low + 254, np.array(True)
+    elif values.size <= _EXACT:
         return {"dtype": "f4", "shape": shape, "data": values.astype("<f4").tobytes()}
-    finite = np.isfinite(values)
-    low = float(values[finite].min()) if finite.any() else 0.0
-    high = float(values[finite].max()) if finite.any() else 0.0
+    else:
+        finite = np.isfinite(values)
+        low = float(values[finite].min()) if finite.any() else 0.0
+        high = float(values[finite].max()) if finite.any() else 0.0
     share = (np.where(finite, values, low) - low) / ((high - low) or 1.0)
     steps = np.where(finite, 1 + np.rint(254 * share), 0).astype(np.uint8)
     return {"dtype": "u1", "shape": shape, "low": low, "high": high, "data": steps.tobytes()}

@@ -196,4 +196,5 @@ def open_lab(path: str | Path) -> KeptLab:
 
 def _content(message: Mapping[str, Any]) -> Content:
     axes = {name: Axis(**axis) for name, axis in message["axes"].items()}
-    return Content(axes, dict(message["arrays"]), list(message["panels"]))
+    said = {name: message.get(name, "") for name in ("sentence", "otherwise")}
+    return Content(axes, dict(message["arrays"]), list(message["panels"]), **said)

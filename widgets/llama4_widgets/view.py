@@ -88,7 +88,7 @@ class View(ipywidgets.VBox):
         self.board.busy = what + " "
         try:
             yield
-        except (ValueError, KeyError, RuntimeError, OSError) as error:
+        except (ValueError, KeyError, RuntimeError, OSError, traitlets.TraitError) as error:
             self.board.problem = str(error.args[0] if error.args else error)
         finally:
             self.board.busy = ""
@@ -108,7 +108,7 @@ class View(ipywidgets.VBox):
 
     def figure(self) -> go.Figure:
         """Return what is on screen as one static figure."""
-        return figure(self.board.content, self.selection.shared, self.title)
+        return figure(self.board.content, self.selection.shared, self._told())
 
     def to_html(self, path: str | Path) -> None:
         """Write the view as one page that works by itself: no kernel, no network."""
@@ -117,9 +117,12 @@ class View(ipywidgets.VBox):
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """Add a picture and a sentence, for pages that run no script."""
         data = super()._repr_mimebundle_(**kwargs) or {}
-        data["text/plain"] = f"{self.title}: {self.board.summary}"
-        data["image/svg+xml"] = svg(self.board.content, self.selection.shared, self.title)
+        data["text/plain"] = self._told()
+        data["image/svg+xml"] = svg(self.board.content, self.selection.shared, self._told())
         return data
+
+    def _told(self) -> str:
+        return f"{self.title}: {self.board.problem or self.summary()}"
 
     @traitlets.observe("moment")
     def _show(self, _change: Any) -> None:

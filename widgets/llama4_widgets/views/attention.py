@@ -15,7 +15,6 @@ from llama4_widgets.patterns import Layer, glance, in_decades, layer_of, pooled
 from llama4_widgets.view import View
 
 _WHOLE = 220_000  # numbers in all, below which every head and row of the layer goes to the browser
-_EXACT = 8192  # numbers of an array, above which one byte each will do
 _LINE, _AROUND = 4096, 1024  # tokens: the longest text that is shown whole, and what is else
 _THUMBS = 32_768  # numbers in the small maps
 _CURVE = 257  # points of the temperature's curve
@@ -92,7 +91,7 @@ class AttentionView(View):
         try:
             self.board.busy = "reading the region …" if count > 16_384 else ""
             for name, values, tile, note in self._maps(self._runs(), queries, keys):
-                packed = pack(values, _EXACT)
+                packed = pack(values)
                 arrays[f"{name} finer"] = packed | {"axes": ["query", "key"], "tile": tile}
                 notes[name] = note
         except (ValueError, RuntimeError) as error:
@@ -151,7 +150,7 @@ class AttentionView(View):
             else:
                 axes, values = ("token",), layer.row(self._head, token)[start:stop]
                 whose = f"token {token} ‘{words[token]}’, head {self._head}"
-            content.array(name, in_decades(values), axes, exact=_EXACT)
+            content.array(name, in_decades(values), axes)
             note = f"layer {self.selection.layer} ({_kind(layer)}); faint words are out of sight"
             if is_part:
                 note += f"; tokens {start} to {stop - 1} of {count}"
@@ -187,7 +186,7 @@ class AttentionView(View):
             found = self._once(key, partial(self._maps, runs, *whole))
         for name, values, tile, note in found:
             run = name[4:]
-            content.array(name, values, both, exact=_EXACT, **(tile or {}))
+            content.array(name, values, both, **(tile or {}))
             bound = float(np.nanmax(abs(values), initial=0)) if run == "change" else 0
             layer = runs[0 if run == "clean" else -1][1]
             step = layer.chunk or size
@@ -204,7 +203,7 @@ class AttentionView(View):
             )  # fmt: skip
         if found[0][2] is not None and self._window and self._window[0] == count:
             for name, values, tile, _ in self._maps(runs, *self._window[1:]):
-                content.array(f"{name} finer", values, both, exact=_EXACT, **tile)
+                content.array(f"{name} finer", values, both, **tile)
 
     def _maps(
         self, runs: list[tuple[str, Layer]], queries: Window, keys: Window
@@ -249,7 +248,7 @@ class AttentionView(View):
         axes = ("head", "query", "key")
         array = f"map {runs[-1][0]}".strip()
         if main.pattern is None:
-            content.array(array := "heads", in_decades(maps), axes, exact=_EXACT)
+            content.array(array := "heads", in_decades(maps), axes)
         some = "" if step == 1 else f"; of one query in {step}"
         content.add(
             "heads", f"All heads of layer {self.selection.layer}", None, axes, self._scale(),

@@ -21,7 +21,6 @@ from llama4_widgets.view import View
 from llama4_widgets.words import visible
 
 _BYTES = 150_000  # of all pictures of an update
-_EXACT = 8192  # numbers of an array, above which one byte each will do
 _SETS = 16  # of masked tokens in one step
 _NONE = (
     "this prompt has no picture: give one, as in app.run('What colour is the circle?', [picture]) "
@@ -149,7 +148,7 @@ class ImageView(View):
             found = of(layer_of, layer, is_whole)
             share = np.stack([found.row(head, token)[tokens] for head in range(heads)])
             name = f"attention {run}".strip()
-            content.array(name, in_decades(share), ("head", "patch"), exact=_EXACT)
+            content.array(name, in_decades(share), ("head", "patch"))
             note = f"of the selected head{f', {run}' * bool(run)}"
             if np.isnan(share).all():
                 note = "none of it is in sight: it comes later, or lies in another chunk"

@@ -7,9 +7,12 @@ from llama4_widgets.panels import Content, diverging, experts, sequential
 from llama4_widgets.view import View
 from llama4_widgets.words import describe
 
+_BOTH = ("moe layer", "token")
+_RULES = (1, 2, 2.5, 5, 10, 15, 20, 25)  # % from one rule to the next
+
 
 class RouterView(View):
-    """Tokens by layers: chosen expert, score, margin, every expert's probability."""
+    """Tokens by layers: chosen expert, every expert's probability and load, score, margin."""
 
     title = "Router"
     help = (
@@ -22,40 +25,43 @@ class RouterView(View):
         clean, edited = self.moment.clean(routing_of), self.moment.edited(routing_of)
         is_edited = bool(self.moment.edits)
         content = Content(self.axes())
-        both = ("moe layer", "token")
         scale = experts(edited.num_experts)
-        content.add("chosen", "Chosen expert", edited.expert[..., 0], both, scale)
+        chosen = _add_choices(content, edited)
         content.add(
-            "strip", "The text, by expert of the layer", None, both, scale,
-            kind="strip", shown=("token",), array="chosen",
+            "strip", "The text, by expert of the layer", None, _BOTH, scale,
+            kind="strip", shown=("token",), array="chosen", chosen=chosen, walk="moe layer",
+        )  # fmt: skip
+        content.add(
+            "chosen", "Chosen expert", edited.expert[..., 0], _BOTH, scale,
+            note="by layer (down) and token (across)",
         )  # fmt: skip
         if is_edited:
             flips = (clean.expert[..., 0] != edited.expert[..., 0]).astype(float)
             content.add(
-                "flips", "Flips", np.where(flips, 1.0, np.nan), both,
+                "flips", "Flips", np.where(flips, 1.0, np.nan), _BOTH,
                 sequential(0, 1), note="tokens whose expert is another than in the clean run",
             )  # fmt: skip
-        content.add("score", "Score", edited.score[..., 0], both, sequential(0, 1), wide=False)
-        margin = np.minimum(edited.margin, 4.0)
-        content.add(
-            "margin", "Margin", margin, both, sequential(0, 4, "logits", "or more"),
-            wide=False, note="over the runner-up",
-        )  # fmt: skip
-        each = ("moe layer", "token", "expert")
+        each = (*_BOTH, "expert")
         if is_edited:
-            content.array("clean probability", _sigmoid(clean), each)
+            content.array("clean probability", _sigmoid(clean), each, paged=True)
         content.add(
             "probability", "Probability of each expert", _sigmoid(edited), each,
-            sequential(0, 1), kind="bars", wide=False, colours=scale["colours"],
-            clean="clean probability" if is_edited else None,
+            sequential(0, 1), kind="bars", wide=False, colours=scale["colours"], chosen=chosen,
+            clean="clean probability" if is_edited else None, paged=True,
             note="sigmoid of the logit, each alone: no sum to 1" + ("; marks: clean" * is_edited),
         )  # fmt: skip
+        add_load(content, edited, clean if is_edited else None, "the layer", chosen)
         if is_edited:
             change = _sigmoid(edited) - _sigmoid(clean)
             content.add(
                 "change", "Change of the probabilities", change, each, diverging(1.0),
-                shown=("expert", "token"), wide=False, note="edited minus clean, of the layer",
+                shown=("expert", "token"), note="edited minus clean, of the layer", paged=True,
             )  # fmt: skip
+        content.add("score", "Score", edited.score[..., 0], _BOTH, sequential(0, 1), wide=False)
+        content.add(
+            "margin", "Margin", edited.margin, _BOTH, sequential(0, 4, "logits", "or more"),
+            wide=False, note="over the runner-up",
+        )  # fmt: skip
         return content
 
     def summary(self) -> str:
@@ -64,6 +70,59 @@ class RouterView(View):
         if layer not in routing.layers:
             return f"layer {layer} is dense: it has no router"
         return describe(routing, layer, token)
+
+
+def add_load(
+    content: Content,
+    routing: Routing,
+    clean: Routing | None,
+    of: str,
+    chosen: list[str] | None = None,
+) -> None:
+    """Add the load of a layer as bars, beside that of a clean run."""
+    even = 100 / routing.num_experts
+    axes = ("moe layer", "expert")
+    most = 110 * max(float(each.load.max()) for each in (routing, clean or routing))
+    high = 4 * next((rule for rule in _RULES if 4 * rule >= most), _RULES[-1])
+    if clean is not None:
+        content.array("clean load", 100 * clean.load, axes)
+    content.add(
+        "load",
+        f"Load of {of}",
+        100 * routing.load,
+        axes,
+        sequential(0, high, "%"),
+        kind="bars",
+        wide=False,
+        colours=experts(routing.num_experts)["colours"],
+        clean="clean load" if clean is not None else None,
+        chosen=chosen,
+        reference=even,
+        note=f"dashed: all alike, {even:.3g} %" + "; marks: clean" * (clean is not None),
+    )
+
+
+def _add_choices(content: Content, routing: Routing) -> list[str]:
+    """Add what a sentence about a choice needs; return the arrays of the experts, strongest first.
+
+    `words.describe` says the same.
+    """
+    names, parts = [], []
+    for k in range(routing.expert.shape[-1]):
+        chosen, score = (name + f" {k + 1}" * (k > 0) for name in ("chosen", "score"))
+        if k:
+            content.array(chosen, routing.expert[..., k], _BOTH, paged=True)
+            content.array(score, routing.score[..., k], _BOTH, paged=True)
+        said = f"expert {{{chosen}}} with score {{{score}:2}}"
+        parts.append(f"[ and {said}]" if k else said)
+        names.append(chosen)
+    content.array("runner up", routing.runner_up, _BOTH, paged=True)
+    content.sentence = (
+        f"{{moe layer}}, {{token}}: {''.join(parts)}"
+        "[, margin {margin:2} logits over expert {runner up}]"
+    )
+    content.otherwise = "{layer} is dense: it has no router"
+    return names
 
 
 def _sigmoid(routing: Routing) -> np.ndarray:

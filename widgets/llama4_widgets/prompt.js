@@ -1,0 +1,38 @@
+// The view of a Prompt, after elements.js: a field for a text, and a button that runs it.
+
+function render({ model, el }) {
+  const form = make("form", el, { className: "l4-prompt" });
+  const hint = "Enter runs the text, Shift+Enter starts a new line";
+  const field = make("textarea", form, { rows: 1, spellcheck: false, title: hint }, { ...OWN_KEYS, "aria-label": "prompt" });
+  make("button", form, { textContent: "Run", title: "Run this text (Enter)" }, OWN_KEYS);
+  const fit = () => {
+    field.style.height = "auto";
+    field.style.height = `${Math.min(field.scrollHeight + 2, 150)}px`;
+  };
+  const show = () => {
+    field.value = model.get("value");
+    fit();
+  };
+  field.oninput = fit;
+  field.onkeydown = (event) => {
+    event.stopPropagation(); // JupyterLab would refuse the line break of Shift+Enter
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    form.requestSubmit();
+  };
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    model.set("value", field.value);
+    model.save_changes();
+  };
+  model.on("change:value", show);
+  show();
+  const watch = new ResizeObserver(fit); // a field that is not in the page yet has no height
+  watch.observe(form);
+  return () => {
+    watch.disconnect();
+    model.off("change:value", show);
+  };
+}
+
+export default { render };
