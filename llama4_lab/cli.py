@@ -1,4 +1,4 @@
-"""``llama4-lab``: train, measure, convert, plan and list from the command line."""
+"""``llama4-lab``: open the lab, train, measure, convert, plan and list from the command line."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 import llama4_lab as l4
-from llama4_lab import checkpoint
 from llama4_lab.packed import KINDS
 from llama4_lab.plan import PRECISIONS
 
@@ -35,6 +34,11 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(run=run)
         return sub
+
+    sub = command("open", open_lab, "open a notebook in JupyterLab, or with --app as a page")
+    sub.add_argument("notebook", nargs="?", type=Path, help="(default with --app: the lab)")
+    sub.add_argument("--app", action="store_true", help="show what the cells show, by Voila")
+    sub.add_argument("--port", type=_count)
 
     sub = command("corpus", build_corpus, "fetch, clean and encode the training texts")
     sub.add_argument("folder", type=Path)
@@ -65,13 +69,19 @@ def parser() -> argparse.ArgumentParser:
         help="fail if the figures are worse than this shipped model's should be (default: MODEL's)",
     )
 
-    sub = command("convert", convert, "write any readable checkpoint as a Hugging Face folder")
+    about = "write any checkpoint in our own format, which loads without a copy; can be resumed"
+    sub = command("convert", convert, about)
     sub.add_argument("source")
     sub.add_argument("target", type=Path)
     sub.add_argument(
         "--quantize",
         choices=KINDS,
-        help="the text decoder's linears, for llama4-lab alone; goes on where it was interrupted",
+        help="the text decoder's linears (default: all weights as they are)",
+    )
+    sub.add_argument(
+        "--hugging-face",
+        action="store_true",
+        help="in the format that transformers opens, by way of memory; not quantised",
     )
 
     sub = command("plan", plan, "count parameters; with --gpu, what fits and how fast it can be")
@@ -105,6 +115,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="maverick", help=f"{_CONFIGS} (default %(default)s)")
     sub.add_argument("--markdown", action="store_true", help="write the page of the documentation")
     return top
+
+
+def open_lab(options: argparse.Namespace) -> None:
+    from llama4_lab.opening import open_notebook, open_page
+
+    (open_page if options.app else open_notebook)(options.notebook, options.port)
 
 
 def build_corpus(options: argparse.Namespace) -> None:
@@ -176,8 +192,13 @@ def print_card(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    if options.quantize:
-        checkpoint.convert(options.source, options.target, quantize=options.quantize)
+    if not options.hugging_face:
+        l4.convert(options.source, options.target, quantize=options.quantize)
+    elif options.quantize:
+        raise ValueError(
+            f"--quantize {options.quantize} is a format of our own, which --hugging-face is not: "
+            "give one of them"
+        )
     else:
         l4.save(l4.load(options.source), options.target)
     print(f"saved to {options.target}")

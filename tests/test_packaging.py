@@ -54,7 +54,7 @@ def closure(names: set[str]) -> set[str]:
 
 def test_constraints_hold_one_version_inside_each_range_of_pyproject():
     pins = constraints()
-    for needed in requirements("lab", "test"):
+    for needed in requirements("lab", "app", "test"):
         (pin,) = pins[canonicalize_name(needed.name)].specifier
         assert pin.operator == "==", f"{pin} is no exact pin"
         assert needed.specifier.contains(pin.version), f"{needed} excludes the pin {pin}"
@@ -121,6 +121,8 @@ def test_wheel_holds_exactly_our_two_packages_and_the_shipped_models(tmp_path):
         for path in (ROOT / "llama4_lab" / "models").rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
+    standalone = {"lab.ipynb", "voila/templates/llama4_lab/index.html.j2"}
+    assert {f"llama4_lab/standalone/{name}" for name in standalone} <= names
     assert shipped <= names, f"the wheel lacks {sorted(shipped - names)}"
 
 

@@ -1,0 +1,67 @@
+"""Notebooks on screen: in JupyterLab, or by Voila as a page of its own."""
+
+import logging
+import os
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+STANDALONE = Path(__file__).parent / "standalone"  # the lab's page, and Voila's template for it
+_HERE = "127.0.0.1"
+_CALM = ("OMP_WAIT_POLICY", "PASSIVE")  # spinning pools of torch and numba slow each other down
+
+
+def open_notebook(notebook: Path | None = None, port: int | None = None) -> None:
+    """Open JupyterLab on a notebook, or on the current folder, until Ctrl-C.
+
+    Raises:
+        FileNotFoundError, RuntimeError: a notebook or JupyterLab that is not there.
+    """
+    _require("jupyterlab", "JupyterLab", "lab")
+    command = [sys.executable, "-m", "jupyterlab", f"--ip={_HERE}", "--ServerApp.answer_yes=True"]
+    if getattr(os, "geteuid", lambda: 1)() == 0:  # as in a container
+        command.append("--allow-root")
+    if port is not None:
+        command.append(f"--port={port}")
+    if notebook is not None:
+        command.append(str(_found(notebook)))
+    os.environ.setdefault(*_CALM)
+    os.execv(sys.executable, command)  # JupyterLab itself hears Ctrl-C
+
+
+def open_page(notebook: Path | None = None, port: int | None = None) -> None:
+    """Serve what a notebook shows, without its code, until Ctrl-C; None is the lab.
+
+    Whoever opens the page has a kernel of their own. It is served to this machine alone, with a
+    token, and asks nothing of other hosts.
+
+    Raises:
+        FileNotFoundError, RuntimeError: a notebook or Voila that is not there.
+    """
+    _require("voila", "Voila", "app")
+    notebook = _found(notebook or STANDALONE / "lab.ipynb")
+    paths = [str(STANDALONE), os.environ.get("JUPYTER_PATH", "")]
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, paths))
+    os.environ.setdefault(*_CALM)
+
+    class Page(import_module("voila.app").Voila):
+        def launch_browser(self) -> None:
+            address = f"http://{_HERE}:{self.port}/?token={self.identity_provider.token}"
+            print(f"The lab: {address}  (Ctrl-C stops it)", flush=True)
+
+    page = Page(ip=_HERE, auto_token=True, log_level=logging.ERROR)
+    options = ["--template=llama4_lab", "--KernelManager.transport_encryption=auto"]
+    page.initialize([str(notebook), *options, *([f"--port={port}"] if port else [])])
+    page.start()
+
+
+def _require(module: str, name: str, extra: str) -> None:
+    if find_spec(module) is None:
+        raise RuntimeError(f"{name} is not installed: pip install 'llama4-lab[{extra}]'")
+
+
+def _found(notebook: Path) -> Path:
+    if not notebook.is_file():
+        raise FileNotFoundError(f"there is no notebook {notebook}")
+    return notebook

@@ -1,0 +1,542 @@
+"""Each view of the lab in a browser: it shows the library's values, and clicks move the selection.
+
+One notebook and one kernel serve all tests; each brings the views that it looks at to the page.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+from playwright.sync_api import Locator, expect
+
+import llama4_lab as l4
+from llama4_lab import edits as E
+from llama4_lab.analysis.attribution import attribute
+from llama4_lab.analysis.counterfactual import counterfactual
+from llama4_lab.analysis.decomposition import decompose_logit, decompose_router
+from llama4_lab.analysis.features import token_features
+from llama4_lab.analysis.lens import logit_lens
+from llama4_lab.analysis.routing import routing_of
+from llama4_lab.analysis.vision import causal_map, masking_effects, patches_of
+from llama4_lab.config import SCOUT
+from llama4_lab.hardware import GPUS
+from llama4_lab.plan import Plan
+from llama4_lab.train import scenes
+from llama4_widgets.words import describe, visible
+
+from .conftest import SHUT_DOWN, LabPage
+
+pytestmark = pytest.mark.browser
+
+expect.set_options(timeout=60_000)  # a busy machine must not fail a test
+TIMEOUT_S = 60
+TEXT = "The old man looked at the sea.\n12 + 7 = 19\n"
+TOKEN, LAYER, HEAD, EXPERT = 5, 3, 1, 2
+LEFT, TOP, RIGHT, BOTTOM = 46, 6, 8, 30  # margins of a map, in pixels
+CELLS = f"""\
+import numpy as np
+import llama4_lab as l4
+from llama4_widgets.app import LabApp
+app = LabApp(l4.load("mini"), {TEXT!r}, shown=["router"])
+app
+"""
+RESET = f"""\
+app.compare(None)
+app.edits = ()
+app.shown = ("router", *{{names!r}})
+app.run({TEXT!r})
+app.selection.token, app.selection.layer = {TOKEN}, {LAYER}
+app.selection.head, app.selection.expert = {HEAD}, {EXPERT}
+"""
+IN_KERNEL = """async (code) => {
+    const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+    const future = kernel.requestExecute({ code });
+    let printed = "";
+    future.onIOPub = ({ content }) => (printed += content.text ?? content.evalue ?? "");
+    const { content } = await future.done;
+    return [content.status, printed.trim()];
+}"""
+
+
+@dataclass
+class Lab:
+    """A page with the lab, `app` in its kernel."""
+
+    on: LabPage
+
+    def kernel(self, code: str) -> str:
+        """Run code, and return what it printed."""
+        status, printed = self.on.page.evaluate(IN_KERNEL, code)
+        assert status == "ok", printed
+        return printed
+
+    def show(self, *names: str) -> Locator:
+        """Bring the router and other views to the page, as at the start; return the last one."""
+        self.kernel(RESET.format(names=names))
+        title = self.kernel(
+            f"print(app.views[{names[-1]!r}].title)" if names else "print('Router')"
+        )
+        found = self.view(title)
+        expect(found).to_be_visible()
+        return found
+
+    def view(self, title: str) -> Locator:
+        heading = self.on.page.locator(".l4-heading").get_by_text(title, exact=True)
+        return self.on.page.locator(".l4-view").filter(has=heading).first
+
+    def wait_for(self, code: str, expected: Any) -> None:
+        """Wait until an expression in the kernel is written as expected."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while (printed := self.kernel(f"print({code})")) != str(expected):
+            assert time.monotonic() < deadline, f"{code} is {printed}, not {expected}"
+            self.on.page.wait_for_timeout(50)
+
+    def wait_for_selection(self, **chosen: int) -> None:
+        for field, value in chosen.items():
+            self.wait_for(f"app.selection.{field}", value)
+
+    def hover(self, view: Locator, target: Locator) -> str:
+        """Return what the page tells about a place under the pointer."""
+        self.on.page.mouse.move(0, 0)
+        target.hover()
+        tip = view.locator(".l4-tip")
+        expect(tip).to_be_visible()
+        return tip.inner_text()
+
+    def assert_tells(self, view: Locator, target: Locator, value: float) -> None:
+        """Assert which value the page tells about a place under the pointer."""
+        eventually(lambda: assert_reads(self.hover(view, target), value))
+
+
+def eventually(check: Callable[[], None]) -> None:
+    """Repeat assertions until they hold: a page follows its kernel one message at a time."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return check()
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+
+
+@pytest.fixture(scope="module")
+def model() -> l4.Llama4:
+    return l4.load("mini")
+
+
+@pytest.fixture(scope="module")
+def prompt(model):
+    return model.prompt(TEXT)
+
+
+@pytest.fixture(scope="module")
+def opened(browser, lab_server) -> Iterator[LabPage]:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELLS)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, lab_server.folder / "views.ipynb")
+    context = browser.new_context(viewport={"width": 1500, "height": 1600})
+    lab_page = LabPage(context.new_page(), lab_server)
+    lab_page.open_notebook("views.ipynb")
+    lab_page.run_all()
+    yield lab_page
+    lab_page.page.evaluate(SHUT_DOWN)
+    context.close()
+
+
+@pytest.fixture
+def lab(opened) -> Iterator[Lab]:
+    yield Lab(opened)
+    opened.assert_clean()
+
+
+def panel(view: Locator, name: str) -> Locator:
+    return view.locator(f'[data-panel="{name}"]')
+
+
+def words(view: Locator, name: str) -> Locator:
+    """The words of a strip."""
+    return panel(view, name).locator(".l4-words span")
+
+
+def cells(view: Locator, name: str) -> Locator:
+    """The patches of a picture."""
+    return panel(view, name).locator(".l4-picture i")
+
+
+def number(text: str) -> float:
+    """Read the last number of what the page says: ``… ‘x’: −0.12 nats``."""
+    return float(text.rsplit(": ", 1)[-1].split()[0].replace("−", "-"))
+
+
+def assert_reads(text: str, value: float) -> None:
+    """Assert that a text ends in a value, to the three digits that the page writes."""
+    shown, digit = number(text), 10.0 ** (np.floor(np.log10(max(abs(value), 1e-30))) - 2)
+    if abs(value) < 1e-3:
+        digit *= 10  # two digits, as 1.2e-5
+    assert abs(shown - value) <= 0.51 * digit, f"{text!r} instead of {value}"
+
+
+def assert_bars(figure: Locator, values: Any, name: str = "expert") -> None:
+    """Assert what a screen reader hears of bars."""
+
+    def check() -> None:
+        heard = figure.locator("svg[role=img]").get_attribute("aria-label") or ""
+        each = re.split(rf", (?={name} \d+:)", heard)
+        assert [part.split(":")[0] for part in each] == [f"{name} {i}" for i in range(len(values))]
+        for part, value in zip(each, values, strict=True):
+            assert_reads(part, float(value))
+
+    eventually(check)
+
+
+def assert_heard(canvas: Locator, start: str, value: float) -> None:
+    """Assert what a screen reader hears of a map: the selected place and its value."""
+    expect(canvas).to_have_attribute("aria-label", re.compile("^" + re.escape(start)))
+    eventually(lambda: assert_reads(canvas.get_attribute("aria-label") or "", value))
+
+
+def click_cell(canvas: Locator, at: tuple[int, int], shape: tuple[int, int]) -> None:
+    """Click on a cell (row, column) of a map."""
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    width, height = box["width"] - LEFT - RIGHT, box["height"] - TOP - BOTTOM
+    x = LEFT + (at[1] + 0.5) / shape[1] * width
+    y = TOP + (at[0] + 0.5) / shape[0] * height
+    canvas.click(position={"x": x, "y": y})
+
+
+def rows_of(table: Locator) -> list[list[str]]:
+    """The texts of a table, without its head."""
+    rows = [row.locator("td").all_inner_texts() for row in table.locator("tr").all()]
+    return [row for row in rows if row]
+
+
+def test_the_router_shows_choices_scores_and_probabilities(lab, model, prompt):
+    view, routing = lab.show(), routing_of(model, prompt)
+    spoken = [visible(token) for token in routing.tokens]
+    layer, token = 5, 8
+    click_cell(panel(view, "chosen").locator("canvas"), (layer, token), routing.expert.shape[:2])
+    lab.wait_for_selection(layer=layer, token=token)
+    at = f"layer {layer}, token {token} ‘{spoken[token]}’: "
+    chosen = routing.expert[layer, token, 0]
+    canvas = panel(view, "chosen").locator("canvas")
+    expect(canvas).to_have_attribute("aria-label", f"Chosen expert. {at}expert {chosen}")
+    score, margin = routing.score[layer, token, 0], min(routing.margin[layer, token], 4.0)
+    assert_heard(panel(view, "score").locator("canvas"), f"Score. {at}", score)
+    assert_heard(panel(view, "margin").locator("canvas"), f"Margin. {at}", margin)
+    probabilities = 1 / (1 + np.exp(-routing.logits[layer, token]))
+    assert_bars(panel(view, "probability"), probabilities)
+    expect(view.locator(".l4-summary")).to_have_text(describe(routing, layer, token))
+    told = lab.hover(view, words(view, "strip").nth(2))
+    assert told == f"token 2 ‘{spoken[2]}’: expert {routing.expert[layer, 2, 0]}"
+
+
+def test_experts_show_loads_and_the_tokens_that_each_takes(lab, model, prompt):
+    view, routing = lab.show("experts"), routing_of(model, prompt)
+    load = routing.load[LAYER]
+    expect(panel(view, "load")).to_contain_text(f"Load of layer {LAYER}")
+    assert_bars(panel(view, "load"), 100 * load)
+    expect(view.locator(".l4-summary")).to_contain_text(
+        f"expert {load.argmax()} takes most, {100 * load.max():.0f} %"
+    )
+    expert = int(load.argmax())
+    panel(view, "load").locator("svg > g").nth(expert).click()
+    lab.wait_for_selection(expert=expert)
+    table = panel(view, "tokens")
+    expect(table).to_contain_text(f"Tokens of expert {expert} in layer {LAYER}")
+    taken = np.flatnonzero((routing.expert[LAYER] == expert).any(axis=-1))
+    rows = rows_of(table)
+    assert [row[0] for row in rows] == [visible(routing.tokens[i]) for i in taken]
+    assert [float(row[1]) for row in rows] == [
+        pytest.approx(routing.score[LAYER, i, 0], abs=0.0051) for i in taken
+    ]
+    table.locator("tr").nth(2).click()  # after the head
+    lab.wait_for_selection(token=taken[1])
+    view.get_by_role("button", name="Measure kinds of text").click()
+    expect(panel(view, "domains").locator("canvas")).to_be_visible()
+    expect(panel(view, "bits").locator("svg path").first).to_be_visible()
+
+
+def test_attention_shows_shares_of_every_head(lab, model, prompt):
+    view = lab.show("attention")
+    name = "layers.{}.attn.pattern"
+    with l4.trace(model, [name.format(LAYER), name.format(2)]) as cache:
+        model(prompt.input_ids)
+    share = cache[name.format(LAYER)][0].float().numpy()
+    spoken = [visible(token) for token in prompt.tokens]
+    best = int(share[HEAD, TOKEN].argmax())
+    expect(view.locator(".l4-summary")).to_contain_text(
+        f"head {HEAD}: token {TOKEN} ‘{spoken[TOKEN]}’ sees the whole past and looks most at "
+        f"token {best} ‘{spoken[best]}’, share {share[HEAD, TOKEN, best]:.2g}"
+    )
+    lab.assert_tells(view, words(view, "row").nth(2), share[HEAD, TOKEN, 2])
+    canvas = panel(view, "map").locator("canvas")
+    query, key = f"query {TOKEN} ‘{spoken[TOKEN]}’", f"key 0 ‘{spoken[0]}’"
+    start = f"Attention, layer {{}}. {query}, {key}: "
+    assert_heard(canvas, start.format(LAYER), share[HEAD, TOKEN, 0])
+    panel(view, "heads").get_by_role("button").nth(2).click()
+    lab.wait_for_selection(head=2)
+    assert_heard(canvas, start.format(LAYER), share[2, TOKEN, 0])
+    lab.assert_tells(view, words(view, "row").nth(3), share[2, TOKEN, 3])
+    expect(panel(view, "temperature").locator("svg path").first).to_be_visible()
+    view.locator("select").first.select_option(label="2 · RoPE")
+    lab.wait_for_selection(layer=2)
+    assert_heard(canvas, start.format(2), float(cache[name.format(2)][0, 2, TOKEN, 0]))
+    expect(panel(view, "temperature")).to_have_count(0)
+    count = len(spoken)
+    click_cell(canvas, (8, 4), (count, count))
+    lab.wait_for_selection(token=8)
+
+
+def test_a_picture_shows_experts_attention_boxes_and_what_matters(lab, model):
+    view = lab.show("image")
+    expect(view.locator(".l4-summary")).to_contain_text("this prompt has no picture")
+    lab.kernel("app.bar._rng = np.random.default_rng(1)")
+    rng = np.random.default_rng(1)
+    example = scenes.sample(rng, str(rng.choice(scenes.ONE_PICTURE)))
+    lab.on.page.get_by_role("button", name="Scene", exact=True).click()
+    parts = [{"type": "image"}, {"type": "text", "text": example.question}]
+    prompt = model.prompt([{"role": "user", "content": parts}], example.images)
+    patches, routing = patches_of(prompt), routing_of(model, prompt)
+    places = patches.stitch(patches.position).ravel()
+    bare = panel(view, "bare 0")
+    expect(cells(view, "bare 0")).to_have_count(len(places))
+
+    boxes, picture = bare.locator(".l4-picture b"), bare.locator(".l4-picture").bounding_box()
+    things = example.scenes[0].objects
+    assert boxes.all_inner_texts() == [str(thing) for thing in things]
+    height, width = np.asarray(example.images[0]).shape[:2]
+    for thing, box in zip(things, boxes.all(), strict=True):
+        shown = box.bounding_box()
+        assert shown is not None and picture is not None
+        left, top, right, bottom = thing.box
+        assert abs((shown["x"] - picture["x"]) / picture["width"] - left / width) < 0.01
+        assert abs((shown["y"] - picture["y"]) / picture["height"] - top / height) < 0.01
+        assert abs(shown["width"] / picture["width"] - (right - left) / width) < 0.01
+        assert abs(shown["height"] / picture["height"] - (bottom - top) / height) < 0.01
+
+    nth = 7
+    cells(view, "expert 0").nth(nth).click()
+    lab.wait_for_selection(token=places[nth])
+    chosen = routing.expert[LAYER, places[nth], 0]
+    heard = panel(view, "expert 0").get_by_role("img").first
+    expect(heard).to_have_attribute(
+        "aria-label", re.compile(f"token {places[nth]} .*: expert {chosen}$")
+    )
+    expect(view.locator(".l4-summary")).to_contain_text(f"token {places[nth]} shows tile 0, row 1")
+    expect(words(lab.view("Router"), "strip").nth(places[nth])).to_have_class("l4-selected")
+
+    last = len(prompt.tokens) - 1
+    words(lab.view("Router"), "strip").nth(last).click()
+    expect(view.locator(".l4-summary")).to_contain_text("is text")
+    name = f"layers.{LAYER}.attn.pattern"
+    with l4.trace(model, name) as cache:
+        model(**prompt)
+    share = cache[name][0, HEAD, last].float().numpy()
+    lab.assert_tells(view, cells(view, "attention 0").nth(nth), share[places[nth]])
+
+    view.get_by_role("button", name="Which patches matter?").click()
+    effect = panel(view, "effect 0")
+    expect(cells(view, "effect 0")).to_have_count(len(places))
+    answer = [int(model(**prompt, keep_last=1)[0, -1].argmax())]
+    cost = causal_map(patches, partial(masking_effects, model, prompt, answer)).ravel()
+    strongest = int(abs(cost).argmax())
+    lab.assert_tells(view, cells(view, "effect 0").nth(strongest), cost[strongest])
+    expect(effect).to_contain_text(f"‘{visible(model.tokenizer.decode(answer))}’")
+
+
+def test_the_lens_shows_early_answers_and_what_wrote_them(lab, model, prompt):
+    view, lens = lab.show("lens"), logit_lens(model, prompt)
+    row = lens.points.index(f"layers.{LAYER}.resid_post")
+    mine, final = lens.top_token[[row, -1], TOKEN, 0]
+    word = ("● " if mine == final else "") + visible(model.tokenizer.token_text(int(mine)))
+    cell = panel(view, "words").locator("td.l4-selected")
+    expect(cell).to_have_text(word)
+    told = lab.hover(view, cell)
+    assert told.startswith(f"{word} – stream {LAYER} ‘layer {LAYER} experts’")
+    assert_reads(told, lens.top_logprob[row, TOKEN, 0])
+    parts = decompose_logit(model, prompt, TOKEN)
+    shown = rows_of(panel(view, "parts"))[:5]
+    for (label, value), (part, text) in zip(parts.strongest(5), shown, strict=True):
+        assert part == label
+        assert_reads(text, value)
+    router = decompose_router(model, prompt, LAYER, TOKEN)
+    expect(panel(view, "router")).to_contain_text(f"Why expert {router.target} in layer {LAYER}?")
+    expect(view.locator(".l4-summary")).to_contain_text(
+        f"add up to {parts.values.sum():.4f} logits"
+    )
+
+    table = panel(view, "words")
+    head = table.locator("th").nth(3).inner_text()
+    row = 1 + lens.points.index("layers.1.resid_mid")  # after the head
+    table.locator("tr").nth(row).locator("td").nth(2).click()
+    lab.wait_for_selection(layer=1, token=int(head.split()[0]))
+    view.get_by_label("Follow word").fill("two times")
+    view.get_by_label("Follow word").press("Enter")
+    expect(view.get_by_role("alert")).to_contain_text("‘two times’ is 4 tokens here")
+    view.get_by_label("Follow word").fill("")
+    view.get_by_label("Follow word").press("Enter")
+    expect(view.get_by_role("alert")).to_be_hidden()
+
+
+def test_attribution_runs_shows_progress_and_can_be_cancelled(lab, model, prompt):
+    view = lab.show("attribution")
+    root = view.locator(".l4-board")
+    method, run = view.get_by_label("Method"), view.get_by_role("button", name="Run", exact=True)
+    method.select_option(label="shapley_sampling")
+    run.click()
+    expect(root).to_have_attribute("data-busy", re.compile(r"^shapley_sampling: \d+ runs"))
+    view.get_by_role("button", name="Cancel").click()
+    expect(root).to_have_attribute("data-busy", "")
+    expect(run).to_be_enabled()
+    expect(panel(view, "clean")).to_have_count(0)
+
+    method.select_option(label="feature_ablation")
+    run.click()
+    found = attribute(token_features(model, prompt), "feature_ablation")
+    expect(words(view, "clean")).to_have_count(len(prompt.tokens))
+    expect(view.locator(".l4-summary")).to_contain_text(
+        f"{found.all_off:.3f} nats with all parts off, {found.all_on:.3f} with all on"
+    )
+    strongest = int(abs(found.values).argmax())
+    lab.assert_tells(view, words(view, "clean").nth(strongest), found.values[strongest])
+    words(view, "clean").nth(2).click()
+    lab.wait_for_selection(token=2)
+    view.get_by_label("Parts").select_option(label="experts")
+    run.click()
+    expect(panel(view, "clean map").locator("canvas")).to_be_visible()
+
+
+def test_ablate_shows_what_an_edit_does_and_takes_it_back(lab, model, prompt):
+    view = lab.show("ablate")
+    view.get_by_role("button", name="skip layer").click()
+    run = l4.Replay(model, prompt).edited([E.SkipLayer(LAYER)])
+    expect(view.locator(".l4-summary")).to_have_text(str(run.effect))
+    strongest = int(run.effect.kl.argmax())
+    lab.assert_tells(view, words(view, "kl").nth(strongest), float(run.effect.kl[strongest]))
+    clean, edited = (100 * x[TOKEN].softmax(-1) for x in (run.replay.logits, run.logits))
+    first = rows_of(panel(view, "answers"))[0]
+    best = int(edited.argmax())
+    assert first[0] == visible(model.tokenizer.decode([best]))
+    assert_reads(first[1], round(float(clean[best]), 1))
+    assert_reads(first[2], round(float(edited[best]), 1))
+    expect(panel(lab.view("Router"), "flips")).to_be_visible()
+    words(view, "kl").nth(2).click()
+    lab.wait_for_selection(token=2)
+
+    view.get_by_text("Edits as text and code").click()
+    expect(view.locator("textarea")).to_have_value(E.dumps([E.SkipLayer(LAYER)]))
+    view.get_by_role("button", name="Undo").click()
+    lab.wait_for("app.edits", ())
+    expect(view.locator(".l4-summary")).to_have_text("No edits: this is the model as it is.")
+    expect(view.get_by_role("button", name="skip layer")).not_to_have_class(
+        re.compile("mod-active")
+    )
+
+
+def test_generate_writes_what_the_model_would_and_branches(lab, model, prompt):
+    view = lab.show("generate")
+    lab.kernel("app.views['generate']._temperature.value = 0.0")
+    step = view.get_by_role("button", name="Step", exact=True)
+    for count in (1, 2, 3):
+        step.click()
+        expect(words(view, "entropy")).to_have_count(count)
+    text = l4.generate(model, prompt, max_new_tokens=3, temperature=0)
+    assert "".join(words(view, "entropy").all_inner_texts()) == visible(text)
+    ids = model.prompt(TEXT + text).input_ids
+    p = model(ids)[0, len(prompt.tokens) : len(prompt.tokens) + 1].double().softmax(-1).detach()
+    lab.assert_tells(view, words(view, "entropy").nth(1), float(-(p * p.log2()).sum()))
+
+    lab.kernel("app.views['generate']._at.value = 1")
+    view.get_by_role("button", name="Branch", exact=True).click()
+    expect(words(view, "entropy")).to_have_count(2)
+    assert rows_of(panel(view, "branches")) == [[text]]
+    play = view.get_by_role("button", name="Play")
+    play.click()
+    expect(words(view, "entropy").nth(4)).to_be_visible()
+    play.click()
+    lab.wait_for("app.views['generate']._play.value", False)
+    view.get_by_role("button", name="Look at it").click()
+    written = "".join(prompt.tokens[1:]) + l4.generate(
+        model, prompt, max_new_tokens=5, temperature=0
+    )
+    expect(
+        words(lab.view("Router"), "strip").nth(len(model.prompt(written).tokens) - 1)
+    ).to_be_visible()
+
+
+def test_counterfactual_shows_every_experts_effect_and_routes_there(lab, model, prompt):
+    view = lab.show("counterfactual")
+    found = counterfactual(l4.Replay(model, prompt), TOKEN, read=TOKEN)
+    canvas = panel(view, "effect").locator("canvas")
+    start = f"Token {TOKEN} ‘{visible(prompt.tokens[TOKEN])}’ sent to each expert. "
+    assert_heard(canvas, f"{start}layer {LAYER}, expert {EXPERT}: ", found.kl[LAYER, EXPERT])
+    strongest = int(np.where(found.is_choice, 0, found.kl).argmax())
+    layer, expert = divmod(strongest, found.kl.shape[1])
+    click_cell(canvas, (layer, expert), found.kl.shape)
+    lab.wait_for_selection(layer=layer, expert=expert)
+    assert_heard(canvas, f"{start}layer {layer}, expert {expert}: ", found.kl[layer, expert])
+    word = visible(model.tokenizer.token_text(int(found.top[layer, expert])))
+    expect(panel(view, "words").locator("td.l4-selected")).to_have_text(word)
+    view.get_by_role(
+        "button", name=f"Send token {TOKEN} to expert {expert} in layer {layer}"
+    ).click()
+    lab.wait_for("app.edits", (E.Route(layer, TOKEN, expert),))
+    chosen = panel(lab.view("Router"), "chosen").locator("canvas")
+    expect(chosen).to_have_attribute(
+        "aria-label", re.compile(f"layer {layer}, .*: expert {expert}$")
+    )
+
+
+def test_the_planner_shows_the_plan_of_its_controls(lab):
+    view = lab.show("planner")
+    view.get_by_label("GPU", exact=True).select_option(label=GPUS["a100"].name)
+    view.get_by_label("batch").select_option(label="4")
+    plan = Plan(SCOUT, GPUS["a100"], 1, "int4", "bf16")
+    speed = plan.decode(4, 8192).tokens_per_second
+    expect(view.locator(".l4-summary")).to_contain_text(f"at best {speed:,.0f} tokens/s")
+    rows = rows_of(panel(view, "memory"))
+    needed = plan.needed(4, 8192)
+    assert [row[0] for row in rows] == [*needed, "together", "a GPU holds"]
+    for row, size in zip(rows, [*needed.values(), sum(needed.values()), plan.usable], strict=True):
+        assert_reads(row[1], round(size / 1e9, 2))
+    assert_reads(rows_of(panel(view, "speed"))[0][1], round(speed, 1))
+    expect(panel(view, "decode").locator("svg path")).to_be_visible()
+
+
+def test_the_difference_of_two_runs_stands_between_them(lab, model, prompt):
+    lab.show("lens")
+    edits = [E.SkipLayer(LAYER)]
+    lab.kernel(f"app.edits = [l4.edits.SkipLayer({LAYER})]")
+    sides = lab.on.page.locator("select").filter(has_text="beside the clean run")
+    sides.select_option(label="beside the clean run")
+    view = lab.view("Difference")
+    expect(view).to_be_visible()
+    replay = l4.Replay(model, prompt)
+    run = replay.edited(edits)
+    mine, other = (x.float().log_softmax(-1) for x in (run.logits, replay.logits))
+    kl = (mine.exp() * (mine - other)).sum(-1)
+    strongest = int(kl.argmax())
+    lab.assert_tells(view, words(view, "kl").nth(strongest), float(kl[strongest]))
+    clean = routing_of(model, prompt)
+    with E.edited(model, edits):
+        flips = (routing_of(model, prompt).expert != clean.expert).any(axis=-1)
+    assert_bars(panel(view, "flips"), flips.sum(axis=1), "layer")
+    words(view, "kl").nth(2).click()
+    lab.wait_for_selection(token=2)
+    expect(view).to_contain_text("What follows token 2")
+    best = int(mine[2].argmax())
+    row = rows_of(panel(view, "answers"))[0]
+    assert row[0] == visible(model.tokenizer.token_text(best))
+    assert_reads(row[1], round(100 * float(mine[2, best].exp()), 1))
+    assert_reads(row[2], round(100 * float(other[2, best].exp()), 1))
+    expect(lab.on.page.get_by_text("the clean run", exact=True).first).to_be_visible()
+    sides.select_option(label="alone")
+    expect(view).to_have_count(0)
