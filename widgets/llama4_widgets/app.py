@@ -23,7 +23,7 @@ from llama4_widgets.views.difference import DifferenceView
 MAX_TOKENS = 4096
 _ONCE = ("ablate", "generate", "planner")  # views that are no part of a comparison
 _AT_ONCE = ("router", "ablate")  # views that answer a slider; the others follow when it rests
-_PAUSE = 0.05  # seconds
+_PAUSE = 0.12  # seconds without a new wish that count as rest
 _TEXT = "The old man looked at the sea.\ndef add(a, b):\n    return a + b\n12 + 7 = 19\n"
 
 
@@ -60,6 +60,7 @@ class LabApp(ipywidgets.VBox):
         self._mirror = Mirror(self.selection)  # of what stands beside
         self.views: dict[str, View] = {}
         self._is_dragged = False
+        self._timer: asyncio.Handle | None = None  # of the views that follow
         self.difference: DifferenceView | None = None
         self.beside: dict[str, View] = {}  # the other run's
         self._other: Any = None  # what it is compared with
@@ -216,11 +217,21 @@ class LabApp(ipywidgets.VBox):
             self.bar.guard(lambda: self.compare(self._other))
 
     def _catch_up_soon(self) -> None:
-        """Bring the other views up to date when the kernel has heard the newest wish."""
+        """Bring the other views up to date when no newer wish comes, one after the other."""
         try:
-            asyncio.get_running_loop().call_later(_PAUSE, self._catch_up)
-        except RuntimeError:  # no loop: outside of a notebook
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # outside of a notebook
             self._catch_up()
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_later(_PAUSE, self._catch_up_next, loop)
+
+    def _catch_up_next(self, loop: asyncio.AbstractEventLoop) -> None:
+        behind = [view for view in self.views.values() if view.moment is not self.moment]
+        if behind:
+            behind[0].moment = self.moment
+            self._timer = loop.call_soon(self._catch_up_next, loop)  # a wish may come before it
 
     def _catch_up(self) -> None:
         for view in self.views.values():
