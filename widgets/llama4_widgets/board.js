@@ -99,11 +99,12 @@ function render({ model, el }) {
   const group = GROUPS.get(name) ?? { selection: model.get("selection"), boards: new Set() };
   GROUPS.set(name, group);
   if ((model.get("selection").seq ?? 0) > (group.selection.seq ?? 0)) group.selection = model.get("selection");
-  let content, arrays; // as Values
+  let content, theme;
+  let arrays; // as Values
   let drawn = []; // of each panel: its figure, and the function that draws it anew
   let pointed = {}; // what is under the pointer, in fields of the selection
   const windows = new Map(); // what is on screen of maps that zoom together, by name
-  const own = { redraw: () => (drawn.forEach(show), say()) };
+  const own = { redraw };
   group.boards.add(own);
 
   help.onclick = () => {
@@ -269,7 +270,7 @@ function render({ model, el }) {
     const left = LEFT + Math.max(whole.y[1] > 9999 ? 16 : 0, 6 * (longest - 3)); // room for long ones
     let timer, grabbed;
     const size = () => {
-      const width = panel.square ? Math.min(figure.clientWidth, 440 + left + RIGHT) : figure.clientWidth;
+      const width = panel.square ? Math.min(figure.wide, 440 + left + RIGHT) : figure.wide;
       const inner = width - left - RIGHT;
       return { width, inner, tall: panel.square ? inner : clamp((whole.y[1] - whole.y[0]) * 20, 60, 320) };
     };
@@ -366,7 +367,6 @@ function render({ model, el }) {
       Object.assign(canvas, { width: width * ratio, height: (tall + TOP + BOTTOM) * ratio });
       Object.assign(canvas.style, { width: `${width}px`, height: `${tall + TOP + BOTTOM}px` });
       const pen = canvas.getContext("2d");
-      const style = getComputedStyle(root);
       const px = (x) => left + ((x - window.x[0]) / (window.x[1] - window.x[0])) * inner;
       const py = (y) => TOP + ((y - window.y[0]) / (window.y[1] - window.y[0])) * tall;
       pen.scale(ratio, ratio);
@@ -391,7 +391,7 @@ function render({ model, el }) {
           if (value(i, j) >= 0) pen.fillText(value(i, j), (px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2 + 4);
         }
       }
-      pen.strokeStyle = style.getPropertyValue("--muted");
+      pen.strokeStyle = theme.muted;
       pen.setLineDash([4, 3]);
       for (const edge of panel.borders ?? []) {
         pen.strokeRect(px(edge[0]), py(edge[0]), px(edge[1]) - px(edge[0]), py(edge[1]) - py(edge[0]));
@@ -414,7 +414,7 @@ function render({ model, el }) {
           pen.stroke();
         }
       }
-      for (const [colour, wide] of [[style.getPropertyValue("--paper"), 4], [style.getPropertyValue("--accent"), 2]]) {
+      for (const [colour, wide] of [[theme.paper, 4], [theme.accent, 2]]) {
         Object.assign(pen, { strokeStyle: colour, lineWidth: wide });
         const [i, j] = [axis(down).select ? index(down) : -1, axis(across).select ? index(across) : -1];
         const around = (from, to) => (to - from < 6 ? [from - 3, to - from + 6] : [from, to - from]); // not over the cells
@@ -423,7 +423,7 @@ function render({ model, el }) {
         if (i >= 0 || j >= 0) pen.strokeRect(x, y, w, h);
       }
       pen.restore();
-      Object.assign(pen, { fillStyle: style.getPropertyValue("--muted"), font: "11px system-ui, sans-serif", textAlign: "center" });
+      Object.assign(pen, { fillStyle: theme.muted, font: "11px system-ui, sans-serif", textAlign: "center" });
       const ticks = (name, [low, high], room) => {
         const step = [1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16384, 32768].find((s) => (high - low) / s <= room) ?? 65536;
         const found = [];
@@ -456,7 +456,7 @@ function render({ model, el }) {
     const { arrays: finer, notes, panel } = model.get("finer");
     for (const [name, array] of Object.entries(finer)) arrays[name] = new Values(array);
     for (const each of drawn) if (each.panel.name in notes) each.tell({ note: notes[each.panel.name] });
-    own.redraw();
+    redraw();
     const window = windows.get(panel);
     window.isAsked = false;
     if (window.isLate) ask(panel);
@@ -528,7 +528,7 @@ function render({ model, el }) {
     const svg = draw("svg", figure, { role: "img", "aria-label": panel.title, height: 180 });
     const [name] = panel.axes;
     return () => {
-      const width = figure.clientWidth;
+      const width = figure.wide;
       const series = panel.series.map((one) => ({ ...one, at: picked(one.array)(panel.axes) }));
       const count = axis(name).size;
       const all = series.flatMap(({ at }) => Array.from({ length: count }, (_, i) => at(i))).filter(Number.isFinite);
@@ -601,7 +601,7 @@ function render({ model, el }) {
     const table = make("table", make("div", figure, { className: "l4-scroll" }));
     addScale(figure, panel.scale);
     return () => {
-      const room = Math.max(3, Math.floor((figure.clientWidth - 120) / (panel.cell ?? 84)));
+      const room = Math.max(3, Math.floor((figure.wide - 120) / (panel.cell ?? 84)));
       const first = clamp(index(across) - Math.floor(room / 2), 0, Math.max(axis(across).size - room, 0));
       const columns = Array.from({ length: Math.min(room, axis(across).size) }, (_, j) => first + j);
       const value = picked(panel.array)(panel.axes);
@@ -653,6 +653,15 @@ function render({ model, el }) {
 
   // -- putting it together
 
+  // Sizes and colours are read before anything is written: in between, each would lay out the page.
+  function redraw() {
+    const style = getComputedStyle(root);
+    theme = Object.fromEntries(["muted", "paper", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
+    for (const { figure } of drawn) figure.wide = figure.clientWidth;
+    drawn.forEach(show);
+    say();
+  }
+
   function rebuild() {
     content = model.get("content");
     arrays = Object.fromEntries(Object.entries(content.arrays).map(([name, array]) => [name, new Values(array)]));
@@ -669,7 +678,7 @@ function render({ model, el }) {
     // Whoever has the focus or has scrolled stays where they are.
     if (figures.some((figure, i) => figure !== body.children[i]) || body.children.length > figures.length) body.replaceChildren(...figures);
     turn();
-    own.redraw();
+    redraw();
   }
   // Takes the parts of arrays that came, and says how many are new.
   function turn() {
@@ -704,13 +713,14 @@ function render({ model, el }) {
     for (const board of group.boards) board.redraw();
   }
   model.on("change:content", rebuild);
-  model.on("change:pages", () => turn() && own.redraw());
+  model.on("change:pages", () => turn() && redraw());
   model.on("change:finer", answer);
   model.on("change:selection", listen);
   for (const trait of ["title", "help", "summary", "problem", "busy"]) model.on(`change:${trait}`, retitle);
   rebuild();
   retitle();
-  const watch = new ResizeObserver(() => own.redraw());
+  let wide; // what is drawn makes the body taller, but only a width calls for another drawing
+  const watch = new ResizeObserver(([{ contentRect }]) => contentRect.width !== wide && ((wide = contentRect.width), redraw()));
   watch.observe(body);
   return () => {
     watch.disconnect();

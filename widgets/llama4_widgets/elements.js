@@ -24,7 +24,7 @@ function draw(tag, parent, attributes, text = "") {
 // up to `top` and a dashed line at `reference`. Bars in `chosen` are framed. `label` writes a value;
 // `each(bar, position, text)` gets every bar's element; `ghosts` are heights to compare with.
 function drawBars(svg, heights, { colours, axis, step, top, label, reference, ghosts, chosen, each }) {
-  const width = svg.parentElement.clientWidth;
+  const width = svg.parentElement.wide;
   if (!width) return; // not in the page yet; whoever watches the size draws later
   const [left, right, above, below, tall] = [46, 8, 24, 34, 200];
   const pitch = (width - left - right) / heights.length;
