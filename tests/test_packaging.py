@@ -157,13 +157,14 @@ def lab(checkout: Path, *arguments: str, **environment: str) -> subprocess.Compl
     )
 
 
-# A Python whose `-m venv` makes a folder that holds itself, whose `-m pip install` obeys $PIP_RC
-# and whose jupyterlab says that it serves; each call leaves a line in calls.log.
+# A Python whose `-m venv` makes a folder that holds itself, whose `-m pip install` obeys $PIP_RC,
+# which cannot compile, and whose jupyterlab says that it serves; calls leave lines in calls.log.
 FAKE_PYTHON = r"""
 case "$1 $2 $3" in
   *jupyterlab*) shift 2; echo "jupyterlab $*" >>../bin/calls.log; mkdir -p "$JUPYTER_RUNTIME_DIR"
     printf '{"token": "%s", "url": "http://127.0.0.1:9/"}' "$JUPYTER_TOKEN" \
       >"$JUPYTER_RUNTIME_DIR/jpserver-$$.json" ;;
+  "-c "*LOADING*) echo compile >>bin/calls.log; exit 1 ;;
   "-c "*) echo "${FAKE_VERSION:-3.11}" ;;
   "-m venv "*) echo venv >>bin/calls.log; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   "-m pip --version") ;;
@@ -259,19 +260,19 @@ def change_pins(checkout: Path) -> None:
 
 def test_packages_are_installed_once_and_again_when_the_pins_change(checkout, fake_python):
     lab(checkout, LAB_PYTHON=fake_python)
-    assert calls(checkout) == ["venv", "pip", "jupyterlab"]
+    assert calls(checkout) == ["venv", "pip", "compile", "jupyterlab"]
     lab(checkout, LAB_PYTHON=fake_python)
     assert calls(checkout) == ["jupyterlab"]
     change_pins(checkout)
     lab(checkout, LAB_PYTHON=fake_python)
-    assert calls(checkout) == ["pip", "jupyterlab"]
+    assert calls(checkout) == ["pip", "compile", "jupyterlab"]
 
 
 def test_another_python_makes_a_new_venv(checkout, fake_python):
     lab(checkout, LAB_PYTHON=fake_python)
     calls(checkout)
     lab(checkout, LAB_PYTHON=fake_python, FAKE_VERSION="3.12")
-    assert calls(checkout) == ["venv", "pip", "jupyterlab"]
+    assert calls(checkout) == ["venv", "pip", "compile", "jupyterlab"]
 
 
 def test_a_checkout_that_was_copied_elsewhere_makes_a_new_venv(checkout, fake_python, tmp_path):
@@ -279,21 +280,21 @@ def test_a_checkout_that_was_copied_elsewhere_makes_a_new_venv(checkout, fake_py
     calls(checkout)
     copied = Path(shutil.copytree(checkout, tmp_path / "copied", symlinks=True))
     lab(copied, LAB_PYTHON=fake_python)
-    assert calls(copied) == ["venv", "pip", "jupyterlab"]
+    assert calls(copied) == ["venv", "pip", "compile", "jupyterlab"]
 
 
 def test_a_venv_made_by_hand_is_kept(checkout, fake_python):
     (checkout / ".venv" / "bin").mkdir(parents=True)
     shutil.copy(fake_python, checkout / ".venv" / "bin" / "python")
     lab(checkout, LAB_PYTHON=fake_python)
-    assert calls(checkout) == ["pip", "jupyterlab"]
+    assert calls(checkout) == ["pip", "compile", "jupyterlab"]
 
 
 def test_a_set_up_that_was_killed_starts_over(checkout, fake_python):
     lab(checkout, LAB_PYTHON=fake_python, PIP_RC="kill")
     assert calls(checkout) == ["venv", "pip"]
     lab(checkout, LAB_PYTHON=fake_python)
-    assert calls(checkout) == ["venv", "pip", "jupyterlab"]
+    assert calls(checkout) == ["venv", "pip", "compile", "jupyterlab"]
 
 
 def test_an_update_that_was_killed_starts_over(checkout, fake_python):
@@ -302,7 +303,7 @@ def test_an_update_that_was_killed_starts_over(checkout, fake_python):
     lab(checkout, LAB_PYTHON=fake_python, PIP_RC="kill")
     calls(checkout)
     lab(checkout, LAB_PYTHON=fake_python)
-    assert calls(checkout) == ["venv", "pip", "jupyterlab"]
+    assert calls(checkout) == ["venv", "pip", "compile", "jupyterlab"]
 
 
 def test_a_venv_survives_an_update_that_fails(checkout, fake_python):
@@ -311,7 +312,7 @@ def test_a_venv_survives_an_update_that_fails(checkout, fake_python):
     lab(checkout, LAB_PYTHON=fake_python, PIP_RC="1")
     calls(checkout)
     lab(checkout, LAB_PYTHON=fake_python)
-    assert calls(checkout) == ["pip", "jupyterlab"]
+    assert calls(checkout) == ["pip", "compile", "jupyterlab"]
 
 
 @pytest.mark.parametrize(
