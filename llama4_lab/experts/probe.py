@@ -52,7 +52,7 @@ LIBRARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "transposed": lambda x, weight: torch.mm(weight, x.T).T,
     "onednn": _onednn,
 }
-DEFAULT = {torch.float32: Best(256, "linear"), torch.bfloat16: Best(2, "linear")}
+DEFAULT = {torch.float32: Best(_ALL, "linear"), torch.bfloat16: Best(2, "linear")}
 
 
 def best(dtype: torch.dtype) -> Best:
