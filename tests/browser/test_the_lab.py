@@ -4,6 +4,7 @@ With ``LAB_SCREENSHOTS=folder`` in the environment the pictures of the README ar
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,9 +86,15 @@ def photograph(browser: Browser, model: l4.Llama4, folder: Path) -> None:
     for _ in range(40):
         app.views["generate"].step()
     app.views["generate"].refresh()
+    with ThreadPoolExecutor() as pool:  # the browser's event loop is no notebook's
+        pool.submit(app.views["attribution"].run).result()
+    app.compare(())
     seeing = LabApp(model, shown=["image"])
     seeing.bar.scene.click()
+    seeing.selection.token = len(seeing.moment.tokens) - 1
     files = {f"view-{name}": view for name, view in (app.views | seeing.views).items()}
+    files["view-difference"] = app.difference
+    app.compare(None)
     app.shown = ("router", "lens", "ablate", "experts")
     for name, page_maker in (files | {"lab": app}).items():
         page_maker.to_html(folder / f"{name}.html")

@@ -140,7 +140,7 @@ class CounterfactualView(View):
         ]
         content.add(
             "words", f"The likeliest word {where} would be", None, both, scale, kind="words",
-            array="effect", text=texts, note="experts across; ●: the router's choice",
+            array="effect", text=texts, cell=64, note="experts across; ●: the router's choice",
         )  # fmt: skip
         return content
 
