@@ -90,6 +90,13 @@ def test_pictures_ask_only_what_they_are_told(material):
         assert all(question.startswith(("What colo", "How many")) for question in questions[1:])
 
 
+def test_what_needs_several_pictures_is_not_asked_about_one(material):
+    rng = np.random.default_rng(0)
+    example = scenes.sample(rng, "colour")
+    asked = {scenes.another(rng, example, tasks=("picture", "count")).query.task for _ in range(20)}
+    assert asked == {"count"}
+
+
 def test_sums_score_answers_only(material):
     rows = Sums(2).draw(np.random.default_rng(0), material)
     line = material.tokenizer.decode(rows.inputs[0].tolist()).split("\n")[0]

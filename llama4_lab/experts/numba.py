@@ -1,7 +1,8 @@
 """Backend of compiled kernels for the CPU: rows for few tokens an expert, tiles for more.
 
-`moe` runs a whole MoE block of few tokens in one call; `apply` is the backend for more. Kernels run
-on the caller's thread and compile at their first call; the result is kept on disk.
+`moe` runs a whole MoE block in one call, up to as many tokens as `probe` found that to be fastest
+for; `apply` is the backend for more. Kernels run on the caller's thread and compile at their first
+call; the result is kept on disk.
 
 Inside compiled code, of contiguous float32 arrays with all outputs and scratch preallocated:
 
@@ -418,7 +419,7 @@ def moe(
     topk: int,
     record: Tap = NO_TAP,
 ) -> Float[Tensor, "n d"]:
-    """Run a whole MoE block of few float32 tokens in one call; the arguments have to be `can_run`.
+    """Run a whole MoE block of float32 tokens in one call; the arguments have to be `can_run`.
 
     Values are shown when all is done. If one was changed, what follows from it is computed anew,
     by the same kernels: a change that changes nothing leaves the result as it is, to the bit.

@@ -219,14 +219,14 @@ def another(
 ) -> Example:
     """Draw one more unambiguous question about the pictures of an example.
 
-    About a single picture it is of one of `tasks`, about several of the same task again. Some
-    numbers and some answers are more frequent than others here: pictures that happen to fit
-    a question are kept, and nothing is drawn again to make up for it.
+    About a single picture it is of one of those `tasks` that need no more, about several of the
+    same task again. Some numbers and some answers are more frequent than others here: pictures that
+    happen to fit a question are kept, and nothing is drawn again to make up for it.
     """
     scenes = example.scenes
     is_motion = example.query.task == "motion"
-    if example.query.task in _SEVERAL:
-        tasks = (example.query.task,)
+    is_single = example.query.task not in _SEVERAL
+    tasks = [t for t in tasks if t not in _SEVERAL] if is_single else [example.query.task]
     is_crowd = is_motion and len(scenes[0].objects) > 1
     while True:
         task = _pick(rng, tasks)
