@@ -58,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--teacher", help="a shipped model's name or a folder with the same tokenizer")
     sub.add_argument("--compile", action="store_true", help="torch.compile the layers")
+    about = "also write the curves of log.csv for TensorBoard (extra tensorboard)"
+    sub.add_argument("--tensorboard", action="store_true", help=about)
 
     sub = command("card", print_card, "measure a model as its card does, on held-out texts")
     sub.add_argument("model", help="a shipped model's name, or a folder")
@@ -166,6 +168,7 @@ def train_model(options: argparse.Namespace) -> None:
         device=options.device,
         compile=options.compile,
         teacher=Teacher(l4.load(options.teacher).eval()) if options.teacher else None,
+        tensorboard=options.tensorboard,
     )
     l4.save(model.bfloat16().cpu(), out / "model")
     shutil.copy(options.corpus / "tokenizer.json", out / "model" / "tokenizer.json")

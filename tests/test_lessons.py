@@ -171,6 +171,55 @@ def test_every_patch_is_named_after_what_its_pixels_show(material, tiles):
         assert len(set(words("row")[:36])) == first
 
 
+def test_image_tokens_of_frames_are_named_after_their_picture_and_what_moved(material):
+    rng = np.random.default_rng(2)
+    for _ in range(6):
+        example = scenes.sample(rng, "motion")
+        _, prompt = chat(material, example.images, [(example.question, example.answer)], 512)
+        spans = prompt.spans
+
+        def words(attribute, example=example, prompt=prompt):
+            labels = patch_labels(attribute, prompt, example.scenes, material.tokenizer)
+            return [
+                material.tokenizer.decode([i]).strip() if i >= 0 else "" for i in labels[0].tolist()
+            ]
+
+        ordinals = [scenes.ORDINALS[i] if i >= 0 else "" for i in spans.image[0, :-1].tolist()]
+        patches = (spans.patch[0, :-1] >= 0).tolist()
+        assert words("picture") == [o if p else "" for o, p in zip(ordinals, patches, strict=True)]
+
+        ways, shapes = words("motion"), words("shape")
+        for image, scene in enumerate(example.scenes):
+            for thing in scene.objects:
+                query = scenes.Query("motion", thing.shape, thing.colour)
+                if scenes.is_ambiguous(query, example.scenes):
+                    continue
+                here = [
+                    way
+                    for way, shape, i in zip(ways, shapes, spans.image[0].tolist(), strict=False)
+                    if i == image and shape == thing.shape and way
+                ]
+                alike = [other.shape for other in scene.objects].count(thing.shape)
+                if image == 0:
+                    assert not here
+                elif alike == 1:
+                    assert set(here) == {scenes.answer(query, example.scenes)}
+
+
+def test_an_object_that_cannot_be_told_from_another_has_no_known_motion():
+    def frame(*places):
+        things = (scenes.Thing("star", "red", place, (0, 0, 12, 12)) for place in places)
+        return scenes.Scene(tuple(things), 0, (1, 1))
+
+    assert scenes.moved((frame("top left"), frame("top")), "top") == "right"
+    assert scenes.moved((frame("top"), frame("top")), "top") == "still"
+    assert scenes.moved((frame("top"),), "top") is None
+    assert scenes.moved((frame("top"), frame("bottom")), "top") is None
+    assert scenes.moved((frame("top"), frame("left")), "left") is None
+    assert scenes.moved((frame("top", "bottom"), frame("top")), "top") is None
+    assert scenes.moved((frame(), frame("top")), "top") is None
+
+
 def test_padding_is_on_the_right_and_not_scored():
     rows = padded([shifted(np.array([[1, 2, 3]])), shifted(np.array([[4, 5, 6, 7]]))], 9, 8)
     assert rows.inputs.tolist() == [[1, 2, *[9] * 6], [4, 5, 6, *[9] * 5]]

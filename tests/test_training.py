@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -79,6 +80,34 @@ def test_training_goes_on_after_a_kill_as_if_nothing_had_happened(data, tmp_path
         assert torch.equal(parameter, resumed.state_dict()[name]), name
     losses = [[row["loss"] for row in read_log(tmp_path / run)] for run in ("whole", "run")]
     assert losses[0] == losses[1]
+
+
+def test_tensorboard_shows_the_curves_of_the_log_once_each_step(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def keep(step, model):
+        if step == 5:
+            shutil.copy(tmp_path / "state.pt", tmp_path / "early.pt")
+
+    short = dataclasses.replace(RECIPE, steps=9)
+    loop.train(short, data, tmp_path, tensorboard=True, save_minutes=0.0, on_step=keep)
+    os.replace(tmp_path / "early.pt", tmp_path / "state.pt")  # as if killed before the next save
+    loop.train(dataclasses.replace(RECIPE, steps=20), data, tmp_path, tensorboard=True)
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("loss", "text_right", "more", "lr"):
+        logged = [(int(row["step"]), float(row[name])) for row in read_log(tmp_path) if row[name]]
+        events = shown.Scalars(name)
+        assert [event.step for event in events] == [step for step, _ in logged]
+        assert [event.value for event in events] == pytest.approx([value for _, value in logged])
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_anything_is_done(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"pip install 'llama4-lab\[tensorboard\]'"):
+        loop.train(RECIPE, data, tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run" / "log.csv").exists()
 
 
 def test_an_interrupt_saves_and_returns(data, tmp_path):

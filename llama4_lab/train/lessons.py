@@ -28,6 +28,8 @@ from llama4_lab.train.shapes import PLACES, Scene
 Message = dict[str, Any]
 ATTRIBUTES = ("shape", "shape", "shape", "colour", "row", "column")
 """What image tokens are asked to name, the hardest most often."""
+OF_SEVERAL = {"picture": ("picture",), "motion": ("picture", "motion", "motion")}
+"""What they are asked just as often if the pictures are several, by task."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,10 @@ class Pictures(Lesson):
             more = scenes.another(rng, example, world, self.tasks)
             questions[more.question] = more.answer
         rows, prompt = chat(material, example.images, questions.items(), self.length)
-        labels = patch_labels(choose(rng, ATTRIBUTES), prompt, example.scenes, material.tokenizer)
+        attributes = ATTRIBUTES
+        if (more := OF_SEVERAL.get(example.query.task)) and rng.random() < 0.5:
+            attributes = more
+        labels = patch_labels(choose(rng, attributes), prompt, example.scenes, material.tokenizer)
         seen = labels >= 0
         return Rows(
             rows.inputs,
@@ -260,8 +265,9 @@ def patch_labels(
 ) -> Int[Tensor, "1 t"]:
     """Name what each image token of a prompt shows; -1 for all other tokens.
 
-    `attribute` is the "shape" or the "colour" of the object in the same place, or the "row" or the
-    "column" of the place itself.
+    `attribute` is the "shape" or the "colour" of the object in the same place; the "row" or the
+    "column" of the place itself; which "picture" it belongs to; or the object's "motion" since the
+    frame before, where there is one and the object can be told from the others.
     """
     spans = prompt.spans
     assert spans.tiling is not None
@@ -273,10 +279,14 @@ def patch_labels(
             names = [("top", "middle", "bottom")[i // 3] for i in range(9)]
         elif attribute == "column":
             names = [("left", "middle", "right")[i % 3] for i in range(9)]
+        elif attribute == "picture":
+            names = [scenes.ORDINALS[image]] * 9
+        elif attribute == "motion":
+            names = [scenes.moved(pictures[max(image - 1, 0) : image + 1], i) for i in PLACES]
         else:
             there = {thing.place: getattr(thing, attribute) for thing in scene.objects}
             names = [there.get(place, scenes.NONE) for place in PLACES]
-        ids = [tokenizer.encode(" " + name)[0] for name in names]
+        ids = [-1 if name is None else tokenizer.encode(" " + name)[0] for name in names]
         at = (spans.image[0] == image) & (spans.patch[0] >= 0)
         tile = spans.tile[0, at] - first_tile
         is_whole = tile == layout.num_tiles - 1

@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from llama4_lab.model import Llama4
@@ -41,22 +41,27 @@ def train(
     compile: bool = False,
     save_minutes: float = 3.0,
     teacher: Teacher | None = None,
+    tensorboard: bool = False,
     on_step: Callable[[int, Llama4], None] | None = None,
 ) -> Llama4:
     """Train the recipe's model, going on from `folder` if it holds an earlier state.
 
     Writes ``state.pt`` (model, optimisers, step) every `save_minutes` and at the end, each time to
-    a temporary name that is then renamed, and one line a step to ``log.csv``. With
-    `budget_minutes` the schedule follows the clock (minutes of all runs together) instead of the
-    recipe's steps. Ctrl-C or a SIGTERM saves and returns what there is.
+    a temporary name that is then renamed, and one line a step to ``log.csv``; with `tensorboard`
+    the same curves as events that TensorBoard shows. With `budget_minutes` the schedule follows
+    the clock (minutes of all runs together) instead of the recipe's steps. Ctrl-C or a SIGTERM
+    saves and returns what there is.
 
     Raises:
+        RuntimeError: `tensorboard` is asked for and not installed.
         ValueError: a teacher with another vocabulary, or a state of another model in `folder`.
         FileNotFoundError: the material lacks what a lesson needs.
         FloatingPointError: the loss is no longer a number; the last saved state is kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if tensorboard and find_spec("tensorboard") is None:
+        raise RuntimeError("TensorBoard is not installed: pip install 'llama4-lab[tensorboard]'")
     for lesson in [lesson for stage in recipe.stages for lesson in stage.lessons]:
         lesson.draw(np.random.default_rng(0), material)  # what is missing shows now, not in hours
     if teacher is not None and teacher.model.config.vocab_size != recipe.config.vocab_size:
@@ -82,10 +87,9 @@ def train(
     total = recipe.steps if budget_minutes is None else None
     bar = tqdm(total=total, initial=step, desc=f"train {recipe.name}", unit="step", smoothing=0.1)
     saved = time.monotonic()
-    log = Log(folder / "log.csv", step, columns(recipe))
+    log = Log(folder / "log.csv", step, columns(recipe), tensorboard=tensorboard)
     try:
-        # The fused CPU kernel has a slow backward pass at chunk length; plain products do better.
-        with sdpa_kernel(SDPBackend.MATH), bar, sigterm_interrupts():
+        with bar, sigterm_interrupts():
             while True:
                 done = (
                     step / recipe.steps if budget_minutes is None else seconds / 60 / budget_minutes
@@ -213,21 +217,34 @@ def restore(folder: Path, model: Llama4, optimisers, course) -> tuple[int, int, 
 
 
 class Log:
-    """Appends one row a step to a CSV file, after the first `step` rows of an earlier run."""
+    """Appends one row a step to a CSV file, after the first `step` rows of an earlier run.
 
-    def __init__(self, path: Path, step: int, columns: Sequence[str]):
+    With `tensorboard`, each column is also written as a curve to events in the same folder.
+    """
+
+    def __init__(self, path: Path, step: int, columns: Sequence[str], *, tensorboard: bool = False):
         kept = path.read_text().splitlines(keepends=True)[: step + 1] if path.exists() else []
         path.write_text("".join(kept))  # steps behind the restored state will be done again
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, columns)
         if not kept:
             self._writer.writeheader()
+        self._curves = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
+
+            self._curves = SummaryWriter(path.parent, purge_step=step + 1)
 
     def write(self, **row: int | float) -> None:
         if not all(math.isfinite(value) for value in row.values()):
             raise FloatingPointError(f"training diverged: {row}")
         self._writer.writerow(row)
         self._file.flush()
+        if self._curves is not None:
+            for name in row.keys() - {"step"}:
+                self._curves.add_scalar(name, row[name], int(row["step"]))
 
     def close(self) -> None:
         self._file.close()
+        if self._curves is not None:
+            self._curves.close()

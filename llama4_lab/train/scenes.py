@@ -293,9 +293,9 @@ def answer(query: Query, scenes: tuple[Scene, ...]) -> str:
             parts = [f"{_with_article(str(thing))} {_at(thing.place)}" for thing in things]
             return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
         case "motion":
-            (row, column), (last_row, last_column) = map(_cell, (things[0], things[-1]))
-            way = (np.sign(last_row - row), np.sign(last_column - column))
-            return next(name for name, direction in DIRECTIONS.items() if direction == way)
+            way = _way(things[0], things[-1])
+            assert way is not None, "objects move along rows and columns"
+            return way
         case "picture":
             return ORDINALS[found[0][0]]
         case "object_at":
@@ -306,6 +306,19 @@ def answer(query: Query, scenes: tuple[Scene, ...]) -> str:
             return things[0].shape
         case _:
             return things[0].place
+
+
+def moved(frames: tuple[Scene, ...], place: str) -> str | None:
+    """Which way the object at a place of the last of two frames came.
+
+    None where there is nothing, nothing before, or several objects that look alike.
+    """
+    thing = next((thing for thing in frames[-1].objects if thing.place == place), None)
+    if thing is None or len(frames) < 2:
+        return None
+    same = Query("motion", thing.shape, thing.colour)
+    alike = [[other for other in frame.objects if same.names(other)] for frame in frames]
+    return _way(alike[0][0], thing) if [*map(len, alike)] == [1, 1] else None
 
 
 def ask(query: Query, wording: int = 0) -> str:
@@ -398,6 +411,12 @@ def _repetitive(rng: np.random.Generator, world: World) -> World:
 def _place_size(world: World) -> tuple[int, int]:
     """Height and width of one of the nine places in pixels."""
     return TILE * world.tiles[0] // 3, TILE * world.tiles[1] // 3
+
+
+def _way(first: Thing, last: Thing) -> str | None:
+    (row, column), (last_row, last_column) = _cell(first), _cell(last)
+    way = (np.sign(last_row - row), np.sign(last_column - column))
+    return next((name for name, direction in DIRECTIONS.items() if direction == way), None)
 
 
 def _cell(thing: Thing) -> tuple[int, int]:
