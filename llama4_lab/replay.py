@@ -108,19 +108,27 @@ class Replay:
         """
         return self.many([edits])[0]
 
-    @torch.no_grad()
     def many(self, runs: Sequence[Sequence[Edit]]) -> list["Edited"]:
         """Run each list of edits by itself, many in one pass; results are in the order given."""
+        done = dict(self.stream(runs))
+        return [done[i] for i in range(len(runs))]
+
+    def stream(self, runs: Sequence[Sequence[Edit]]) -> Iterator[tuple[int, "Edited"]]:
+        """Yield each run with its place in `runs`, pass by pass, in the order that costs least.
+
+        For more runs than fit into memory, and for work that is to be stopped on the way. Between
+        two of them the model is as it was before.
+        """
         for edits in runs:
             check(edits, self.model.config, len(self))
-        values = read_sources(self.model, [edit for edits in runs for edit in edits], self.sources)
+        with torch.no_grad():
+            wanted = [edit for edits in runs for edit in edits]
+            values = read_sources(self.model, wanted, self.sources)
         variants = [_Variant(i, edits, self.model, values) for i, edits in enumerate(runs)]
-        done: dict[int, Edited] = {}
         with tqdm(total=len(runs), desc="edited runs", unit="run", delay=2) as bar:
             for batch in self._batches(variants):
-                done |= self._run(batch)
+                yield from self._run(batch).items()
                 bar.update(len(batch))
-        return [done[i] for i in range(len(runs))]
 
     def _batches(self, variants: list["_Variant"]) -> Iterator[list["_Variant"]]:
         """Put together what has the same rules and first token; the earliest layers first.
@@ -137,6 +145,7 @@ class Replay:
             for i in range(0, len(alike), most):
                 yield alike[i : i + most]
 
+    @torch.no_grad()
     def _run(self, variants: list["_Variant"]) -> dict[int, "Edited"]:
         rows, first = _Rows(variants), min(variant.first for variant in variants)
         rules = ruled(self.model, variants[0].edits)

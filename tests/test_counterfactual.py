@@ -59,3 +59,21 @@ def test_sending_a_token_where_it_goes_anyway_changes_nothing(replay):
 def test_positions_that_make_no_sense_are_refused(replay, token, read, sentence):
     with pytest.raises(ValueError, match=sentence):
         counterfactual(replay, token, read=read)
+
+
+def test_a_map_tells_its_progress_and_can_be_stopped(model, replay):
+    heard = []
+    counterfactual(replay, -1, on_run=lambda done, count: heard.append((done, count)))
+    count = 3 * CONFIG.num_local_experts
+    assert heard == [(i, count) for i in range(1, count + 1)]
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done, count):
+        raise Stopped
+
+    before = model(**some_prompt(0))
+    with pytest.raises(Stopped):
+        counterfactual(replay, -1, on_run=stop)
+    assert torch.equal(model(**some_prompt(0)), before)

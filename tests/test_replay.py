@@ -1,5 +1,7 @@
 """Replay: runs from the middle equal whole runs, and say what they changed."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,20 @@ def test_small_passes_give_the_same(model, prompt, replay):
     one_each = Replay(model, prompt, max_tokens=1).many(runs)
     for a, b in zip(replay.many(runs), one_each, strict=True):
         torch.testing.assert_close(a.logits, b.logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_stream_holds_one_pass_at_a_time(model, prompt):
+    runs = [[E.AblateHead(layer, head)] for layer in (4, 1) for head in range(6)]
+    replay = Replay(model, prompt, max_tokens=1)
+    expected, seen, alive = replay.many(runs), set(), []
+    for i, found in replay.stream(runs):
+        torch.testing.assert_close(found.logits, expected[i].logits, atol=1e-5, rtol=0)
+        seen.add(i)
+        alive.append(weakref.ref(found))
+        del found
+        assert sum(each() is not None for each in alive) <= 1
+    assert seen == set(range(len(runs)))
 
 
 @pytest.mark.parametrize("chunk", [4, 8, 64])

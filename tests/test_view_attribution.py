@@ -44,19 +44,19 @@ def test_nothing_runs_before_the_button(moment):
 def test_the_strip_is_captums_values_for_tokens(moment, model, method):
     view = AttributionView(moment)
     view.method = method
-    view._run.click()
+    view.work.begin.click()
     found = attribute(token_features(model, moment.prompt), method)
     np.testing.assert_allclose(shown(view), found.values, atol=1e-5)
     error = f"miss the change by {found.completeness_error:.2%}"
     assert error in view.board.summary and view.board.busy == ""
-    assert view._cancel.disabled and not view._run.disabled
+    assert view.work.stop.disabled and not view.work.begin.disabled
 
 
 def test_the_question_follows_the_selected_token_and_word(moment, model):
     view = AttributionView(moment)
     view.method, view.after, view.word = "feature_ablation", "selected token", "·two"
     view.selection.token = 1
-    view.run()
+    view.work.start()
     idx = model.tokenizer.encode(" two")[0]
     found = attribute(token_features(model, moment.prompt, Target(idx, 1)), "feature_ablation")
     np.testing.assert_allclose(shown(view), found.values, atol=1e-5)
@@ -72,7 +72,7 @@ def test_experts_of_the_clean_and_the_edited_run_stand_side_by_side(moment, mode
     edits = (E.SkipLayer(1),)
     view = AttributionView(moment.with_edits(edits))
     view.method, view.features = "feature_ablation", "experts"
-    view.run()
+    view.work.start()
     features = expert_features(model, moment.prompt)
     clean = attribute(features, "feature_ablation")
     with E.edited(model, edits):
@@ -91,7 +91,7 @@ def test_patches_lie_over_the_picture(model):
     prompt = model.prompt("What colour is it?", [picture])
     view = AttributionView(Moment(model, prompt))
     view.method, view.features = "feature_ablation", "image patches"
-    view.run()
+    view.work.start()
     assert view.board.problem == ""
     found = attribute(patch_features(model, prompt), "feature_ablation")
     is_patch = prompt.spans.patch[0].numpy() >= 0
@@ -107,7 +107,7 @@ def test_patches_lie_over_the_picture(model):
 def test_patches_of_a_text_are_refused_in_words(moment):
     view = AttributionView(moment)
     view.features = "image patches"
-    view.run()
+    view.work.start()
     assert view.board.problem == "this prompt has no image: use token_features for its tokens"
 
 
@@ -116,11 +116,11 @@ def test_work_can_be_cancelled_and_leaves_the_model_as_it_was(moment, model):
     before = model(**moment.prompt)
 
     async def press() -> None:
-        view.run()
+        view.work.start()
         await asyncio.sleep(0)
         await asyncio.sleep(0.02)
         assert view.board.busy.startswith("integrated_gradients: ")
-        view._cancel.click()
+        view.work.stop.click()
         await asyncio.sleep(0.02)
 
     asyncio.run(press())
@@ -135,11 +135,11 @@ def test_sliced_work_moves_only_while_it_is_waited_for():
     def work(pause):
         for i in range(3):
             log.append(i)
-            pause()
+            pause(str(i))
         return "done"
 
     steps = sliced(work)
-    next(steps)
+    assert next(steps) == "0"
     assert log == [0]
     next(steps)
     assert log == [0, 1]
@@ -147,7 +147,7 @@ def test_sliced_work_moves_only_while_it_is_waited_for():
     assert log == [0, 1]
 
     def fails(pause):
-        pause()
+        pause("")
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):

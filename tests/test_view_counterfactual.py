@@ -1,5 +1,7 @@
 """The counterfactual view: every expert at every layer for the selected token."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import torch
@@ -103,10 +105,33 @@ def test_many_runs_wait_for_the_button(model):
     view = CounterfactualView(Moment(model, model.prompt("a b c d e f g h " * 80)))
     assert view.board.summary.endswith("tokens in all take a while: press Run.")
     assert view.board.content.panels == []
-    assert view._run.layout.display == ""
+    assert view.work.begin.layout.display == ""
     view.selection.token = len(view.moment.words) - 3
-    assert view.board.content.panels and view._run.layout.display == "none"
+    assert view.board.content.panels and view.work.begin.layout.display == "none"
     view.selection.token = 100
-    view._run.click()
+    view.work.begin.click()
     assert view.board.problem == "" and view.board.busy == ""
     assert view.board.summary.startswith("Of 32 ways to send token 100")
+
+
+def test_many_runs_say_how_far_they_are_and_can_be_cancelled(model):
+    view = CounterfactualView(Moment(model, model.prompt("a b c d e f g h " * 80)))
+    view.selection.token = 100
+    told: list[str] = []
+    view.board.observe(lambda change: told.append(change["new"]), "busy")
+    before = model(view.moment.prompt.input_ids)
+
+    async def press() -> None:
+        view.work.begin.click()
+        while not told:
+            await asyncio.sleep(0.01)
+        assert view.work.begin.disabled and not view.work.stop.disabled
+        view.work.stop.click()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(press())
+    assert told[0] == "1 of 32 runs …" and told[-1] == ""
+    assert view.board.content.panels == [] and view.board.problem == ""
+    assert (model(view.moment.prompt.input_ids) == before).all()
+    view.selection.token = 101  # another question stops what is under way, too
+    assert not view.work.begin.disabled

@@ -134,15 +134,15 @@ def test_a_prompt_without_picture_says_how_to_give_one(model):
     view = ImageView(Moment(model, model.prompt("two times two")))
     assert view.board.summary.startswith("this prompt has no picture: give one, as in app.run(")
     assert not view.board.content.panels
-    view._measure.click()
-    assert not view._measure.disabled
+    view.work.begin.click()
+    assert not view.work.begin.disabled
 
 
 def test_masking_shows_the_librarys_causal_map(model):
     moment, _ = asked(model)
     view = ImageView(moment)
     assert "effect 0" not in panels(view)
-    view._measure.click()  # no loop runs in a test: it computes at once
+    view.work.begin.click()  # no loop runs in a test: it computes at once
     prompt = moment.prompt
     answer = [int(model(prompt.input_ids, prompt.pixel_values)[0, -1].argmax())]
     effects = partial(masking_effects, model, prompt, answer)
@@ -151,7 +151,7 @@ def test_masking_shows_the_librarys_causal_map(model):
     np.testing.assert_allclose(cells(view, panel), wanted, atol=1e-4)
     assert f"‘{model.tokenizer.decode(answer)}’ lost when" in panel["note"]
     assert panel["scale"]["high"] == pytest.approx(abs(wanted).max(), abs=1e-4)
-    assert view.board.busy == "" and not view._measure.disabled
+    assert view.board.busy == "" and not view.work.begin.disabled
     view.moment = moment.with_edits([E.SkipLayer(1)])
     assert "effect 0" not in panels(view)  # it was of another run
 
@@ -162,18 +162,16 @@ def test_masking_can_be_cancelled(model, monkeypatch):
     view.board.observe(lambda change: told.append(change["new"]), "busy")
 
     async def press():
-        view._measure.click()
-        while not any("16 of 36" in text for text in told):
+        view.work.begin.click()
+        while not told:
             await asyncio.sleep(0)
-        assert view._measure.disabled and not view._cancel.disabled
-        view._cancel.click()
-        assert view._task is not None
-        with pytest.raises(asyncio.CancelledError):
-            await view._task
+        assert view.work.begin.disabled and not view.work.stop.disabled
+        view.work.stop.click()
+        await asyncio.sleep(0.02)
 
     asyncio.run(press())
     assert told[0] == "masking patches: 0 of 36 …" and told[-1] == ""
-    assert not view._measure.disabled and view._cancel.disabled
+    assert not view.work.begin.disabled and view.work.stop.disabled
     assert "effect 0" not in panels(view) and not view.board.problem
 
 

@@ -1,6 +1,6 @@
 """What a token would have led to, had the router sent it elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +48,20 @@ class Counterfactual:
 
 @torch.no_grad()
 def counterfactual(
-    replay: Replay, token: int, *, gate: str = "own", read: int = -1, edits: Sequence[Edit] = ()
+    replay: Replay,
+    token: int,
+    *,
+    gate: str = "own",
+    read: int = -1,
+    edits: Sequence[Edit] = (),
+    on_run: Callable[[int, int], None] | None = None,
 ) -> Counterfactual:
     """Send a token to every expert of every MoE layer, one at a time, in shared passes.
 
     `gate` is what multiplies the expert's input: the sigmoid of its "own" logit, that of the
     "winner", or "one" (see `llama4_lab.edits.Route`). `read` is the position whose prediction is
     compared, -1 the last one. All runs have the `edits`, and so has the one they are compared to.
+    `on_run` hears after each run how many of how many are done, and may raise to stop the rest.
 
     Raises:
         ValueError: a position outside the prompt, or one that the token cannot reach.
@@ -76,19 +83,27 @@ def counterfactual(
         for expert in range(config.num_local_experts)
     ]
     base = replay.edited(edits)
-    found = [
-        run.logits_of(slice(read - run.first, read - run.first + 1))[0] for run in replay.many(runs)
-    ]
-    logprobs = torch.stack(found).float().log_softmax(dim=-1)
+    clean = _logprobs(base, read)
+    logprobs = clean.new_empty(len(runs), len(clean))
+    for done, (i, run) in enumerate(replay.stream(runs), start=1):
+        logprobs[i] = _logprobs(run, read)
+        if on_run is not None:
+            on_run(done, len(runs))
     return Counterfactual(
         token=token,
         read=read,
         gate=gate,
         layers=layers,
         chosen=_chosen(base, token),
-        clean=_numpy(F.log_softmax(base.logits[read].float(), dim=-1)),
+        clean=_numpy(clean),
         logprobs=_numpy(logprobs).reshape(len(layers), config.num_local_experts, -1),
     )
+
+
+def _logprobs(run: Edited, position: int) -> Float[Tensor, " v"]:
+    at = position - run.first
+    logits = run.replay.logits[position] if at < 0 else run.logits_of(slice(at, at + 1))[0]
+    return F.log_softmax(logits.float(), dim=-1)
 
 
 def _chosen(run: Edited, token: int) -> Int[np.ndarray, "l topk"]:

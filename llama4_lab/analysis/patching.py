@@ -126,5 +126,7 @@ def _patch(
             "choose prompts or a metric that differ"
         )
     last = slice(-1, None)
-    found = [float(metric(run.logits_of(last)[0])) for run in replay.many(runs)]
-    return Patching(columns, np.array(found).reshape(-1, len(columns)), *ends)
+    found = np.empty(len(runs))
+    for i, run in replay.stream(runs):
+        found[i] = float(metric(run.logits_of(last)[0]))
+    return Patching(columns, found.reshape(-1, len(columns)), *ends)

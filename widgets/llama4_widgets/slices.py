@@ -1,32 +1,93 @@
-"""Long work that somebody else's code does, in slices between which the page stays alive."""
+"""Long work in slices, between which the page stays alive and can say Cancel."""
 
+import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
+import ipywidgets
+
+from llama4_widgets.board import Board
+
 T = TypeVar("T")
+_SLICE = 0.05  # seconds from one look at the page to the next
+
+
+class Work:
+    """A button that begins work which comes in `steps`, and a button that cancels it.
+
+    The board says what each step yields, and why the work failed if it did. `then` is called when
+    all is done, and not after a cancel.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        name: str,
+        steps: Callable[[], Generator[str, None, None]],
+        then: Callable[[], None],
+    ):
+        self._board, self._steps, self._then = board, steps, then
+        self._task: asyncio.Task[None] | None = None
+        self.begin = ipywidgets.Button(
+            description=name, button_style="primary", layout={"width": "auto"}
+        )
+        self.begin.on_click(lambda _: self.start())
+        self.stop = ipywidgets.Button(description="Cancel", disabled=True, layout={"width": "auto"})
+        self.stop.on_click(lambda _: self.cancel())
+
+    def start(self) -> None:
+        """Begin anew; in a kernel this returns at once, in a script when all is done."""
+        self.cancel()
+        try:
+            self._task = asyncio.get_running_loop().create_task(self._work())
+        except RuntimeError:  # a script, without anybody to wait for
+            asyncio.run(self._work())
+
+    def cancel(self) -> None:
+        """Stop what is under way."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def _work(self) -> None:
+        self.begin.disabled, self.stop.disabled = True, False
+        steps, heard = self._steps(), 0.0
+        try:
+            for said in steps:
+                if time.monotonic() - heard > _SLICE:
+                    self._board.busy = f"{said} …"
+                    await asyncio.sleep(0.005)  # lets the kernel hear of a click on Cancel
+                    heard = time.monotonic()
+            self._then()
+        except (ValueError, RuntimeError) as error:
+            self._board.problem = str(error)
+        finally:
+            steps.close()
+            self._board.busy = ""
+            self.begin.disabled, self.stop.disabled = False, True
 
 
 class Cancelled(BaseException):
     """Nobody waits for the work any more."""
 
 
-def sliced(work: Callable[[Callable[[], None]], T]) -> Generator[None, None, T]:
-    """Do ``work(pause)`` up to its next `pause` at each step; its result is the generator's.
+def sliced(work: Callable[[Callable[[str], None]], T]) -> Generator[str, None, T]:
+    """Do ``work(pause)`` up to its next `pause` at each step, which yields what the pause says.
 
-    The work has a thread of its own, which only moves while a step waits for it: two never run at
-    once. Closing the generator ends the work at the pause where it stands.
+    The work's result is the generator's. It has a thread of its own, which only moves while a step
+    waits for it: two never run at once. Closing the generator ends it at the pause where it stands.
 
-    >>> steps = sliced(lambda pause: [pause() for _ in range(2)])
-    >>> len(list(steps))
-    2
+    >>> list(sliced(lambda pause: [pause(word) for word in ("half", "all")]))
+    ['half', 'all']
     """
     told: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
     goes: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
-    def pause() -> None:
-        told.put(("pause", None))
+    def pause(said: str) -> None:
+        told.put(("pause", said))
         if not goes.get():
             raise Cancelled
 
@@ -45,7 +106,7 @@ def sliced(work: Callable[[Callable[[], None]], T]) -> Generator[None, None, T]:
                 raise value
             if what == "done":
                 return value
-            yield
+            yield value
             goes.put(True)
     finally:
         goes.put(False)

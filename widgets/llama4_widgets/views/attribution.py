@@ -1,6 +1,5 @@
 """What does an answer owe to each token, image patch or expert?"""
 
-import asyncio
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,7 +17,7 @@ from llama4_lab.analysis.vision import patches_of
 from llama4_lab.edits import edited
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, diverging
-from llama4_widgets.slices import sliced
+from llama4_widgets.slices import Work, sliced
 from llama4_widgets.view import View
 from llama4_widgets.views.image import data_url, drawn_pictures
 from llama4_widgets.words import token_id, visible
@@ -51,7 +50,7 @@ class AttributionView(View):
 
     def controls(self) -> list[ipywidgets.Widget]:
         self._found: dict[Any, Attribution] = {}  # by question, of this moment
-        self._task: asyncio.Task[None] | None = None
+        self.work = Work(self.board, "Run", self._steps, self.refresh)
         method = ipywidgets.Dropdown(options=METHODS, description="Method")
         features = ipywidgets.Dropdown(options=tuple(FEATURES), description="Parts")
         after = ipywidgets.Dropdown(options=PLACES, description="Word after")
@@ -61,11 +60,7 @@ class AttributionView(View):
         named = {"method": method, "features": features, "after": after, "word": word}
         for name, widget in named.items():
             traitlets.link((self, name), (widget, "value"))
-        self._run = ipywidgets.Button(description="Run", button_style="primary")
-        self._run.on_click(lambda _: self.run())
-        self._cancel = ipywidgets.Button(description="Cancel", disabled=True)
-        self._cancel.on_click(lambda _: self.cancel())
-        row = ipywidgets.HBox([*named.values(), self._run, self._cancel])
+        row = ipywidgets.HBox([*named.values(), self.work.begin, self.work.stop])
         row.add_class("l4-app-chips")
         return [row]
 
@@ -79,41 +74,12 @@ class AttributionView(View):
         if getattr(self, "_asked", None) is not self.moment:
             self._asked = self.moment
             self._found.clear()
-            self.cancel()
+            self.work.cancel()
         super().refresh()
 
     # ---- the work
 
-    def run(self) -> None:
-        """Ask the question; in a kernel this returns at once, in a script with the result."""
-        self.cancel()
-        try:
-            self._task = asyncio.get_running_loop().create_task(self._work())
-        except RuntimeError:  # a script, without anybody to wait for
-            asyncio.run(self._work())
-
-    def cancel(self) -> None:
-        """Stop what is under way; results that are there stay."""
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
-
-    async def _work(self) -> None:
-        self._run.disabled, self._cancel.disabled = True, False
-        steps = self._steps()
-        try:
-            for runs in steps:
-                self.board.busy = f"{self.method}: {runs} runs of the model …"
-                await asyncio.sleep(0.005)  # lets the kernel hear of a click on Cancel
-            self.refresh()
-        except (ValueError, RuntimeError) as error:
-            self.board.problem = str(error)
-        finally:
-            steps.close()
-            self.board.busy = ""
-            self._run.disabled, self._cancel.disabled = False, True
-
-    def _steps(self) -> Generator[int, None, None]:
+    def _steps(self) -> Generator[str, None, None]:
         """Answer the question in the clean run, and in the edited one; count the model's runs."""
         moment, method, question = self.moment, self.method, self._question()
         build, runs = FEATURES[self.features], 0
@@ -122,28 +88,19 @@ class AttributionView(View):
                 features = build(moment.model, moment.prompt, self._target())
 
             def work(
-                pause: Callable[[], None], features: Any = features, on: Any = is_edited
-            ) -> Any:
+                pause: Callable[[str], None], features: Any = features, on: bool = is_edited
+            ) -> Attribution:
                 def value(gates: Tensor, fixed_routing: bool) -> Tensor:
                     nonlocal runs
-                    pause()  # nothing is open here, so that other views may use the model
+                    # Nothing is open here, so that other views may use the model.
+                    pause(f"{method}: {runs} runs of the model")
                     runs += len(gates)
                     with _running(moment, on):
                         return features.value(gates, fixed_routing)
 
                 return attribute(replace(features, value=value), method)
 
-            steps = sliced(work)
-            try:
-                while True:
-                    try:
-                        next(steps)
-                    except StopIteration as end:
-                        found = end.value
-                        break
-                    yield runs
-            finally:
-                steps.close()
+            found = yield from sliced(work)
             if self.moment is moment:
                 self._found[(*question, is_edited)] = found
 

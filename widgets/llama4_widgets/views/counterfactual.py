@@ -1,5 +1,6 @@
 """What would a token have led to, had the router sent it to another expert?"""
 
+from collections.abc import Callable, Generator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ from llama4_lab.analysis.counterfactual import Counterfactual, counterfactual
 from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.edits import Route
 from llama4_widgets.panels import Content, diverging, sequential
+from llama4_widgets.slices import Work, sliced
 from llama4_widgets.view import View
 from llama4_widgets.words import visible
 
@@ -42,12 +44,10 @@ class CounterfactualView(View):
             layout={"width": "auto"}, tooltip="send it there in all views"
         )
         self._add.on_click(lambda _: self.add_route())
-        self._run = ipywidgets.Button(description="Run", button_style="primary")
-        self._run.on_click(lambda _: self.run())
-        self._wanted: Any = None  # the long question that was asked by the button
+        self.work = Work(self.board, "Run", self._steps, self.refresh)
         self._known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by moment and question
         self.selection.observe(self._name_route, ["token", "layer", "expert"])
-        row = ipywidgets.HBox([effect, read, self._add, self._run])
+        row = ipywidgets.HBox([effect, read, self._add, self.work.begin, self.work.stop])
         row.add_class("l4-app-chips")
         return [row]
 
@@ -60,13 +60,6 @@ class CounterfactualView(View):
                 self.moment = self.moment.with_edits(self.edits)
         except (ValueError, traitlets.TraitError) as error:
             self.board.problem = str(error)
-
-    def run(self) -> None:
-        """Compute what was too long to be computed at every click."""
-        self._wanted = self._question()
-        self.board.busy = f"{self._runs()} runs"
-        self.refresh()
-        self.board.busy = ""
 
     @traitlets.observe("effect", "read")
     def _redraw(self, _change: Any) -> None:
@@ -90,19 +83,39 @@ class CounterfactualView(View):
         config = self.moment.model.config
         return len(moe_layers(self.moment.model)) * config.num_local_experts
 
+    def refresh(self) -> None:
+        """Draw anew; a question that takes long waits for the button, and stops another."""
+        asked = self.moment, self._question()
+        if getattr(self, "_asked", None) != asked:
+            self._asked = asked
+            self.work.cancel()
+        super().refresh()
+
     def _found(self) -> Counterfactual | None:
         """Return the effects, or nothing while they wait for the button."""
-        token, read = self._question()
-        tokens = self._runs() * (len(self.moment.words) - token)
-        is_long = tokens > _AT_ONCE
-        self._run.layout.display = "" if is_long else "none"
-        if is_long and self._wanted != (token, read):
-            return None
-        known = self._known.setdefault(self.moment, {})
-        if (token, read) not in known:
-            moment = self.moment
-            known[token, read] = counterfactual(moment.replay, token, read=read, edits=moment.edits)
-        return known[token, read]
+        token, read = question = self._question()
+        moment, known = self.moment, self._known.setdefault(self.moment, {})
+        is_long = self._runs() * (len(moment.words) - token) > _AT_ONCE
+        for each in (self.work.begin, self.work.stop):
+            each.layout.display = "" if is_long else "none"
+        if not is_long and question not in known:
+            known[question] = counterfactual(moment.replay, token, read=read, edits=moment.edits)
+        return known.get(question)
+
+    def _steps(self) -> Generator[str, None, None]:
+        """Compute what is too long to be computed at every click."""
+        moment, (token, read) = self.moment, self._question()
+
+        def work(pause: Callable[[str], None]) -> Counterfactual:
+            def on_run(done: int, count: int) -> None:
+                pause(f"{done} of {count} runs")
+
+            return counterfactual(
+                moment.replay, token, read=read, edits=moment.edits, on_run=on_run
+            )
+
+        found = yield from sliced(work)
+        self._known.setdefault(moment, {})[token, read] = found
 
     # ---- what is shown
 

@@ -1,9 +1,8 @@
 """What do image tokens show, which expert takes them, who looks at them, and which ones matter?"""
 
-import asyncio
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import ipywidgets
@@ -17,6 +16,7 @@ from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 from llama4_widgets.panels import Axis, Content, diverging, experts, sequential
 from llama4_widgets.patterns import in_decades, layer_of
+from llama4_widgets.slices import Work
 from llama4_widgets.view import View
 from llama4_widgets.words import visible
 
@@ -46,14 +46,8 @@ class ImageView(View):
     def controls(self) -> list[ipywidgets.Widget]:
         self._maps: list[np.ndarray] = []  # what masking each patch costs, by picture
         self._answer = ""
-        self._task: asyncio.Task[None] | None = None
-        self._measure = ipywidgets.Button(
-            description="Which patches matter?", layout={"width": "190px"}
-        )
-        self._measure.on_click(lambda _: self._start())
-        self._cancel = ipywidgets.Button(description="Cancel", disabled=True)
-        self._cancel.on_click(lambda _: self._stop())
-        return [ipywidgets.HBox([self._measure, self._cancel])]
+        self.work = Work(self.board, "Which patches matter?", self._steps, self.refresh)
+        return [ipywidgets.HBox([self.work.begin, self.work.stop])]
 
     def content(self) -> Content:
         moment, spans = self.moment, self.moment.prompt.spans
@@ -195,33 +189,7 @@ class ImageView(View):
 
     # ---- what masking patches costs the answer
 
-    def _start(self) -> None:
-        try:
-            self._task = asyncio.get_running_loop().create_task(self._run())
-        except RuntimeError:  # a script, without anybody to wait for
-            asyncio.run(self._run())
-
-    def _stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _run(self) -> None:
-        self._measure.disabled, self._cancel.disabled = True, False
-        moment = self.moment
-        try:
-            for done, count in self._steps():
-                self.board.busy = f"masking patches: {done} of {count} …"
-                await asyncio.sleep(0.01)  # lets the kernel hear of a click on Cancel
-                if self.moment is not moment:
-                    break
-        except ValueError as error:
-            self.board.problem = str(error)
-        finally:
-            self.board.busy = ""
-            self._measure.disabled, self._cancel.disabled = False, True
-            self.refresh()
-
-    def _steps(self) -> Iterator[tuple[int, int]]:
+    def _steps(self) -> Generator[str, None, None]:
         """Compute the maps of all pictures, some sets of tokens at a time."""
         moment = self.moment
         if not moment.prompt.spans.layouts:
@@ -232,14 +200,14 @@ class ImageView(View):
         for one in pictures:
             causal_map(one, lambda sets: wanted.append(list(sets)) or np.zeros(len(sets)))
         count, done, maps = sum(map(len, wanted)), 0, []
-        yield 0, count
+        yield f"masking patches: 0 of {count}"
         for one, sets in zip(pictures, wanted, strict=True):
             parts = []
             for start in range(0, len(sets), _SETS):
                 some = tuple(tuple(tokens) for tokens in sets[start : start + _SETS])
                 parts.append(moment.edited(masking_effects, answer, some))
                 done += len(some)
-                yield done, count
+                yield f"masking patches: {done} of {count}"
             effects = np.concatenate(parts)
             maps.append(causal_map(one, lambda _, effects=effects: effects))
         self._maps = maps
@@ -249,6 +217,7 @@ class ImageView(View):
         """Draw anew, without the effects of another moment."""
         if getattr(self, "_measured", None) is not self.moment:
             self._measured, self._maps = self.moment, []
+            self.work.cancel()
         super().refresh()
 
 
