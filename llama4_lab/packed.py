@@ -12,6 +12,7 @@ contracts:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ KINDS = ("int8", "int4", "fp8")
 GROUP = 128
 CODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 _PACKED_AT_ONCE = 1 << 18  # weights: rounding takes some five times their memory in float32
+_ON_A_GPU = 1 << 26  # likewise, and unpacked at a time: launching kernels costs more than memory
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 
 
@@ -70,9 +72,22 @@ class Packed:
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*rows k"]:
         """Return the weight that the codes stand for; the product is taken in float32."""
+        on_gpu = self.codes.is_cuda and not torch.compiler.is_compiling()  # Inductor fuses, too
+        if on_gpu and (kernels := _triton()) and kernels.can_unpack(self.kind, self.group):
+            return kernels.unpack(self.codes, self.scales, self.group, dtype)
         codes = unpack_nibbles(self.codes, self.group) if self.kind == "int4" else self.codes
         grouped = codes.float().unflatten(-1, (-1, self.group))
         return (grouped * self.scales.float()[..., None]).flatten(-2).to(dtype)
+
+
+@cache
+def _triton() -> Any:
+    """Return the kernels for GPUs, or None where there is no triton."""
+    try:
+        from llama4_lab import packed_triton
+    except ImportError:
+        return None
+    return packed_triton
 
 
 def pack(weight: Float[Tensor, "*rows k"], kind: str, group: int | None = None) -> Packed:
@@ -90,7 +105,8 @@ def pack(weight: Float[Tensor, "*rows k"], kind: str, group: int | None = None) 
     packed = empty(weight.shape, kind, group, weight.device)
     rows = weight.detach().flatten(0, -2)
     codes, scales = packed.codes.flatten(0, -2), packed.scales.flatten(0, -2)
-    step = max(1, _PACKED_AT_ONCE // weight.shape[-1])
+    at_once = _ON_A_GPU if weight.is_cuda else _PACKED_AT_ONCE
+    step = max(1, at_once // weight.shape[-1])
     for part in (slice(start, start + step) for start in range(0, len(rows), step)):
         codes[part], scales[part] = _rounded(rows[part], kind, packed.group)
     return packed
@@ -218,7 +234,7 @@ def _product_of_few(x: Tensor, w: Packed) -> Tensor:
 
 def _blocks(w: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the weight some rows at a time; a block is good until the next one is asked for."""
-    step = max(1, _BLOCK // w.shape[-1])
+    step = max(1, (_ON_A_GPU if w.codes.is_cuda else _BLOCK) // w.shape[-1])
     parts = [w[start : start + step] for start in range(0, len(w), step)]
     if not _is_compiled(w):
         yield from (part.unpack(dtype) for part in parts)

@@ -6,10 +6,11 @@ A program of its own, because the interpreter that the other tests run in replac
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from llama4_lab import packed_triton
 from llama4_lab.experts import triton_kernels as kernels
 from llama4_lab.model import flash_decode
 
-SIZES = {"N", "M", "K", "OUT", "WIDTH", "E", "D", "SIZE", "per_token"}
+SIZES = {"N", "M", "K", "OUT", "WIDTH", "E", "D", "SIZE", "per_token", "COUNT"}
 CODES = {
     "plain": ("*bf16", "*bf16", 64),
     "int8": ("*i8", "*bf16", 128),
@@ -59,6 +60,9 @@ for kind in CODES:
     build(kernels.linear_tiles, kind, 8, HAS_RESIDUAL=True, **tile)
     for kernel in kernels.gate_up_tiles, kernels.down_tiles:
         assert "wgmma" in build(kernel, kind, 8, BLOCK_E=16, **tile)
+build(kernels.linear_rows, HAS_GAIN=True, HAS_RESIDUAL=False, ROWS=1, GROUPS=64)  # a router
+for kind in "int4", "int8":
+    build(packed_triton.unpack_groups, kind, IS_INT4=kind == "int4", GROUPS=64)
 build(kernels.sort_logits, warps=8, TOPK=1, BLOCK_M=128, BLOCK_E=32)
 shape = {"GROUP": 5, "DH": 128, "PARTS": 32}
 for rotates in True, False:

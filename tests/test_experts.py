@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama4_lab import experts
-from llama4_lab.experts import grouped, loop
+from llama4_lab.experts import grouped, loop, probe
+from llama4_lab.packed import pack
 
 D, FF = 16, 24
 
@@ -126,3 +128,15 @@ def test_an_unknown_backend_is_refused():
         experts.moe(
             torch.zeros(1, D), torch.zeros(2, D), weights(2), shared_weights(), backend="fast"
         )
+
+
+def test_few_tokens_on_a_gpu_read_packed_experts_as_they_are(monkeypatch):
+    monkeypatch.setattr(probe, "CHOSEN", "auto")
+    with FakeTensorMode():
+        few, many = (torch.empty(n, 64, device="cuda:0") for n in (512, 513))
+    plain = torch.randn(2, 64, 64)
+    for kind in ("int8", "int4"):
+        assert experts.choose_backend(few, pack(plain, kind)) == "triton"
+        assert experts.choose_backend(many, pack(plain, kind)) == "loop"  # in float32
+    for weights in (plain, pack(plain, "fp8")):
+        assert experts.choose_backend(few, weights) == "loop"

@@ -18,7 +18,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from llama4_lab import experts
+from llama4_lab import experts, packed_triton
 from llama4_lab.experts import loop, triton
 from llama4_lab.model import flash_decode
 from llama4_lab.model.static import StaticDecoder, attend_live
@@ -98,11 +98,11 @@ def test_the_fused_block_equals_norm_router_experts_and_sum(dtype, kind, routing
     )
 
 
-@pytest.mark.parametrize("n", [1, 4, 5, 70])
+@pytest.mark.parametrize(("n", "out"), [(1, 177), (4, 177), (5, 177), (70, 177), (3, 77), (9, 77)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_linear_of_few_rows_equals_the_unpacked_one(n, kind):
-    ours, plain = weight(77, sizes(kind)[0], kind=kind)
-    x, residual = torch.randn(n, plain.shape[1], device=DEVICE), torch.randn(n, 77, device=DEVICE)
+def test_a_packed_linear_of_few_rows_equals_the_unpacked_one(n, out, kind):
+    ours, plain = weight(out, sizes(kind)[0], kind=kind)
+    x, residual = torch.randn(n, plain.shape[1], device=DEVICE), torch.randn(n, out, device=DEVICE)
     gain = torch.rand(plain.shape[1], device=DEVICE)
     close(triton.linear(x, ours), F.linear(x, plain))
     normed = F.rms_norm(x, x.shape[1:], gain, 1e-2)
@@ -120,6 +120,19 @@ def test_routing_and_sorting_in_one_launch_equal_the_plain_steps(shape):
     plain = experts.sort(torch.cat([chosen, shared], dim=1), e + 1)
     assert (order.tolist(), offsets.tolist()) == (plain[0].tolist(), plain[1].tolist())
     close(score.view(n, -1), torch.cat([expected, torch.ones_like(expected[:, :1])], dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(3, 5, 96), (2, 128), (300, 256)])
+def test_weights_are_unpacked_in_one_pass_bit_for_bit(dtype, kind, shape):
+    packed = pack(torch.randn(*shape), kind)
+    expected = packed.unpack(dtype)  # on the CPU: torch's own steps
+    assert packed_triton.can_unpack(kind, packed.group)
+    for ours, right in (packed, expected), (packed[1:], expected[1:]):
+        codes, scales = ours.codes.to(DEVICE), ours.scales.to(DEVICE)
+        assert torch.equal(packed_triton.unpack(codes, scales, ours.group, dtype).cpu(), right)
+    assert not packed_triton.can_unpack("fp8", 256) and not packed_triton.can_unpack("int8", 96)
 
 
 def test_the_shared_expert_stands_behind_the_routed_ones():

@@ -41,6 +41,8 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "padded": padded.apply,
     "triton": lambda *arguments: _triton().apply(*arguments),
 }
+# Tokens up to which products that read codes beat unpacking all experts first; an estimate.
+_STREAMED = 512
 _INSIDE = ("experts.in", "experts.hidden", "experts.out")
 
 
@@ -80,8 +82,10 @@ def sort(
     return order, F.pad(load.cumsum(0), (1, 0))
 
 
-def choose_backend(x: Tensor) -> str:
+def choose_backend(x: Tensor, weights: object = None) -> str:
     """Return the backend that ``"auto"`` stands for: the fastest that runs on this tensor.
+
+    Few tokens on a GPU meet `weights` in int8 or int4 in the kernels that read these as they are.
 
     The environment variable LLAMA4_LAB_BACKEND, read when we are imported, can name another one.
     """
@@ -89,6 +93,9 @@ def choose_backend(x: Tensor) -> str:
         return probe.CHOSEN
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return "numba" if probe.LOADING.is_done() else "loop"
+    in_groups = isinstance(weights, Packed) and weights.kind in ("int8", "int4")
+    if x.is_cuda and in_groups and len(x) <= _STREAMED and not torch.compiler.is_compiling():
+        return "triton"
     fast = (
         x.is_cuda
         and x.dtype == torch.bfloat16
@@ -97,13 +104,13 @@ def choose_backend(x: Tensor) -> str:
     return "grouped" if fast else "loop"
 
 
-def backend_for(x: Tensor, asked: str) -> str:
+def backend_for(x: Tensor, asked: str, weights: object = None) -> str:
     """Return the backend that is asked for, or of "auto" the one that it stands for.
 
     Raises:
         ValueError: a backend that does not exist.
     """
-    backend = choose_backend(x) if asked == "auto" else asked
+    backend = choose_backend(x, weights) if asked == "auto" else asked
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
     return backend
@@ -137,7 +144,7 @@ def moe(
     Raises:
         ValueError: a backend that does not exist.
     """
-    backend = backend_for(x, backend)
+    backend = backend_for(x, backend, experts[0])
     inside = any(record.watches(name) for name in _INSIDE) or isinstance(experts[0], Mapped)
     if backend == "numba" and not inside and _numba().takes(x, router, *experts, *shared):
         return _numba().moe(x, router, experts, shared, topk, record)

@@ -37,6 +37,7 @@ from llama4_lab.packed import Packed
 
 FEW = 4  # up to so many tokens a decode step goes by rows; beyond, weights are shared by tiles
 _ROWS, _GROUPS, _ROW_WARPS = 16, 4, 4  # output rows a program, groups of weights an iteration
+_NARROW = 128  # output rows up to which a program owns a single one, and reads it at once: routers
 _COLUMNS, _TILE_WARPS = 128, 8  # output rows a tile
 _STEP = 64  # inputs an iteration of a tile, where no group of scales says otherwise
 _SMALLEST_GROUP = 32  # tensor cores multiply 16 inputs at a time, and int4 has two halves
@@ -106,10 +107,11 @@ def linear(
     w, (n, k), width = _Weight.of(weight), x.shape, weight.shape[0]
     out = x.new_empty(n, width) if out is None else out
     added = out if residual is None else residual
-    if n <= FEW:
-        kernels.linear_rows[n, triton.cdiv(width, _ROWS)](
+    if n <= FEW or width <= _NARROW:
+        rows = 1 if width <= _NARROW else _ROWS
+        kernels.linear_rows[n, triton.cdiv(width, rows)](
             x, x if gain is None else gain, w.codes, w.scales, added, out, k, width, eps,
-            gain is not None, residual is not None, w.kind, w.group, _ROWS, _GROUPS,
+            gain is not None, residual is not None, w.kind, w.group, rows, _ROWS * _GROUPS // rows,
             num_warps=_ROW_WARPS,
         )  # fmt: skip
         return out

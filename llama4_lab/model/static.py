@@ -318,6 +318,7 @@ def _stack(routed: Place, shared: Tensor | Packed) -> Tensor | Packed:
     )  # fmt: skip
     whole = _cat([getattr(*routed), last])
     _put(routed, whole[:-1])
+    torch.cuda.empty_cache()  # what is freed is too small for the next layer's, and would be kept
     return whole
 
 

@@ -76,7 +76,8 @@ class PlacedExperts:
 
     def forward(self, x: Float[Tensor, "b t d"], tap: Tap, backend: str) -> Float[Tensor, "b t d"]:
         rows, record = x.flatten(0, 1), _PerToken(tap, x.shape[:2])
-        backend = experts.backend_for(rows, backend)  # on all ranks, before one waits for others
+        # On all ranks, before one waits for others.
+        backend = experts.backend_for(rows, backend, self.weights[0])
         logits = record("router.logits", F.linear(rows, self.block.router.weight))
         expert, score = experts.route(logits, self.block.topk, record)
         run = self.run_watched if any(map(record.watches, _INSIDE)) else self.run
