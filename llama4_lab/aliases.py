@@ -129,10 +129,14 @@ def resolve(config: Llama4Config, names: str | Iterable[str]) -> dict[str, str]:
 
     Raises:
         KeyError: a name or pattern that no point has, with the closest one.
+        TypeError: a name that is no text.
     """
     known = points(config)
     asked: dict[str, str] = {}
-    for name in [names] if isinstance(names, str) else names:
+    given = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
+    if strange := [name for name in given if not isinstance(name, str)]:
+        raise TypeError(f"{strange[0]!r} names no point: give names or patterns as text")
+    for name in given:
         own = [name] if name in known else [point for point in known if fnmatchcase(point, name)]
         found = {point: point for point in own}
         if not found:

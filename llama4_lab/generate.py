@@ -1,6 +1,7 @@
 """Decoding: one token after the other from a cache, sampled, streamed, interruptible."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from operator import index
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from tqdm.auto import tqdm
 
 from llama4_lab.model import Llama4
 from llama4_lab.model.static import StaticDecoder
+from llama4_lab.trace import inputs_of
 
 
 def generate(
@@ -20,16 +22,16 @@ def generate(
     temperature: float = 0.6,
     top_p: float = 0.9,
     seed: int | None = None,
-    stop: tuple[int, ...] | None = None,
+    stop: Collection[int] | None = None,
     stream: bool = False,
     progress: bool = True,
 ) -> Any:
     """Continue a prompt and return the new text; a list of texts for a batch.
 
-    `prompt` is what ``model.prompt`` returns, or a text or chat messages for it. With `stream`,
-    return an iterator over pieces of text instead. Generation ends at a stop token (the config's,
-    unless `stop` names others) or after `max_new_tokens`. Ctrl-C ends it early and keeps the text
-    so far. A progress bar shows when it takes more than half a second.
+    `prompt` is what ``model.prompt`` returns, a text or chat messages for it, or token ids. With
+    `stream`, return an iterator over pieces of text instead. Generation ends at a stop token (the
+    config's, unless `stop` names others) or after `max_new_tokens`. Ctrl-C ends it early and keeps
+    the text so far. A progress bar shows when it takes more than half a second.
 
     A `StaticDecoder` stands in for its model, one prompt at a time.
 
@@ -47,8 +49,7 @@ def generate(
             "this model has no tokenizer to write text with: load it from a folder that has one, "
             "or take ids from llama4_lab.generate.tokens"
         )
-    if not hasattr(prompt, "keys"):
-        prompt = model.prompt(prompt)
+    prompt = inputs_of(model, prompt)
     rows = len(prompt["input_ids"])
     if stream and rows > 1:
         raise ValueError(
@@ -57,7 +58,7 @@ def generate(
     steps = tokens(
         model, prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
     )
-    stops = model.config.stop_token_ids if stop is None else stop
+    stops = _stops(model, stop)
     if stream:
         ids = (int(step[0]) for step in steps)
         return model.tokenizer.stream(idx for idx in ids if idx not in stops)
@@ -91,7 +92,7 @@ def tokens(
     temperature: float = 0.6,
     top_p: float = 0.9,
     seed: int | None = None,
-    stop: tuple[int, ...] | None = None,
+    stop: Collection[int] | None = None,
 ) -> Iterator[Int[Tensor, " b"]]:
     """Yield the next token of every row until all rows have met a stop token.
 
@@ -99,24 +100,43 @@ def tokens(
 
     Raises:
         ValueError: a temperature below zero, a top_p outside (0, 1], or no tokens to make.
+        TypeError: a seed or stop tokens that are no whole numbers.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(
-            f"temperature {temperature} is negative: use 0 for the likeliest token, or more"
+            f"temperature {temperature} is negative or no number: use 0 for the likeliest token, "
+            "or more"
         )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} is outside (0, 1]: 1 keeps every token")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} makes no token: ask for at least 1")
-    return _tokens(model, prompt, max_new_tokens, temperature, top_p, seed, stop)
+    stops = _stops(model, stop)
+    seed = None if seed is None else _whole("seed", seed)
+    return _tokens(model, prompt, max_new_tokens, temperature, top_p, seed, stops)
+
+
+def _stops(model: Llama4 | StaticDecoder, stop: Collection[int] | None) -> tuple[int, ...]:
+    if stop is None:
+        return tuple(model.config.stop_token_ids)
+    if isinstance(stop, str) or not isinstance(stop, Collection):
+        raise TypeError(f"stop={stop!r}: give the ids of the tokens that end a text, as (3, 4)")
+    return tuple(_whole("stop", each) for each in stop)
+
+
+def _whole(what: str, given: Any) -> int:
+    try:
+        return index(given)
+    except TypeError:
+        raise TypeError(f"{what}={given!r}: give whole numbers") from None
 
 
 @torch.no_grad()
 def _tokens(
-    model: Llama4 | StaticDecoder, prompt, max_new_tokens, temperature, top_p, seed, stop
+    model: Llama4 | StaticDecoder, prompt, max_new_tokens, temperature, top_p, seed, stops
 ) -> Iterator[Tensor]:
     given = {key: x.to(model.device) for key, x in {**prompt}.items() if x is not None}
-    stops = torch.tensor(model.config.stop_token_ids if stop is None else stop, device=model.device)
+    ends = torch.tensor(stops, dtype=torch.long, device=model.device)
     generator = torch.Generator(device=model.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     cache = model.new_cache(len(given["input_ids"]))
@@ -125,7 +145,7 @@ def _tokens(
     for count in range(1, max_new_tokens + 1):
         chosen = model.ranks.agreed(sample(logits[:, -1], temperature, top_p, generator))
         yield chosen
-        ended |= torch.isin(chosen, stops)
+        ended |= torch.isin(chosen, ends)
         if ended.all() or count == max_new_tokens:
             return
         logits = model(chosen[:, None], cache=cache, keep_last=1)

@@ -20,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama4_lab.cache import SharedPast
-from llama4_lab.edits import Edit, Run, bound, changes_of, check, model_inputs, read_sources, ruled
+from llama4_lab.edits import Edit, Run, bound, changes_of, check, read_sources, ruled
 from llama4_lab.edits.base import CLEAN, See, Touch
 from llama4_lab.model import Llama4
 from llama4_lab.model.text import DecoderLayer, Step
 from llama4_lab.points import Tap
-from llama4_lab.trace import intervene, trace
+from llama4_lab.trace import inputs_of, intervene, trace
 from llama4_lab.witness import Witness
 
 _KEPT = ("resid_pre", "attn.rot_k", "attn.v", "attn.z", "resid_mid", "resid_post")
@@ -38,8 +38,10 @@ class Replay:
         >>> replay = Replay(model, prompt)                                  # doctest: +SKIP
         >>> replay.edited([DropExpert(3, expert=7)]).effect.kl.max()        # doctest: +SKIP
 
-    `sources` are other runs, by name, that edits take values from; "clean" is this one. A pass
-    holds at most `max_tokens` tokens of all runs together.
+    `prompt` is what ``model.prompt`` returns, a text, or token ids. `sources` are other runs, by
+    name, that edits take values from; "clean" is this one. A pass holds at most `max_tokens` tokens
+    of all runs together. Edited runs have their own edits and no others: `trace` and `intervene`
+    around them see nothing. Whole runs, by `llama4_lab.edits.edited`, can be traced.
 
     Raises:
         ValueError: a prompt of several rows, or with padding.
@@ -54,9 +56,9 @@ class Replay:
         max_tokens: int = 2048,
     ):
         self.model = model
-        self.inputs = model_inputs(prompt)
+        self.inputs = inputs_of(model, prompt)
         self.ids: Int[Tensor, " t"] = self.inputs["input_ids"][0]
-        self.sources = {CLEAN: prompt, **(sources or {})}
+        self.sources = {CLEAN: self.inputs, **(sources or {})}
         self.max_tokens = max_tokens
         rows, mask = len(self.inputs["input_ids"]), self.inputs.get("attention_mask")
         if rows != 1 or (mask is not None and not mask.all()):
@@ -124,7 +126,9 @@ class Replay:
         with torch.no_grad():
             wanted = [edit for edits in runs for edit in edits]
             values = read_sources(self.model, wanted, self.sources)
-        variants = [_Variant(i, edits, self.model, values) for i, edits in enumerate(runs)]
+        variants = [
+            _Variant(i, edits, self.model, values, len(self)) for i, edits in enumerate(runs)
+        ]
         with tqdm(total=len(runs), desc="edited runs", unit="run", delay=2) as bar:
             for batch in self._batches(variants):
                 yield from self._run(batch).items()
@@ -314,7 +318,7 @@ class Edited:
         loss_change = (clean[:-1].gather(-1, following) - mine[:-1].gather(-1, following))[:, 0]
         return Effect(
             positions=torch.arange(self.first, len(self.replay)),
-            kl=F.kl_div(mine, clean, reduction="none", log_target=True).nansum(dim=-1),
+            kl=F.kl_div(mine, clean, reduction="none", log_target=True).nansum(dim=-1).clamp(min=0),
             loss_change=F.pad(loss_change, (0, 1), value=float("nan")),
             top_changed=clean.argmax(dim=-1) != mine.argmax(dim=-1),
             flips={i: self._flips(i) for i in self.replay.experts},
@@ -322,8 +326,17 @@ class Edited:
         )
 
     def router(self, layer: int, part: str) -> Shaped[Tensor, "t _"]:
-        """Return "logits", "indices" or "scores" of a MoE layer's router, for the whole prompt."""
+        """Return "logits", "indices" or "scores" of a MoE layer's router, for the whole prompt.
+
+        Raises:
+            ValueError: a layer without a router, or another part.
+        """
         point = f"layers.{layer}.router.{part}"
+        if point not in self.replay._kept:
+            layers = ", ".join(map(str, self.replay.experts)) or "none"
+            raise ValueError(
+                f"there is no {point}: MoE layers are {layers}, parts logits, indices and scores"
+            )
         clean = self.replay._kept[point][0]
         if (mine := self.routers.get(point)) is None:
             return clean
@@ -343,16 +356,16 @@ class Edited:
 class _Variant:
     """One edited run: its changes by point, and where it begins."""
 
-    def __init__(self, index: int, edits: Sequence[Edit], model: Llama4, values: Any):
+    def __init__(self, index: int, edits: Sequence[Edit], model: Llama4, values: Any, length: int):
         config = model.config
         self.index = index
         self.edits = edits
         self.changes = changes_of(edits, config)
         self.run = Run(model, values)
         touches = [edit.touches(config) for edit in edits]
-        length = model.config.num_hidden_layers
-        self.first = min((touch.token for touch in touches), default=0)
-        self.begin = min(map(_stage, touches), default=(length, 0))
+        first = min((touch.token for touch in touches), default=0)
+        self.first = min(first, length - 1)  # what begins behind the prompt changes nothing in it
+        self.begin = min(map(_stage, touches), default=(config.num_hidden_layers, 0))
         self.rules = repr([edit for edit in edits if edit.rules(model)])
 
     def kind(self) -> tuple[str, int]:

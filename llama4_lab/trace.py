@@ -43,7 +43,9 @@ def trace(
     `names` are point names or patterns (``layers.*.router.logits``); `llama4_lab.points` lists
     them with their axes. TransformerLens's names (``blocks.3.hook_resid_pre``) stand for the same
     points, and their values are kept under them; `llama4_lab.aliases` says where the meaning
-    differs. A pattern stands for points, and for aliases only if no point fits.
+    differs. A pattern stands for points, and for aliases only if no point fits. The model is
+    watched, not the caller: forward passes that other threads make meanwhile are seen as well, and
+    changed by `intervene`.
 
     A later forward pass replaces the values of an earlier one. Logits are the same to the bit,
     unless a value was asked for that only another path of the same mathematics makes:
@@ -72,6 +74,8 @@ def trace(
     """
     if spill is not None and (device is not None or not detach):
         raise ValueError("spill keeps values on disk, without gradients: leave out device, detach")
+    if not isinstance(dtype, torch.dtype | None):
+        raise TypeError(f"dtype={dtype!r}: give a dtype of torch, such as torch.float16")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"values cannot be kept as {dtype}: give a floating-point dtype")
     kept = _Kept(
@@ -116,19 +120,26 @@ def run_with_cache(
         KeyError: a name or pattern that no point has, or a function that wants none.
         TypeError, ValueError, FileExistsError: as `trace` and ``model.prompt``.
     """
-    if isinstance(prompt, Tensor):
-        prompt = {"input_ids": prompt if prompt.ndim > 1 else prompt[None]}
-    elif not hasattr(prompt, "keys"):
-        prompt = model.prompt(prompt)
-    inputs = {
-        key: value.to(model.device) for key, value in dict(prompt).items() if value is not None
-    }
+    inputs = inputs_of(model, prompt)
     names = _filtered(model.config, names_filter)
     with (
         torch.set_grad_enabled(not detach and torch.is_grad_enabled()),
         trace(model, names, detach=detach, **options) as cache,
     ):
         return model(**inputs), cache
+
+
+def inputs_of(model: Any, prompt: Any) -> dict[str, Any]:
+    """Return what a model is called with, on its device.
+
+    `prompt` is what ``model.prompt`` returns, a text or chat messages for it, or token ids
+    (``[b t]`` or ``[t]``).
+    """
+    if isinstance(prompt, Tensor):
+        prompt = {"input_ids": prompt if prompt.ndim > 1 else prompt[None]}
+    elif not hasattr(prompt, "keys"):
+        prompt = model.prompt(prompt)
+    return {key: value.to(model.device) for key, value in {**prompt}.items() if value is not None}
 
 
 @contextmanager

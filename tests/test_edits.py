@@ -1,6 +1,8 @@
 """Edits: each does what its formula says, is refused where it cannot be, and survives a file."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -332,6 +334,12 @@ def test_rules_are_as_before_after_an_exception(model, prompt):
         (E.Steer("layers.2.mlp.out", (1.0, 2.0)), r"a vector of 2 numbers does not fit"),
         (E.Patch("embed", "other", (1, 2), (3,)), r"2 tokens cannot take the values of 1"),
         (E.Patch("embed", "short", (20,)), r"source 'short' has 5 tokens"),
+        (E.Patch("embed", "short", (2,), (-1,)), r"there is no token -1"),
+        (
+            E.Patch("layers.1.attn.pattern", "short"),
+            r"shape \(1, 6, 29, 29\), and in source 'short' \(1, 6, 5, 5\)",
+        ),
+        (E.AttentionTemperature(3, floor_scale=0), r"floor_scale counts tokens, so it must be 1"),
     ],
     ids=repr,
 )
@@ -397,3 +405,147 @@ def test_edits_are_values():
     assert len({E.SkipLayer(1), E.SkipLayer(1)}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         E.SkipLayer(1).layer = 2
+
+
+# --- what people hand in -----------------------------------------------------------
+
+HANDED_IN = """
+import numpy as np, torch
+import llama4_lab as l4
+from llama4_lab import edits as E
+from llama4_lab.analysis.counterfactual import counterfactual
+from llama4_lab.analysis.lens import logit_lens
+
+given = [
+    E.Route(np.int64(3), torch.tensor(13), np.int32(4)),
+    E.SkipLayer(np.int64(2), torch.tensor([7, 20])),
+    E.RouterTemperature(3, np.float64(3.0), range(3)),
+    E.Rope(3, np.True_),
+    E.Steer("logits", torch.ones(3), np.float32(0.5), np.array([2])),
+]
+assert E.loads(E.dumps(given)) == given == [
+    E.Route(3, 13, 4),
+    E.SkipLayer(2, (7, 20)),
+    E.RouterTemperature(3, 3.0, (0, 1, 2)),
+    E.Rope(3, True),
+    E.Steer("logits", (1.0, 1.0, 1.0), 0.5, (2,)),
+]
+
+model = l4.load("nano")
+replay = l4.Replay(model, "one two")
+run, ids = replay.edited, torch.ones(1, 3, dtype=torch.long)
+assert l4.generate(model, ids, 4, seed=np.int64(3)) == l4.generate(model, ids, 4, seed=3)
+assert counterfactual(replay, torch.tensor(-1)).token == len(replay) - 1
+lens = logit_lens(model, model.prompt("one two"), [np.int64(-1)], target=np.int64(5))
+assert (lens.target == 5).all() and lens.positions.tolist() == [len(replay) - 1]
+for wish in (
+    lambda: E.SkipLayer(1.5),
+    lambda: E.DropExpert(1, None),
+    lambda: E.AblateHead(1, True),
+    lambda: E.SkipLayer(1, 3),
+    lambda: E.SkipLayer(1, "12"),
+    lambda: E.SkipLayer(1, torch.tensor([True])),
+    lambda: E.Chunk("1", 4),
+    lambda: run(E.SkipLayer(1)),
+    lambda: run(["SkipLayer"]),
+    lambda: l4.generate(model, ids, 4, seed=1.5),
+    lambda: l4.generate(model, ids, 4, stop=3),
+    lambda: l4.generate(model, ids, 4, stop="e"),
+    lambda: l4.generate(model, ids, 4, stop=[1.5]),
+    lambda: l4.load(None),
+    lambda: l4.random("nano"),
+    lambda: l4.run_with_cache(model, ids, "logits", dtype="float16"),
+    lambda: l4.run_with_cache(model, ids, ["logits", 3]),
+    lambda: model([1, 2]),
+    lambda: model(ids.float()),
+    lambda: model.prompt(b"bytes"),
+    lambda: model.prompt("text", images=torch.zeros(3, 8, 8)),
+):
+    try:
+        wish()
+    except TypeError as error:
+        print(error)
+    else:
+        raise AssertionError("it was not refused")
+"""
+REFUSED = """
+SkipLayer: layer=1.5: give a whole number
+DropExpert: expert=None: give a whole number
+AblateHead: head=True: give a whole number
+SkipLayer: tokens=3: give a sequence of numbers
+SkipLayer: tokens='12': give a sequence of numbers
+SkipLayer: tokens=tensor([True]): give a whole number
+Chunk: layer='1': give a whole number
+SkipLayer(layer=1, tokens=None) stands alone: give a list of edits
+'SkipLayer' is no edit: they are SkipLayer, AblateHead
+seed=1.5: give whole numbers
+stop=3: give the ids of the tokens that end a text, as (3, 4)
+stop='e': give the ids of the tokens that end a text, as (3, 4)
+stop=1.5: give whole numbers
+None is no model: give a name or a checkpoint folder
+'nano' is no config: give one, such as load('nano').config
+dtype='float16': give a dtype of torch, such as torch.float16
+3 names no point: give names or patterns as text
+input_ids=[1, 2]: give a tensor of whole numbers [b, t]
+input_ids=tensor([[1., 1., 1.]]): give a tensor of whole numbers [b, t]
+b'bytes' is no prompt: give a text, a list of texts
+a picture is a PIL image, a uint8 array or a file name, not Tensor
+"""
+
+
+def test_numbers_of_numpy_and_torch_serve_and_what_is_no_number_is_refused_in_words():
+    # In a process of its own: here annotations are checked first.
+    command = [sys.executable, "-c", HANDED_IN]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, expected = done.stdout.splitlines(), REFUSED.split("\n")[1:-1]
+    for sentence, beginning in zip(said, expected, strict=True):
+        assert sentence.startswith(beginning)
+
+
+# --- edits of one router -----------------------------------------------------------
+
+
+def gates(model, prompt, edits):
+    """Experts and scores of one layer under edits."""
+    cache = rows_of(model, f"layers.{MOE}.router.*", prompt, edits, {"clean": prompt})
+    return (cache[f"layers.{MOE}.router.{part}"][0] for part in ("indices", "scores"))
+
+
+@pytest.mark.parametrize(
+    ("others", "temperature"),
+    [
+        ([], 1.0),
+        ([E.RouterBias(MOE, 1, 20.0)], 1.0),
+        ([E.RouterBias(MOE, 2, 30.0)], 1.0),
+        ([E.RouterTemperature(MOE, 4.0)], 4.0),
+        ([E.Route(MOE, 13, 4)], 1.0),
+        ([E.Route(MOE, 13, 4, "winner"), E.Route(MOE, 14, 0)], 1.0),
+    ],
+)
+def test_a_bias_for_the_choice_alone_enters_no_score(model, prompt, others, temperature):
+    logits = rows_of(model, f"layers.{MOE}.router.logits", prompt).popitem()[1][0]
+    biased = [E.RouterBias(MOE, 1, 40.0)]
+    for edits in (biased + others, others + biased):
+        expert, score = gates(model, prompt, edits)
+        expected = (logits / temperature).gather(1, expert).sigmoid()
+        if any(isinstance(edit, E.Route) and edit.gate == "winner" for edit in edits):
+            expected[13, 0] = logits[13, 1].sigmoid()  # with the bias, expert 1 wins everywhere
+        torch.testing.assert_close(score, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("gate", ["own", "winner", "one"])
+def test_a_token_sent_to_a_silenced_expert_gets_nothing_in_either_order(model, prompt, gate):
+    ablated, sent = E.AblateExpert(MOE, 4), E.Route(MOE, 13, 4, gate)
+    for edits in ([ablated, sent], [sent, ablated]):
+        expert, score = gates(model, prompt, edits)
+        assert expert[13, 0] == 4 and score[13, 0] == 0
+
+
+def test_a_bias_does_not_bring_back_a_skipped_layer(model, prompt, sources):
+    skipped, biased = E.SkipLayer(MOE), E.RouterBias(MOE, 1, 40.0)
+    expected = in_full(model, prompt, sources, [skipped])
+    for edits in ([skipped, biased], [biased, skipped]):
+        torch.testing.assert_close(
+            in_full(model, prompt, sources, edits), expected, atol=1e-5, rtol=0
+        )

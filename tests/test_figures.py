@@ -53,3 +53,10 @@ def test_bars_show_the_strongest_parts_and_keep_the_sum():
     assert sum(drawn.data[0].x) == pytest.approx(values.sum())
     assert drawn.layout.title.text == "Logit: -1.25 logits in all"
     assert drawn.data[0].marker.color[0] != drawn.data[0].marker.color[1]
+
+
+def test_values_that_do_not_fit_their_names_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) do not fit 2 rows and 1 columns"):
+        heatmap.figure(
+            np.zeros((2, 3)), title="", unit="", rows=["a", "b"], columns=["a"], down="", across=""
+        )

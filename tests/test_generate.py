@@ -96,7 +96,7 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p():
     [
         (
             {"temperature": -1.0},
-            "temperature -1.0 is negative: use 0 for the likeliest token, or more",
+            "temperature -1.0 is negative or no number: use 0 for the likeliest token, or more",
         ),
         ({"top_p": 0.0}, r"top_p 0.0 is outside \(0, 1\]"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 makes no token: ask for at least 1"),
@@ -116,3 +116,15 @@ def test_streaming_a_batch_is_refused(model):
     batch = {"input_ids": torch.full((2, 3), 5)}
     with pytest.raises(ValueError, match="stream=True takes one prompt, this is a batch of 2"):
         l4.generate(model, batch, stream=True)
+
+
+def test_ids_will_do_for_a_prompt(model, prompt):
+    text = l4.generate(model, prompt, 8, seed=3)
+    assert l4.generate(model, prompt["input_ids"][0], 8, seed=3) == text
+
+
+def test_text_is_written_under_autocast(model, prompt):
+    with torch.autocast("cpu", torch.bfloat16):
+        text = l4.generate(model, prompt, 6, temperature=0)
+        first = model(**prompt)[0, -1].argmax().item()
+    assert text[0] == chr(first + 32)

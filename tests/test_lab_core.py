@@ -17,7 +17,7 @@ from llama4_widgets.board import Board, page, unflat
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, pack, sequential
 from llama4_widgets.selection import Selection
-from llama4_widgets.still import picked, unpack
+from llama4_widgets.still import figure, picked, unpack
 from llama4_widgets.views.difference import DifferenceView
 from llama4_widgets.views.experts import ExpertsView
 from llama4_widgets.views.router import RouterView
@@ -175,3 +175,16 @@ def test_the_lab_runs_texts_and_edits(model):
     app.run("two")
     assert app.moment.edits == (E.SkipLayer(1),) and len(app.moment.tokens) == 2
     assert torch.equal(app.moment.prompt.input_ids, model.prompt("two").input_ids)
+
+
+def test_a_figure_of_one_low_map_can_be_drawn():
+    content = Content({"y": Axis("y", 2), "x": Axis("x", 3, labels=["a", "b", "c"])})
+    content.add("one", "One", np.zeros((2, 3)), ("y", "x"), sequential(0, 1))
+    drawn: Any = figure(content, {}, "title")
+    assert len(drawn.data) == 1
+
+
+def test_a_view_that_does_not_exist_is_named(model):
+    with pytest.raises(ValueError, match="there is no view 'rooter'; choose from router, "):
+        LabApp(model, TEXT, shown=["rooter"])
+    assert LabApp(model, TEXT, shown="router").shown == ("router",)

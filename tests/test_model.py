@@ -138,6 +138,7 @@ def test_temperature_is_one_up_to_the_floor_and_follows_the_published_table():
     ("arguments", "sentence"),
     [
         (lambda: (torch.zeros(1, 0, dtype=torch.long),), "input_ids holds no token"),
+        (lambda: (some_ids(1), None, None, None, 0), "keep_last 0 keeps no position: give 1 or"),
         (
             lambda: (torch.tensor([[5, 97]]),),
             "input_ids hold 5 to 97; this vocabulary has ids 0 to 96",

@@ -238,3 +238,22 @@ def test_a_replay_keeps_a_fixed_number_of_floats_a_token(model):
 def test_batches_and_padding_are_refused(model, inputs, sentence):
     with pytest.raises(ValueError, match=sentence):
         Replay(model, inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edit", [E.RemoveTokens((28,)), E.Chunk(1, 500), E.Chunk(2, 29)])
+def test_an_edit_that_begins_behind_the_prompt_changes_nothing(model, edit):
+    prompt = some_prompt(0)
+    short = tiny(attention_chunk_size=64)
+    replay = Replay(short, prompt)
+    run = replay.edited([edit])
+    torch.testing.assert_close(run.logits, replay.logits, atol=1e-5, rtol=0)
+    assert "0 routing flips" in str(run.effect)
+
+
+def test_ids_can_be_replayed_and_what_was_not_routed_is_named(model):
+    ids = torch.arange(5, 12)
+    replay = Replay(model, ids)
+    assert torch.equal(replay.logits, Replay(model, {"input_ids": ids[None]}).logits)
+    with pytest.raises(ValueError, match=r"no layers.2.router.logits: MoE layers are 1, 3, 5"):
+        replay.edited([]).router(2, "logits")

@@ -1,7 +1,9 @@
 """Text to ids and back, with a small tokenizer and, where its file is at hand, Llama 4's own."""
 
+import copy
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -271,3 +273,14 @@ def test_special_tokens_of_another_family_are_refused(tmp_path):
     write_json(tmp_path / "tokenizer.json", rename)
     with pytest.raises(ValueError, match=r"lacks Llama 4's special tokens <\|header_start\|>: use"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_a_tokenizer_can_be_sent_to_another_process(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    write_ranks(path, [tokenizer.token_bytes(rank) for rank in range(NUM_RANKS)])
+    from_ranks = Tokenizer.from_ranks(path, NUM_RANKS)
+    for sent in (tokenizer, from_ranks):
+        again = pickle.loads(pickle.dumps(sent))
+        assert again.encode("Hello the circle") == sent.encode("Hello the circle")
+        assert again.special == sent.special
+        assert copy.deepcopy(sent) is sent

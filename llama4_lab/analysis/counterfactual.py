@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ def counterfactual(
         ValueError: a position outside the prompt, or one that the token cannot reach.
     """
     config, length = replay.model.config, len(replay)
+    token, read = index(token), index(read)
     for position in (token, read):
         if not -length <= position < length:
             raise ValueError(

@@ -9,6 +9,7 @@ basis, whatever its length: early streams, which are shorter, are read as loudly
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def position_in(prompt: Prompt, position: int) -> int:
     Raises:
         ValueError: a position outside the prompt, or a prompt of several rows.
     """
-    count = len(prompt.tokens)
+    count, position = len(prompt.tokens), index(position)
     if not -count <= position < count:
         raise ValueError(
             f"position {position} is out of range: this prompt has {count} tokens "
@@ -139,7 +140,8 @@ def _targets(
 ) -> Int[Tensor, " t"] | None:
     if target is None:
         return None
-    ids = [target] * count if isinstance(target, int) else list(target)
+    given = getattr(target, "tolist", lambda: target)()  # of numpy and torch, too
+    ids = [given] * count if isinstance(given, int) else list(given)
     if len(ids) != count:
         raise ValueError(
             f"{len(ids)} targets do not fit {count} positions: give one token id for all, or one "

@@ -128,6 +128,10 @@ def choices(model: Llama4, batch: Batch) -> Choices:
     layers = moe_layers(model)
     if isinstance(batch, Tensor):
         ids, pixels, mask, counts = batch, None, None, torch.ones_like(batch).bool()
+    elif not isinstance(batch, Prompt | tuple):
+        raise TypeError(
+            f"{batch!r:.80} is no batch: give token ids [b, t], or what model.prompt makes"
+        )
     else:
         prompt, counts = batch if isinstance(batch, tuple) else (batch, batch.attention_mask.bool())
         prompt = prompt.to(model.device)

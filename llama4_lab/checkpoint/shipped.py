@@ -1,6 +1,7 @@
 """The trained models inside the package, by name."""
 
 import difflib
+from os import PathLike
 from pathlib import Path
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -18,6 +19,8 @@ def find(name_or_folder: str | Path) -> Path:
         FileNotFoundError, NotADirectoryError, ValueError: there is no such folder or model.
     """
     known = names()
+    if not isinstance(name_or_folder, str | PathLike):
+        raise TypeError(f"{name_or_folder!r:.80} is no model: give a name or a checkpoint folder")
     if name_or_folder in known:
         return MODELS / name_or_folder
     folder = Path(name_or_folder).expanduser()

@@ -3,7 +3,9 @@
 ``with edited(model, [Route(3, token=7, expert=2)]): model(**prompt)`` runs the whole model so;
 `llama4_lab.Replay` runs only what the edits touch. They compose in this order: the rules of layers
 (`Rope`, `Chunk`, `TopK`) hold during the whole pass, everything else happens along the forward
-pass, and at one point in the order given. Tokens are positions in the prompt, from 0.
+pass, and at one point in the order given; what an edit needs to know of the router (who chose whom)
+is what came of all of them, and gates are set before they are ablated. Tokens are positions in the
+prompt, from 0; in a batch they count the padding on the left, too.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llama4_lab.config import Llama4Config
-from llama4_lab.edits.base import IDS, Change, Edit, Run, Touch, Values
+from llama4_lab.edits.base import IDS, Change, Edit, Run, Touch, Values, in_order
 from llama4_lab.edits.experts import (
     AblateExpert,
     DropExpert,
@@ -40,7 +42,7 @@ from llama4_lab.edits.layers import (
 from llama4_lab.edits.values import AblateEmbedding, Patch, ReplaceToken, Scale, Steer
 from llama4_lab.model import Llama4
 from llama4_lab.points import points
-from llama4_lab.trace import intervene, trace
+from llama4_lab.trace import inputs_of, intervene, trace
 
 KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind
@@ -106,8 +108,8 @@ def edited(
 ) -> Iterator[None]:
     """Run the whole model with edits in each forward pass inside the block.
 
-    `sources` are the runs that means and other values are taken from, by name: prompts, or ids
-    ``[1, t]``. All rows of a batch are edited alike.
+    `sources` are the runs that means and other values are taken from, by name: prompts, texts, or
+    ids ``[1, t]``. All rows of a batch are edited alike.
 
     Raises:
         ValueError: an edit that this model cannot have.
@@ -123,8 +125,13 @@ def check(edits: Sequence[Edit], config: Llama4Config, length: int | None = None
     """Refuse edits that a model, or a prompt of `length` tokens, cannot have.
 
     Raises:
+        TypeError: something that is no edit.
         ValueError: what was given and what is there.
     """
+    if isinstance(edits, Edit):
+        raise TypeError(f"{edits!r:.80} stands alone: give a list of edits, [{edits!r:.80}]")
+    if strange := [each for each in edits if not isinstance(each, Edit)]:
+        raise TypeError(f"{strange[0]!r:.80} is no edit: they are {', '.join(KINDS)}")
     dropped: dict[int, set[int]] = {}
     topk = {edit.layer: edit.k for edit in edits if isinstance(edit, TopK)}
     for edit in edits:
@@ -146,7 +153,7 @@ def changes_of(edits: Sequence[Edit], config: Llama4Config) -> dict[str, list[Ch
     for edit in edits:
         for point, change in edit.changes(config).items():
             found.setdefault(point, []).append(change)
-    return found
+    return {point: in_order(along) for point, along in found.items()}
 
 
 def bound(changes: Mapping[str, list[Change]], run: Run) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -197,17 +204,12 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
                 f"an edit takes values of the run {source!r}, and given are {known}: "
                 f"pass sources={{{source!r}: prompt}}"
             )
-        inputs = model_inputs(sources[source])
+        inputs = inputs_of(model, sources[source])
         values[source, IDS] = inputs["input_ids"]
         with trace(model, names & points(model.config).keys()) as cache:
             model(**inputs)
         values |= {(source, point): value for point, value in cache.items()}
     return values
-
-
-def model_inputs(prompt: Any) -> dict[str, Any]:
-    """Return what the model is called with, for a prompt or for ids ``[1, t]``."""
-    return {"input_ids": prompt} if isinstance(prompt, Tensor) else dict(prompt)
 
 
 def dumps(edits: Sequence[Edit]) -> str:
@@ -223,11 +225,12 @@ def loads(text: str) -> list[Edit]:
     """Read edits from JSON.
 
     Raises:
-        ValueError: text that is no list of edits, an unknown kind, or fields it does not have.
+        ValueError: text that is no list of edits, an unknown kind, fields it does not have, or
+            values that they cannot have.
     """
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"edits must be JSON: {error}") from error
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise ValueError('edits must be a JSON list of objects such as {"edit": "SkipLayer", …}')
@@ -245,4 +248,7 @@ def _from_dict(values: dict[str, Any]) -> Edit:
         raise ValueError(f"{name} has no {', '.join(strange)}; it has {', '.join(fields)}")
     if lacking := [n for n in fields if n in needed - given.keys()]:
         raise ValueError(f"{name} needs {', '.join(lacking)} as well; given was {values}")
-    return KINDS[name](**given)
+    try:
+        return KINDS[name](**given)
+    except TypeError as error:
+        raise ValueError(str(error)) from error

@@ -1,8 +1,8 @@
 """What all edits are: changes at points and rules of layers, for some tokens of a run."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -70,6 +70,63 @@ class See:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A change of scores that follows from the choice."""
+
+    change: Change
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        return self.change(value, run)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A change of a router's logits for the choice alone."""
+
+    logits: str  # the point
+    change: Change
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        return self.change(value, run)
+
+
+@dataclass(frozen=True)
+class SeeUnbiased:
+    """A change that changes nothing and remembers what would stand here without biases."""
+
+    logits: str
+    others: tuple[Change, ...]
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        fair = value.clone()  # the model may write what replaces it to the same memory
+        for change in self.others:
+            fair = change(fair, run)
+        run.seen[unbiased(self.logits)] = fair
+        return value
+
+
+def unbiased(logits: str) -> str:
+    """Return the name under which a run remembers logits without biases."""
+    return f"{logits} without biases"
+
+
+def in_order(along: Sequence[Change]) -> list[Change]:
+    """Return the changes at one point as they happen.
+
+    That is as given, but scores follow the choice before they are ablated, and what is seen is what
+    the model goes on with.
+    """
+    gates: list[Change] = [change for change in along if isinstance(change, Gate)]
+    sees: list[Change] = [change for change in along if isinstance(change, See)]
+    others = [change for change in along if not isinstance(change, Gate | See)]
+    before: list[Change] = []
+    if biases := [change for change in others if isinstance(change, Bias)]:
+        fair = tuple(change for change in others if not isinstance(change, Bias))
+        before = [SeeUnbiased(biases[0].logits, fair)]
+    return [*before, *gates, *others, *sees]
+
+
+@dataclass(frozen=True)
 class Edit:
     """Base of all edits. Fields of the same name mean the same everywhere:
 
@@ -104,9 +161,14 @@ class Edit:
         return Touch(layer_of(config, point), point, self.first_token(config))
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "source_tokens", "queries", "keys", "vector"):
-            if isinstance(given := getattr(self, name, None), Iterable):
-                object.__setattr__(self, name, tuple(given))
+        for field in fields(self):
+            given = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, _plain(field.type, given))
+            except TypeError as error:
+                raise TypeError(
+                    f"{type(self).__name__}: {field.name}={given!r:.60}: {error}"
+                ) from None
         if (how := getattr(self, "how", "zero")) not in HOW:
             raise ValueError(f"how={how!r} is unknown; choose from {HOW}")
         if how == "resample" and getattr(self, "source", CLEAN) == CLEAN:
@@ -136,11 +198,12 @@ class Edit:
             fit = ", ".join(str(i) for i in layers if config.is_moe(i) == self.is_moe) or "none"
             kind, others = ("dense", "MoE") if self.is_moe else ("MoE", "dense")
             raise ValueError(f"{self}: layer {layer} is a {kind} layer; {others} layers are {fit}")
-        for name in ("token", "tokens", "queries", "keys"):
+        for name in ("token", "tokens", "queries", "keys", "source_tokens"):
             given = getattr(self, name, None)
+            count = length if name != "source_tokens" else None
             for token in [given] if isinstance(given, int) else given or ():
-                if token < 0 or (length is not None and token >= length):
-                    there = f": the prompt has {length} (0 to {length - 1})" if length else ""
+                if token < 0 or (count is not None and token >= count):
+                    there = f": the prompt has {count} (0 to {count - 1})" if count else ""
                     raise ValueError(f"{self}: there is no token {token}{there}")
         if (point := getattr(self, "point", None)) is not None:
             self._check_point(point, config)
@@ -174,6 +237,30 @@ class Edit:
         if getattr(self, "how", "zero") == "zero":
             return set()
         return {(getattr(self, "source", CLEAN), point)}
+
+
+_NEEDED = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
+def _plain(kind: Any, given: Any) -> Any:
+    """Return what a field was given as plain Python has it, from numpy and torch as well.
+
+    Raises:
+        TypeError: it is of another kind than the field.
+    """
+    if get_origin(kind) is Sequence:
+        given = getattr(given, "tolist", lambda: given)()
+        if isinstance(given, str) or not hasattr(given, "__iter__"):
+            raise TypeError("give a sequence of numbers")
+        (inner,) = get_args(kind)
+        return tuple(_plain(inner, each) for each in given)
+    if choices := get_args(kind):  # or None
+        return None if given is None else _plain(choices[0], given)
+    given = getattr(given, "item", lambda: given)()
+    wanted = int | float if kind is float else kind
+    if not isinstance(given, wanted) or (isinstance(given, bool) and kind is not bool):
+        raise TypeError(f"give {_NEEDED[kind]}")
+    return given
 
 
 def taken(value: Tensor, positions: list[int], source: str) -> Tensor:

@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 
 from llama4_lab.config import Llama4Config
-from llama4_lab.edits.base import CLEAN, Change, Edit, Run, See, Tokens, Touch
+from llama4_lab.edits.base import (
+    CLEAN,
+    Bias,
+    Change,
+    Edit,
+    Gate,
+    Run,
+    See,
+    Tokens,
+    Touch,
+    unbiased,
+)
 from llama4_lab.model import Llama4
 
 GATES = ("own", "winner", "one")
@@ -130,7 +141,9 @@ class Route(Edit):
         def weigh(value: Tensor, run: Run) -> Tensor:
             def make(old: Tensor, _: list[int]) -> Tensor:
                 columns, _ = run.columns(value.shape[1], (self.token,))
-                best = run.seen[logits][:, columns].amax(dim=-1, keepdim=True)
+                winner = run.seen[logits][:, columns].argmax(dim=-1, keepdim=True)
+                gates = run.seen.get(unbiased(logits), run.seen[logits])
+                best = gates[:, columns].gather(-1, winner)
                 first = best.float().sigmoid() if self.gate == "winner" else torch.ones_like(best)
                 return torch.cat([first.to(old), old[..., 1:]], dim=-1)
 
@@ -138,7 +151,7 @@ class Route(Edit):
 
         if self.gate == "own":  # scores are taken from the logits of whoever is chosen
             return {indices: choose}
-        return {logits: See(logits), indices: choose, scores: weigh}
+        return {logits: See(logits), indices: choose, scores: Gate(weigh)}
 
 
 @dataclass(frozen=True)
@@ -203,14 +216,12 @@ class RouterBias(Edit):
         def add(value: Tensor, run: Run) -> Tensor:
             bias = torch.zeros(config.num_local_experts)
             bias[self.expert] = self.bias
-            biased = run.replaced(value, self.tokens, lambda old, _: old + bias.to(old))
-            run.seen[logits] = biased
-            return biased
+            return run.replaced(value, self.tokens, lambda old, _: old + bias.to(old))
 
-        def unbiased(value: Tensor, run: Run) -> Tensor:
+        def weigh(value: Tensor, run: Run) -> Tensor:
             columns, _ = run.columns(value.shape[1], self.tokens)
             chosen = run.seen[indices][:, columns]
-            own = (run.seen[logits][:, columns].gather(-1, chosen) - self.bias).float().sigmoid()
+            own = run.seen[unbiased(logits)][:, columns].gather(-1, chosen).float().sigmoid()
             return run.replaced(
                 value,
                 self.tokens,
@@ -219,4 +230,4 @@ class RouterBias(Edit):
 
         if self.gated:
             return {logits: add}
-        return {logits: add, indices: See(indices), scores: unbiased}
+        return {logits: Bias(logits, add), indices: See(indices), scores: Gate(weigh)}

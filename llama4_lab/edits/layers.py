@@ -129,6 +129,7 @@ class Chunk(Edit):
     size: int | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size is not None and self.size < 1:
             raise ValueError(f"a chunk of {self.size} tokens is impossible; None means no chunks")
 
@@ -156,6 +157,8 @@ class AttentionTemperature(Edit):
 
     def check(self, config: Llama4Config, length: int | None = None) -> None:
         super().check(config, length)
+        if self.floor_scale is not None and self.floor_scale < 1:
+            raise ValueError(f"{self}: floor_scale counts tokens, so it must be 1 or more")
         if config.uses_rope(self.layer):
             layers = range(config.num_hidden_layers)
             fit = ", ".join(str(i) for i in layers if not config.uses_rope(i)) or "none"

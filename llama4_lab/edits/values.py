@@ -88,6 +88,11 @@ class Patch(Edit):
         def patch(value: Tensor, run: Run) -> Tensor:
             theirs = run.values[self.source, self.point].to(value)
             if not has_tokens(self.point, config):
+                if theirs.shape[1:] != value.shape[1:]:
+                    raise ValueError(
+                        f"{self}: this value has the shape {tuple(value.shape)}, and in source "
+                        f"{self.source!r} {tuple(theirs.shape)}; give a source of the same shape"
+                    )
                 return theirs.expand_as(value).clone()
 
             def make(old: Tensor, positions: list[int]) -> Tensor:

@@ -93,10 +93,13 @@ class Llama4(nn.Module):
         return self.build_prompt(text, images, **options)
 
     def new_cache(self, batch_size: int = 1) -> KVCache:
-        """Return an empty cache of this model's dtype, device, chunks and (here) heads."""
+        """Return an empty cache of this model's dtype (autocast's, where it is on), device, chunks
+        and (here) heads."""
         heads = self.config.num_key_value_heads // self.ranks.size
         config = self.config.replace(num_attention_heads=heads, num_key_value_heads=heads)
-        return KVCache(config, batch_size, dtype=self.dtype, device=self.device, chunks=self.chunks)
+        kind = self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
+        return KVCache(config, batch_size, dtype=dtype, device=self.device, chunks=self.chunks)
 
     def forward(
         self,
@@ -120,6 +123,8 @@ class Llama4(nn.Module):
         is_decoding = pixel_values is None and attention_mask is None and keep_last in (None, 1)
         if cache is not None and is_decoding and one_token.can_run(self, input_ids, cache):
             return one_token.forward(self, input_ids, cache)
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last {keep_last} keeps no position: give 1 or more, or None")
         x = self.hidden(input_ids, pixel_values, attention_mask, cache)
         if keep_last is not None:
             x = x[:, -keep_last:]
@@ -133,8 +138,13 @@ class Llama4(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Return the final norm's output; `forward` without the read-out."""
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+            raise TypeError(f"input_ids={input_ids!r:.80}: give a tensor of whole numbers [b, t]")
+        if input_ids.ndim != 2:
+            shape = tuple(input_ids.shape)
+            raise ValueError(f"input_ids have the shape {shape}: give [b, t], rows of tokens")
         b, t = input_ids.shape
-        if t == 0:
+        if t == 0 or b == 0:
             raise ValueError("input_ids holds no token")
         if cache is not None and cache.batch_size != b:
             raise ValueError(f"a cache for {cache.batch_size} rows was given {b} rows of input_ids")

@@ -20,6 +20,8 @@ def random(
     Matrices are normal with variance 1/inputs (those that write to the residual stream smaller by
     ``sqrt(2 * layers)``, as in GPT-2), embeddings have unit variance, norms are one.
     """
+    if not isinstance(config, Llama4Config):
+        raise TypeError(f"{config!r:.80} is no config: give one, such as load('nano').config")
     with torch.device("meta"):
         model = Llama4(config)
     model = model.to_empty(device=device).to(dtype)

@@ -62,7 +62,7 @@ class Prompt:
 
     def __getitem__(self, key: str) -> Tensor | None:
         if key not in self.keys():
-            raise KeyError(key)
+            raise KeyError(f"a prompt has {', '.join(self.keys())}, not {key!r}")
         return getattr(self, key)
 
     @property
@@ -106,7 +106,9 @@ def build_prompt(
         tiling = None
     else:
         tiling = Tiling(image_size, patch_size, shuffle_ratio, num_channels, max_tiles)
-    layouts, pixel_values = _look_at([images] if isinstance(images, Picture) else images, tiling)
+    layouts, pixel_values = _look_at(
+        [images] if isinstance(images, Picture | Tensor) else images, tiling
+    )
     encoded = _encode(tokenizer, text_or_messages, len(layouts), add_bos, open_assistant)
     rows = [_label(tokenizer, row, layouts, tiling) for row in encoded]
 
@@ -155,7 +157,8 @@ def _encode(
     if isinstance(text_or_messages, str):
         ids = [*start, *[PICTURE] * num_images, *tokenizer.encode(text_or_messages)]
         return [Encoded(ids, [-1] * len(ids), [])]
-    if not isinstance(text_or_messages, Sequence) or not text_or_messages:
+    is_bytes = isinstance(text_or_messages, bytes)
+    if is_bytes or not isinstance(text_or_messages, Sequence) or not text_or_messages:
         raise TypeError(
             f"{text_or_messages!r:.80} is no prompt: give a text, a list of texts, "
             'or a list of messages {"role": ..., "content": ...}'

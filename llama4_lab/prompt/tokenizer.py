@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 NUM_RANKS = 200_000
 PATTERN = "|".join(  # cuts a text into words; merges never cross a cut (called o200k by tiktoken)
@@ -58,6 +59,15 @@ class Tokenizer:
                 f"{self.file} lacks Llama 4's special tokens {', '.join(missing)}: "
                 "use the tokenizer that came with the checkpoint"
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let other processes read the file again."""
+        if self.file.suffix == ".json":
+            return Tokenizer.from_json, (self.file,)
+        return Tokenizer.from_ranks, (self.file, self.vocab_size - len(self.special))
+
+    def __deepcopy__(self, memo: Any) -> "Tokenizer":
+        return self  # nothing in it changes
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":

@@ -40,7 +40,8 @@ class LabApp(ipywidgets.VBox):
     `shown` are the views on the page, by name; `views` holds all that there are.
 
     Raises:
-        ValueError: a model without a tokenizer, or a text of more than 4096 tokens.
+        ValueError: a model without a tokenizer, a text of more than 4096 tokens, or a view that
+            does not exist.
     """
 
     edits = traitlets.Tuple(help="what is different from the clean run")
@@ -74,7 +75,7 @@ class LabApp(ipywidgets.VBox):
         self.children = [top, self.bar, self._chips, self._grid]
         self.add_class("l4-app")
         self.run(prompt, pictures)
-        self.shown = tuple(name for name in shown if name in VIEWS)
+        self.shown = (shown,) if isinstance(shown, str) else tuple(shown)
 
     # ---- running
 
@@ -196,6 +197,12 @@ class LabApp(ipywidgets.VBox):
         if self.moment is not None:
             self.moment.with_edits(proposal["value"])  # raises what is wrong with them
         return tuple(proposal["value"])
+
+    @traitlets.validate("shown")
+    def _check_shown(self, proposal: Any) -> tuple[str, ...]:
+        if strange := [name for name in proposal["value"] if name not in VIEWS]:
+            raise ValueError(f"there is no view {strange[0]!r}; choose from {', '.join(VIEWS)}")
+        return proposal["value"]
 
     @traitlets.observe("edits")
     def _edit(self, _change: Any) -> None:

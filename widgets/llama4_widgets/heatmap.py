@@ -28,7 +28,15 @@ def figure(
         rows, columns: a name for each; equal names stay apart.
         down, across: what the rows and the columns are.
         texts: what stands in each cell.
+
+    Raises:
+        ValueError: values that do not fit rows and columns.
     """
+    values = np.asarray(values)
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(
+            f"values of shape {values.shape} do not fit {len(rows)} rows and {len(columns)} columns"
+        )
     finite = values[np.isfinite(values)].astype(float)
     most = float(np.abs(finite).max(initial=0.0)) or 1.0
     lowest = -most if is_signed else min(0.0, float(finite.min(initial=0.0)))

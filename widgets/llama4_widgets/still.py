@@ -64,7 +64,7 @@ def figure(content: Content, selection: Mapping[str, int], title: str) -> go.Fig
         rows=len(panels),
         cols=1,
         row_heights=heights,
-        vertical_spacing=gap / (sum(heights) + gap * (len(panels) - 1)),
+        vertical_spacing=gap / (sum(heights) + gap * max(len(panels) - 1, 1)),  # below one
         subplot_titles=[_caption(panel) for panel in panels],
     )
     for row, panel in enumerate(panels, start=1):
