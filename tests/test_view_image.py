@@ -26,6 +26,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.selection import Selection
 from llama4_widgets.still import unpack
 from llama4_widgets.views.image import ImageView
+from llama4_widgets.words import visible
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_masking_shows_the_librarys_causal_map(model):
     wanted = causal_map(patches_of(prompt), effects)
     panel = panels(view)["effect 0"]
     np.testing.assert_allclose(cells(view, panel), wanted, atol=1e-4)
-    assert f"‘{model.tokenizer.decode(answer)}’ lost when" in panel["note"]
+    assert f"‘{visible(model.tokenizer.decode(answer))}’ lost when" in panel["note"]
     assert panel["scale"]["high"] == pytest.approx(abs(wanted).max(), abs=1e-4)
     assert view.board.busy == "" and not view.work.begin.disabled
     view.moment = moment.with_edits([E.SkipLayer(1)])
