@@ -70,7 +70,7 @@ def busiest(at_most: float) -> Promise:
     return Promise("share of the fullest expert", lambda card: max(card.fullest), at_most=at_most)
 
 
-SEEN = ("shape", "shape_at", "colour_at", "object_at")
+SEEN = ("shape", "colour", "exists", "shape_at", "colour_at", "object_at")
 PROMISES: dict[str, tuple[Promise, ...]] = {
     "mini": (
         loss("english", 1.7),
@@ -80,12 +80,17 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
         recall("same chunk", 0.95),
         *(recall(where, 0.9) for where in ("1 to 250", "251 to 500", "501 to 1000")),
         recall("1001 to 1500", 0.9),
+        *(recall(where, 0.9, how="RoPE layers see all") for where in ("1 to 250", "501 to 1000")),
         recall("251 to 500", at_most=0.05, how="NoPE layers see one chunk"),
         recall("1001 to 1500", at_most=0.05, how="NoPE layers see one chunk"),
         *(picture(task, 0.9) for task in (*SEEN, "scan", "caption")),
         *(picture(task, 0.95, "changed") for task in SEEN),
         *(picture(task, 0.9, "kept") for task in SEEN),
-        *(sums(kind, 0.9) for kind in ("add", "subtract", "multiply", "larger", "smaller")),
+        picture("place", 0.8),
+        picture("count", 0.75),
+        picture("picture", 0.65),
+        *(sums(kind, 0.95) for kind in ("add", "subtract", "multiply")),
+        *(sums(kind, 0.9) for kind in ("larger", "smaller")),
         sums("sequence", 0.8),
     ),
     "nano": (
