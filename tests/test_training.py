@@ -15,9 +15,11 @@ import llama4_lab as l4
 from llama4_lab.analysis.specialisation import mutual_information, specialisation
 from llama4_lab.train import loop, step
 from llama4_lab.train.balance import switch_loss
+from llama4_lab.train.behaviour import with_config
 from llama4_lab.train.lessons import Material, Text
 from llama4_lab.train.mixture import Mixture
 from llama4_lab.train.muon import Muon, orthogonalise
+from llama4_lab.train.precision import mixed, product_dtype
 from llama4_lab.train.recipes import MINI, NANO, Recipe, Stage
 from llama4_lab.train.rows import padded
 
@@ -213,8 +215,33 @@ def test_the_losses_of_a_step_do_not_depend_on_what_else_is_read(data):
     hidden, routers = step.read(model, drawn)
     for rows, x in zip(drawn, hidden, strict=True):
         alone, _ = step.read(model, [rows])
-        torch.testing.assert_close(x, alone[0], atol=0.05, rtol=0)  # both in bfloat16
+        torch.testing.assert_close(x, alone[0], atol=0.05, rtol=0)  # maybe bfloat16
     assert [len(logits) for logits in routers] == [180] * 3
+
+
+def test_rows_not_in_chunks_show_rope_layers_their_whole_past(data):
+    model = l4.random(RECIPE.config)
+    rows = Text(2, domains=DOMAINS, length=20).draw(np.random.default_rng(0), data)
+    apart, together = (
+        step.read(model, [dataclasses.replace(rows, in_chunks=is_cut)])[0][0]
+        for is_cut in (True, False)
+    )
+    assert model.chunks == [model.config.attention_chunk(i) for i in range(len(model.layers))]
+    wide = with_config(model, attention_chunk_size=model.config.max_position_embeddings)
+    torch.testing.assert_close(together, step.read(wide, [rows])[0][0], atol=0.05, rtol=0)
+    assert (apart - together).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_products_are_in_bfloat16_only_where_the_cpu_has_units_for_it(monkeypatch, has_units):
+    units = {"avx512_f": True, "avx512_bf16": has_units}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    cpu, expected = torch.device("cpu"), torch.bfloat16 if has_units else torch.float32
+    x = torch.ones(2, 2)
+    with mixed(cpu):
+        assert (x @ x).dtype == product_dtype(cpu) == expected
+    assert loop.backend_of(cpu) == ("padded" if has_units else "loop")
+    assert product_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 def test_a_missing_domain_names_the_file_and_the_command(data):

@@ -120,18 +120,21 @@ class Needle(Lesson):
     """Several things are said in `length` tokens and asked for at the end.
 
     `kind` is "tokens" (one random token belongs to another, among random tokens), "words" (codes
-    in words, among random tokens) or "prose" (codes in words, among sentences).
+    in words, among random tokens) or "prose" (codes in words, among sentences). Rows that are not
+    read `in_chunks` teach the RoPE layers to leave alone what they meet beyond a chunk.
     """
 
     length: int = 512
     kind: str = "tokens"
     facts: tuple[int, int] = (2, 6)
+    in_chunks: bool = True
 
     def draw(self, rng: np.random.Generator, material: Material) -> Rows:
         rows = [self.row(rng, material) for _ in range(self.rows)]
-        return shifted(
+        drawn = shifted(
             np.stack([row.tokens for row in rows]), np.stack([row.weights for row in rows])
         )
+        return dataclasses.replace(drawn, in_chunks=self.in_chunks)
 
     def row(self, rng: np.random.Generator, material: Material) -> needles.Row:
         count = int(rng.integers(self.facts[0], self.facts[1] + 1))

@@ -19,6 +19,7 @@ from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
 from llama4_lab.train.lessons import Material
 from llama4_lab.train.patches import teach_patches
+from llama4_lab.train.precision import product_dtype
 from llama4_lab.train.recipes import Recipe, Stage
 from llama4_lab.train.step import (
     Teacher,
@@ -70,7 +71,7 @@ def train(
             f"{recipe.config.vocab_size}: both must read the same ones"
         )
     model = random(recipe.config, recipe.seed, device=device).train()
-    model.backend = "padded" if device == "cpu" else "auto"
+    model.backend = backend_of(model.device)
     with torch.no_grad():
         model.embed_tokens.weight.mul_(recipe.embed_std)
     optimisers = make_optimisers(model, recipe)
@@ -124,6 +125,13 @@ def train(
     save_state(folder, model, optimisers, course, step, tokens, seconds)
     model.backend = "auto"
     return model.eval()
+
+
+def backend_of(device: torch.device) -> str:
+    """Return the experts' fastest backend with gradients."""
+    if device.type != "cpu":
+        return "auto"
+    return "padded" if product_dtype(device) == torch.bfloat16 else "loop"
 
 
 @contextmanager

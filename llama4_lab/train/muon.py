@@ -7,17 +7,19 @@ torch.optim.Muon takes two-dimensional parameters only; expert weights are stack
 import torch
 from torch import Tensor
 
+from llama4_lab.train.precision import product_dtype
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     """Replace the singular values of each matrix ``[…, out, in]`` by values near one.
 
-    A quintic Newton-Schulz iteration in bfloat16; its coefficients trade exactness for speed, so
-    that the values end between about 0.7 and 1.2.
+    A quintic Newton-Schulz iteration, in bfloat16 where that is fast; its coefficients trade
+    exactness for speed, so that the values end between about 0.7 and 1.2.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = g.bfloat16()
+    x = g.to(product_dtype(g.device))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

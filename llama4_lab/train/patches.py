@@ -17,6 +17,7 @@ from tqdm import tqdm
 from llama4_lab.model import Llama4
 from llama4_lab.points import NO_TAP
 from llama4_lab.train.muon import Muon
+from llama4_lab.train.precision import mixed
 from llama4_lab.train.scenes import Scene, sample
 from llama4_lab.train.shapes import COLOURS, PLACES, SHAPES, draw
 
@@ -91,7 +92,7 @@ def see(model: Llama4, scenes: Sequence[Scene]) -> Float[Tensor, "tiles p d"]:
     """Return the normalised features of one-tile scenes."""
     pixels = torch.from_numpy(np.stack([draw(scene) for scene in scenes])).to(model.device)
     values = rearrange(pixels.float() / 127.5 - 1, "tiles h w c -> tiles c h w")
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with mixed(model.device):
         features = model.vision_model(values, NO_TAP)
         features = model.multi_modal_projector["linear_1"](features)
     return F.rms_norm(features.float(), features.shape[-1:])

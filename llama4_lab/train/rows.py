@@ -3,6 +3,7 @@
 Read `llama4_lab.train.lessons` next.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,19 +21,25 @@ from llama4_lab.prompt.chat import encode_chat
 class Rows:
     """A batch: position i reads `inputs[i]` and should predict `targets[i]`.
 
-    The loss of a position counts `weights` times, 0 for what cannot be known or is padding.
+    The loss of a position counts `weights` times, 0 for what cannot be known or is padding. Rows
+    that are not read `in_chunks` show the RoPE layers their whole past.
     """
 
     inputs: Int[Tensor, "b t"]
     targets: Int[Tensor, "b t"]
     weights: Float[Tensor, "b t"]
     pixel_values: Float[Tensor, "tiles c height width"] | None = None
+    in_chunks: bool = True
 
     def to(self, device: str | torch.device) -> "Rows":
         """Move all to a device."""
         pixels = None if self.pixel_values is None else self.pixel_values.to(device)
-        return Rows(
-            self.inputs.to(device), self.targets.to(device), self.weights.to(device), pixels
+        return dataclasses.replace(
+            self,
+            inputs=self.inputs.to(device),
+            targets=self.targets.to(device),
+            weights=self.weights.to(device),
+            pixel_values=pixels,
         )
 
 

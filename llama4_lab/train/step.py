@@ -3,8 +3,10 @@
 The optimisers and their schedules are here, too. Read `llama4_lab.train.loop` next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from llama4_lab.points import NO_TAP
 from llama4_lab.train.balance import RouterTap, switch_loss
 from llama4_lab.train.lessons import Lesson, Text
 from llama4_lab.train.muon import Muon
+from llama4_lab.train.precision import mixed
 from llama4_lab.train.recipes import Recipe
 from llama4_lab.train.rows import Rows
 
@@ -79,16 +82,17 @@ def read(
 ) -> tuple[list[Float[Tensor, "_ t d"]], list[Float[Tensor, "n e"]]]:
     """Run all rows; return what the read-out sees, and each layer's router logits without padding.
 
-    Rows of one length go through the model together.
+    Rows of one length, seen alike, go through the model together.
     """
     hidden: dict[int, Tensor] = {}
     routers = []
-    for length in sorted({rows.inputs.shape[1] for rows in drawn}):
-        together = [i for i, rows in enumerate(drawn) if rows.inputs.shape[1] == length]
+    kinds = [(rows.inputs.shape[1], rows.in_chunks) for rows in drawn]
+    for kind in sorted(set(kinds)):
+        together = [i for i, own in enumerate(kinds) if own == kind]
         inputs = torch.cat([drawn[i].inputs for i in together])
         pixels = [x for i in together if (x := drawn[i].pixel_values) is not None]
         tap = model.tap = RouterTap()
-        with torch.autocast(inputs.device.type, torch.bfloat16):
+        with mixed(inputs.device), nullcontext() if kind[1] else whole(model):
             x = model.hidden(inputs, torch.cat(pixels) if pixels else None)
         model.tap = NO_TAP
         is_real = inputs != model.config.pad_token_id
@@ -101,13 +105,28 @@ def read(
     )
 
 
+@contextmanager
+def whole(model: Llama4) -> Iterator[None]:
+    """Let RoPE layers attend to the whole past, as the NoPE layers do."""
+    attentions: list[Any] = [layer.self_attn for layer in model.layers]
+    chunks = model.chunks
+    try:
+        for attention in attentions:
+            attention.chunk = None
+        yield
+    finally:
+        for attention, chunk in zip(attentions, chunks, strict=True):
+            attention.chunk = chunk
+
+
 def loss_of(
     x: Float[Tensor, "b t d"], head: Float[Tensor, "v d"], rows: Rows
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the weighted mean cross-entropy in nats, and the weighted share of right guesses."""
     scored = rows.weights > 0
     weights, targets = rows.weights[scored] / rows.weights.sum(), rows.targets[scored]
-    logits = (x[scored].bfloat16() @ head.bfloat16().mT).float()
+    with mixed(x.device):
+        logits = F.linear(x[scored], head).float()
     loss = F.cross_entropy(logits, targets, reduction="none") @ weights
     return loss, (logits.argmax(-1) == targets).float() @ weights
 
@@ -116,9 +135,10 @@ def divergence(
     teacher: Llama4, student: Llama4, rows: Rows, x: Float[Tensor, "b t d"]
 ) -> Float[Tensor, ""]:
     """Return the mean Kullback-Leibler divergence of the student from the teacher, in nats."""
-    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
-        taught = teacher(rows.inputs).float().log_softmax(dim=-1)
-    said = (x.bfloat16() @ student.lm_head.weight.bfloat16().mT).float().log_softmax(dim=-1)
+    with mixed(x.device):
+        with torch.no_grad():
+            taught = teacher(rows.inputs).float().log_softmax(dim=-1)
+        said = student.lm_head(x).float().log_softmax(dim=-1)
     apart = F.kl_div(said, taught, reduction="none", log_target=True).sum(dim=-1)
     return (apart * rows.weights).sum() / rows.weights.sum()
 
