@@ -230,6 +230,7 @@ def main() -> None:
         _ = layer.weights
         print(memory(layer, lengths[0]) if given.what == "memory" else warm_start(layer))
         return
+    probe.LOADING.wait()
     rows = []
     for count in counts:
         layer = Layer(count)

@@ -48,7 +48,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 inlined = partial(compiled, forceinline=True)
 f32 = numba.float32
 SET, ADD, TIMES = 0, 1, 2  # what a product does to its output
-FEW, MOST = LANES // 2, 4 * PANEL  # tokens: from how many on panels are used, and at a time
+FEW, MOST = 8, 4 * PANEL  # tokens: from how many on panels are used, and at a time
 _ONE = np.zeros(1, np.int64)
 
 
@@ -102,6 +102,7 @@ def product(weights, x, read, out, write, how):
     n, k = weights.shape
     m = len(read)
     for a in range(0, n, 4):
+        tile.fetch(weights, a + 4)
         # The last row stands in for those that are missing.
         b, c, d = min(a + 1, n - 1), min(a + 2, n - 1), min(a + 3, n - 1)
         for i in range(0, m - 1, 2):
@@ -166,10 +167,12 @@ def neurons_of(gate, up, x, tokens, score, hidden):
 @compiled
 def panels(weights, x, out, tokens):
     """Set ``out[p] = weights @ x[p]`` for the panels p of so many tokens."""
-    for row in range(0, len(weights), ROWS):
+    n = len(weights)
+    for row in range(0, n, 2 * ROWS):
         for p in range(len(x)):
             if tokens - p * PANEL > LANES:
                 tile.two(weights, row, x, p, out)
+                tile.two(weights, min(row + ROWS, n - 1), x, p, out)
             else:
                 tile.one(weights, row, x, p, out)
 

@@ -17,14 +17,17 @@ from numba.extending import intrinsic
 
 _IS_WIDE = get_host_cpu_features().get("avx512f", False)
 LANES, ROWS = (16, 8) if _IS_WIDE else (8, 6)
-"""Tokens of a vector, and rows of weights whose sums with two vectors fit into the registers."""
+"""Tokens of a vector, and rows of weights whose sums with two vectors fit into the registers; with
+one vector twice as many do, and are needed, for each addition to a sum waits for the one before."""
 PANEL = 2 * LANES
 """Tokens that lie beside each other: a column of them is read from few lines of the cache."""
 
 
 def _tile(vectors: int) -> Callable[..., Any]:
+    rows = 2 * ROWS // vectors
+
     def tile(_typing, weights, row, x, panel, out):
-        """Set ``out[panel, row:row + ROWS] = weights[row:row + ROWS] @ x[panel]``.
+        """Set ``out[panel, row:row + rows] = weights[row:row + rows] @ x[panel]``.
 
         Of the panel's tokens, those of the first `vectors`. ``weights [n, k]``, ``x [p, k, PANEL]``
         and ``out [p, n, PANEL]`` are contiguous; weights may be bfloat16 as its 16 bits. The last
@@ -61,7 +64,7 @@ def _tile(vectors: int) -> Callable[..., Any]:
 
             last = builder.sub(n, index(1))
             at = []
-            for i in range(ROWS):
+            for i in range(rows):
                 here = builder.add(row, index(i))
                 at.append(builder.select(builder.icmp_signed("<", here, last), here, last))
             starts = [builder.gep(w.data, [builder.mul(i, k)]) for i in at]
@@ -89,5 +92,30 @@ def _tile(vectors: int) -> Callable[..., Any]:
     return intrinsic(tile)
 
 
+def _fetch(_typing, weights, row):
+    """Begin to read ``weights[row:row + 4]``, of ``[n, k]``, into the cache; rows may be missing.
+
+    Processors foresee what is read next within a page of memory, and few rows fill one.
+    """
+
+    def code(context, builder, signature, arguments):
+        array, size = signature.args[0], arguments[1].type
+        w = context.make_array(array)(context, builder, arguments[0])
+        bytes_of_row = builder.mul(builder.extract_value(w.shape, 1), w.itemsize)
+        byte, flag = ir.IntType(8), ir.IntType(32)
+        start = builder.bitcast(w.data, byte.as_pointer())
+        start = builder.gep(start, [builder.mul(arguments[1], bytes_of_row)])
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), flag, flag, flag])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], kind)
+        lines = builder.udiv(builder.mul(bytes_of_row, ir.Constant(size, 4)), ir.Constant(size, 64))
+        with cgutils.for_range(builder, lines) as loop:
+            line = builder.gep(start, [builder.mul(loop.index, ir.Constant(size, 64))])
+            builder.call(fetch, [line, flag(0), flag(3), flag(1)])  # to read, to stay, data
+        return context.get_dummy_value()
+
+    return types.void(weights, types.intp), code
+
+
 one: Any = _tile(1)
 two: Any = _tile(2)
+fetch: Any = intrinsic(_fetch)
