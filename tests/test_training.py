@@ -14,7 +14,7 @@ from tiny import CONFIG
 import llama4_lab as l4
 from llama4_lab.analysis.specialisation import mutual_information, specialisation
 from llama4_lab.train import loop, step
-from llama4_lab.train.balance import switch_loss
+from llama4_lab.train.balance import Bias, switch_loss
 from llama4_lab.train.behaviour import with_config
 from llama4_lab.train.lessons import Material, Text
 from llama4_lab.train.mixture import Mixture
@@ -66,7 +66,8 @@ def test_the_loop_learns_and_logs_every_step(data, tmp_path):
         assert model(torch.arange(10, 20)[None])[0, -1].argmax() == 20
 
 
-def test_training_goes_on_after_a_kill_as_if_nothing_had_happened(data, tmp_path):
+@pytest.mark.parametrize("bias_rate", [0.0, 0.02])
+def test_training_goes_on_after_a_kill_as_if_nothing_had_happened(data, tmp_path, bias_rate):
     class Killed(BaseException):
         pass
 
@@ -74,10 +75,11 @@ def test_training_goes_on_after_a_kill_as_if_nothing_had_happened(data, tmp_path
         if step == 17:
             raise Killed
 
-    whole = loop.train(RECIPE, data, tmp_path / "whole")
+    recipe = dataclasses.replace(RECIPE, bias_rate=bias_rate)
+    whole = loop.train(recipe, data, tmp_path / "whole")
     with pytest.raises(Killed):
-        loop.train(RECIPE, data, tmp_path / "run", save_minutes=0.0, on_step=kill)
-    resumed = loop.train(RECIPE, data, tmp_path / "run")
+        loop.train(recipe, data, tmp_path / "run", save_minutes=0.0, on_step=kill)
+    resumed = loop.train(recipe, data, tmp_path / "run")
     for name, parameter in whole.state_dict().items():
         assert torch.equal(parameter, resumed.state_dict()[name]), name
     losses = [[row["loss"] for row in read_log(tmp_path / run)] for run in ("whole", "run")]
@@ -280,6 +282,40 @@ def test_muon_equals_torchs_on_one_matrix():
         b.step()
     # Both iterate in bfloat16, in another order of operations.
     torch.testing.assert_close(ours, theirs, atol=0.01, rtol=0)
+
+
+def test_a_bias_fills_experts_evenly_and_is_gone_at_the_end(data):
+    config = RECIPE.config.replace(num_local_experts=4)
+    bias = Bias(config, 0.05, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    leaning = torch.tensor([2.0, 0.0, -1.0, -2.0])  # most tokens would choose the first expert
+    routers = [torch.randn(400, 4, generator=generator) + leaning for _ in bias.value]
+
+    def fullest(added):
+        return max(
+            (logits + own).argmax(-1).bincount(minlength=4).max() / 400
+            for logits, own in zip(routers, added, strict=True)
+        )
+
+    assert fullest(bias.at(0.0)) > 0.7
+    for _ in range(100):
+        bias.adjust(routers, bias.at(0.2))
+    assert fullest(bias.at(0.5)) < 0.3
+    torch.testing.assert_close(bias.at(0.7), bias.value / 2)
+    assert not bias.at(0.9).any()
+
+
+def test_a_bias_chooses_experts_and_leaves_their_scores_as_they_are(data):
+    model = l4.random(RECIPE.config)
+    rows = Text(2, domains=DOMAINS, length=20).draw(np.random.default_rng(0), data)
+    layers = sum(RECIPE.config.is_moe(i) for i in range(len(model.layers)))
+    bias = torch.zeros(layers, RECIPE.config.num_local_experts)
+    bias[:, 1] = 100.0
+    seen = step.read(model, [rows], bias)[0][0]
+    with l4.intervene(model, {"layers.*.router.indices": torch.ones_like}):
+        expected = model.hidden(rows.inputs)
+    torch.testing.assert_close(seen, expected, atol=0.05, rtol=0)  # maybe bfloat16
+    assert (seen - step.read(model, [rows])[0][0]).abs().max() > 0.1
 
 
 def test_switch_loss_is_one_when_balanced_and_e_when_collapsed():

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
+from llama4_lab.train.balance import Bias
 from llama4_lab.train.lessons import Material
 from llama4_lab.train.patches import teach_patches
 from llama4_lab.train.precision import product_dtype
@@ -76,7 +77,8 @@ def train(
         model.embed_tokens.weight.mul_(recipe.embed_std)
     optimisers = make_optimisers(model, recipe)
     course = Course(recipe.stages)
-    step, tokens, seconds = restore(folder, model, optimisers, course)
+    bias = Bias(recipe.config, recipe.bias_rate, model.device)
+    step, tokens, seconds = restore(folder, model, optimisers, course, bias)
     if step == 0 and recipe.config.vision_config is not None:
         begin = time.monotonic()
         teach_patches(model, recipe.vision_steps, recipe.seed)
@@ -106,7 +108,12 @@ def train(
                 ]
                 hard = 1.0 if teacher is None else teacher.hard(done)
                 weight = balance_weight(recipe, done)
-                losses = update(model, optimisers, lessons, drawn, weight, teacher, hard)
+                added = bias.at(done) if bias.rate else None
+                losses, routers = update(
+                    model, optimisers, lessons, drawn, weight, teacher, hard, added
+                )
+                if added is not None:
+                    bias.adjust(routers, added)
                 course.note(losses)
                 step, seconds = step + 1, seconds + time.monotonic() - begin
                 tokens += sum(rows.inputs.numel() for rows in drawn)
@@ -114,7 +121,7 @@ def train(
                 bar.set_postfix(loss=f"{losses['loss']:.3f}", tokens=f"{tokens / 1e6:.2f}M")
                 bar.update()
                 if time.monotonic() - saved > 60 * save_minutes:
-                    save_state(folder, model, optimisers, course, step, tokens, seconds)
+                    save_state(folder, model, optimisers, course, bias, step, tokens, seconds)
                     saved = time.monotonic()
                 if on_step is not None:
                     on_step(step, model)
@@ -122,7 +129,7 @@ def train(
         tqdm.write(f"interrupted after step {step}; the state is kept in {folder}")
     finally:
         log.close()
-    save_state(folder, model, optimisers, course, step, tokens, seconds)
+    save_state(folder, model, optimisers, course, bias, step, tokens, seconds)
     model.backend = "auto"
     return model.eval()
 
@@ -191,12 +198,20 @@ def columns(recipe: Recipe) -> list[str]:
 
 
 def save_state(
-    folder: Path, model: Llama4, optimisers, course, step: int, tokens: int, seconds: float
+    folder: Path,
+    model: Llama4,
+    optimisers,
+    course: Course,
+    bias: Bias,
+    step: int,
+    tokens: int,
+    seconds: float,
 ) -> None:
     state = {
         "model": model.state_dict(),
         "optimisers": [optimiser.state_dict() for optimiser in optimisers],
         "course": course.state_dict(),
+        "bias": bias.value,
         "step": step,
         "tokens": tokens,
         "seconds": seconds,
@@ -205,7 +220,9 @@ def save_state(
     os.replace(folder / (CHECKPOINT + ".tmp"), folder / CHECKPOINT)
 
 
-def restore(folder: Path, model: Llama4, optimisers, course) -> tuple[int, int, float]:
+def restore(
+    folder: Path, model: Llama4, optimisers, course: Course, bias: Bias
+) -> tuple[int, int, float]:
     """Load the state of an earlier run, if there is one; return its step, tokens and seconds."""
     path = folder / CHECKPOINT
     if not path.exists():
@@ -221,6 +238,7 @@ def restore(folder: Path, model: Llama4, optimisers, course) -> tuple[int, int, 
     for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
         optimiser.load_state_dict(saved)
     course.load_state_dict(state["course"])
+    bias.value = state.get("bias", bias.value)  # none in states of before
     return state["step"], state["tokens"], state["seconds"]
 
 

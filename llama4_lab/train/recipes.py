@@ -40,7 +40,8 @@ class Recipe:
     The vision encoder learns to see for `vision_steps` steps before anything else. The learning
     rates are constant after `warmup` steps and fall linearly to zero over the last `cooldown` share
     of the run. The weight of the balancing loss falls from `balance` to `balance_end` over the
-    first half: strong while no expert may die, weak once they are to differ.
+    first half: strong while no expert may die, weak once they are to differ. With a `bias_rate`
+    (0.001 to 0.005) experts are also balanced by a bias, see `llama4_lab.train.balance.Bias`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Recipe:
     embed_std: float = 0.1  # to begin with
     balance: float = 0.003
     balance_end: float = 0.0005
+    bias_rate: float = 0.0
     seed: int = 0
 
 

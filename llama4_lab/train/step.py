@@ -48,13 +48,15 @@ def update(
     balance_weight: float,
     teacher: Teacher | None = None,
     hard: float = 1.0,
-) -> dict[str, float]:
-    """Run one optimiser step; return losses (nats a scored token) and shares of right guesses.
+    bias: Float[Tensor, "l e"] | None = None,
+) -> tuple[dict[str, float], list[Float[Tensor, "n e"]]]:
+    """Run one optimiser step; return losses (nats a scored token) and shares of right guesses,
+    and each MoE layer's router logits, to which `bias` was added when experts were chosen.
 
     With a teacher, the loss of text counts `hard` times and the divergence from the teacher
     ``1 - hard`` times; what is returned is the loss without the teacher.
     """
-    hidden, routers = read(model, drawn)
+    hidden, routers = read(model, drawn, bias)
     share = sum(lesson.weight for lesson in lessons)
     found, total = {}, torch.zeros((), device=model.device)
     for lesson, rows, x in zip(lessons, drawn, hidden, strict=True):
@@ -74,11 +76,11 @@ def update(
         optimiser.step()
         optimiser.zero_grad()
     found |= {"loss": total.item(), "balance": balance.mean().item(), "grad_norm": norm.item()}
-    return {name: round(value, 4) for name, value in found.items()}
+    return {name: round(value, 4) for name, value in found.items()}, routers
 
 
 def read(
-    model: Llama4, drawn: Sequence[Rows]
+    model: Llama4, drawn: Sequence[Rows], bias: Float[Tensor, "l e"] | None = None
 ) -> tuple[list[Float[Tensor, "_ t d"]], list[Float[Tensor, "n e"]]]:
     """Run all rows; return what the read-out sees, and each layer's router logits without padding.
 
@@ -91,7 +93,7 @@ def read(
         together = [i for i, own in enumerate(kinds) if own == kind]
         inputs = torch.cat([drawn[i].inputs for i in together])
         pixels = [x for i in together if (x := drawn[i].pixel_values) is not None]
-        tap = model.tap = RouterTap()
+        tap = model.tap = RouterTap(bias)
         with mixed(inputs.device), nullcontext() if kind[1] else whole(model):
             x = model.hidden(inputs, torch.cat(pixels) if pixels else None)
         model.tap = NO_TAP
