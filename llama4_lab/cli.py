@@ -185,6 +185,8 @@ def print_card(options: argparse.Namespace) -> None:
     trained_on = card.training_tokens(options.corpus) if options.corpus else None
     measured = card.measure(model, texts, trained_on=trained_on)
     print(card.markdown(measured))
+    if options.corpus:
+        print(_translated(model, options.corpus))
     if options.json:
         content = json.dumps(dataclasses.asdict(measured), ensure_ascii=False, indent=1)
         options.json.write_text(content + "\n", encoding="utf-8")
@@ -192,6 +194,17 @@ def print_card(options: argparse.Namespace) -> None:
     if lines := broken(promises, measured):
         raise ValueError("the card breaks its promises: " + "; ".join(lines))
     print(f"{len(promises)} promises kept")
+
+
+def _translated(model: l4.Llama4, corpus: Path) -> str:
+    """Return what a model's routing follows in one text in hundreds of languages."""
+    from llama4_lab.train import translations
+
+    texts = translations.read(corpus / "downloads")
+    untrained = l4.random(model.config, seed=0)
+    untrained.tokenizer = model.tokenizer
+    found, control = (translations.measure(each, texts) for each in (model, untrained))
+    return translations.markdown(found, control)
 
 
 def convert(options: argparse.Namespace) -> None:
