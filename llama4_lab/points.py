@@ -114,12 +114,16 @@ class Tap:
         return value
 
     def records(self) -> Collection[str] | None:
-        """Return the names whose values it wants, if it changes none and wants no others."""
+        """Return the whole names whose values it wants, if it changes none and wants no others."""
         return () if type(self) is Tap else None
 
     def scope(self, prefix: str) -> "Tap":
         """Return a tap that puts `prefix` before every name."""
         return self if type(self) is Tap else _Scoped(self, prefix)
+
+
+INSIDE = ("experts.in", "experts.hidden", "experts.out")
+"""The values inside routed experts."""
 
 
 class _Scoped(Tap):
@@ -132,6 +136,9 @@ class _Scoped(Tap):
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         return self._tap(self._prefix + name, value)
+
+    def records(self) -> Collection[str] | None:
+        return self._tap.records()
 
 
 NO_TAP = Tap()

@@ -16,7 +16,7 @@ from llama4_lab.experts import numba, probe
 from llama4_lab.points import Tap
 
 D, FF, E = 20, 12, 5
-EVERYTHING = ["layers.*.router.*", "layers.*.shared.out"]
+EVERYTHING = ["layers.*.router.*", "layers.*.shared.out", "layers.*.experts.*"]
 
 
 def layer(e=E, dtype=torch.float32):
@@ -46,6 +46,36 @@ def test_one_call_for_few_tokens_equals_the_loop(n, topk):
     expected = experts.moe(x, *weights, topk=topk, backend="loop")
     found = experts.moe(x, *weights, topk=topk, backend="numba")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+class Watcher(Tap):
+    """Keeps all values; may say that it changes none, as a trace does."""
+
+    def __init__(self, records=None):
+        self.seen = {}
+        self.records = lambda: records
+
+    def watches(self, name):
+        return True
+
+    def __call__(self, name, value):
+        self.seen[name] = value
+        return value
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("n", [1, 7, 16, 41, 300])
+@torch.no_grad()
+def test_values_inside_the_experts_are_shown_by_the_kernels_themselves(n, topk):
+    x, weights, taps = torch.randn(n, D), layer(), [Watcher(), Watcher(), Watcher(())]
+    plain = experts.moe(x, *weights, topk=topk, backend="numba")
+    experts.moe(x, *weights, topk=topk, backend="loop", record=taps[0])
+    for tap in taps[1:]:
+        found = experts.moe(x, *weights, topk=topk, backend="numba", record=tap)
+        assert torch.equal(found, plain)
+        assert tap.seen.keys() == taps[0].seen.keys()
+        for name, value in taps[0].seen.items():
+            torch.testing.assert_close(tap.seen[name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("n", [7, 16, 41, 150])
@@ -134,6 +164,9 @@ CHANGES = {
     "router.indices": lambda value: (value + 1) % 5,
     "router.scores": lambda value: value / 2,
     "shared.out": lambda value: value * 0,
+    "experts.in": lambda value: value / 2,
+    "experts.hidden": lambda value: value.flip(-1),
+    "experts.out": lambda value: value.mul_(3),
 }
 
 

@@ -53,7 +53,8 @@ def test_a_trained_model_routes_by_language_and_not_by_what_is_said():
     texts = {}
     for domain in ("english", "russian", "german"):
         words = held_out_texts()[domain].split()
-        texts[translations.TAUGHT[domain]] = [" ".join(words[i : i + 30]) for i in range(0, 300, 30)]
+        passages = [" ".join(words[i : i + 30]) for i in range(0, 300, 30)]
+        texts[translations.TAUGHT[domain]] = passages
     found = translations.measure(model, texts | {"short": ["a"] * 10})
     assert found.languages == ("English", "Russian", "German, Standard (1996)")
     assert (found.counts.sum(axis=-1) == 16).all()

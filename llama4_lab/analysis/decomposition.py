@@ -114,9 +114,8 @@ def decompose_logit(
 ) -> Decomposition:
     """Split a next-token logit, or the difference of two, into the parts of the model.
 
-    One forward pass; MoE layers take the readable path, which equals the others to rounding. In
-    float32 the parts sum to the model's logit within 1e-4; in bfloat16 the stream is rounded after
-    each part, and `Decomposition.residual` says how much that took.
+    One forward pass. In float32 the parts sum to the model's logit within 1e-4; in bfloat16 the
+    stream is rounded after each part, and `Decomposition.residual` says how much that took.
 
     Args:
         position: of the token that the logits follow; -1 is the last one.

@@ -16,7 +16,7 @@ from torch import Tensor
 from llama4_lab.experts import gather, grouped, loop, padded, probe
 from llama4_lab.experts.mapped import Mapped
 from llama4_lab.packed import Packed, linear
-from llama4_lab.points import NO_TAP, Tap
+from llama4_lab.points import INSIDE, NO_TAP, Tap
 
 
 def _numba() -> ModuleType:
@@ -43,7 +43,6 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 # Tokens up to which products that read codes beat unpacking all experts first; an estimate.
 _STREAMED = 512
-_INSIDE = ("experts.in", "experts.hidden", "experts.out")
 
 
 def route(
@@ -132,8 +131,8 @@ def moe(
 ) -> Float[Tensor, "n d"]:
     """Send each token through its experts and the shared expert, and add the two.
 
-    Watching a value inside the experts switches this call to the readable backend, and so do
-    experts in a file.
+    What is inside the experts is shown by the readable backend. If it is changed there, that
+    backend's result counts, and also for experts in a file; else that of `backend` does, as ever.
 
     Args:
         experts: ``gate_up`` and ``down``.
@@ -145,15 +144,18 @@ def moe(
         ValueError: a backend that does not exist.
     """
     backend = backend_for(x, backend, experts[0])
-    inside = any(record.watches(name) for name in _INSIDE) or isinstance(experts[0], Mapped)
-    if backend == "numba" and not inside and _numba().takes(x, router, *experts, *shared):
+    on_disk = isinstance(experts[0], Mapped)
+    inside = on_disk or any(record.watches(name) for name in INSIDE)
+    if backend == "numba" and not on_disk and _numba().takes(x, router, *experts, *shared):
         return _numba().moe(x, router, experts, shared, topk, record)
     logits = record("router.logits", F.linear(x, router))
     expert, score = route(logits, topk, record)
     order, offsets = sort(expert, len(router))
+    noting, routed = loop.Noting(record), None
     if inside:
-        routed = loop.apply(x, order, offsets, score, *experts, record=record)
-    else:
+        routed = loop.apply(x, order, offsets, score, *experts, record=noting)
+    is_final = noting.has_changed or backend == "loop" or on_disk
+    if routed is None or not is_final:
         routed = BACKENDS[backend](x, order, offsets, score, *experts)
     gate, up, down = shared
     hidden = F.silu(linear(x, gate)) * linear(x, up)

@@ -38,3 +38,18 @@ def apply(
     gate, up = per_expert(inputs, gate_up).chunk(2, dim=-1)
     hidden = record("experts.hidden", F.silu(gate) * up)
     return record("experts.out", per_expert(hidden, down)).sum(1)
+
+
+class Noting(Tap):
+    """Shows values to another tap, and notes whether it changes any."""
+
+    def __init__(self, tap: Tap):
+        self._tap = tap
+        self.watches = tap.watches
+        self.has_changed = False
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        before = value.clone() if self.watches(name) else value  # it may be changed in its place
+        given = self._tap(name, value)
+        self.has_changed |= not (given is before or torch.equal(given, before))
+        return given

@@ -29,7 +29,7 @@ from torch import Tensor
 from llama4_lab.experts import loop, probe, tile
 from llama4_lab.experts.tile import LANES, PANEL, ROWS
 from llama4_lab.packed import Packed
-from llama4_lab.points import NO_TAP, Tap
+from llama4_lab.points import INSIDE, NO_TAP, Tap
 
 _OPTIONS: dict[str, Any] = {
     "cache": True,
@@ -178,7 +178,7 @@ def panels(weights, x, out, tokens):
 
 
 @compiled
-def expert(gate, up, down, x, tokens, score, scratch, out, write, how):
+def expert(gate, up, down, x, tokens, score, scratch, out, write, how, kept):
     """Set, or add to, ``out[write[i]]`` what an expert makes of ``score[i] · x[tokens[i]]``.
 
     Few tokens are taken row by row, more in panels, `MOST` at a time, so that they stay in the
@@ -186,12 +186,15 @@ def expert(gate, up, down, x, tokens, score, scratch, out, write, how):
 
     Args:
         scratch: at least what `room` returns.
+        kept: is given the neurons in its rows ``write``, if it has any.
     """
     wide()
     f, d = gate.shape
     if len(tokens) < FEW:
         hidden = scratch[: len(tokens) * f].reshape(len(tokens), f)
         neurons_of(gate, up, x, tokens, score, hidden)
+        for i in range(len(tokens) if len(kept) else 0):
+            kept[write[i]] = hidden[i]
         product(down, hidden, np.arange(len(tokens)), out, write, how)
         return
     for start in range(0, len(tokens), MOST):
@@ -208,6 +211,11 @@ def expert(gate, up, down, x, tokens, score, scratch, out, write, how):
         a, b = neurons[0].ravel(), neurons[1].ravel()
         for i in range(len(a)):
             a[i] = a[i] * sigmoid(a[i]) * b[i]
+        for i in range(m if len(kept) else 0):
+            p, lane = divmod(i, PANEL)
+            row = kept[write[start + i]]
+            for s in range(f):
+                row[s] = neurons[0, p, s, lane]
         panels(down, neurons[0], y, m)
         for i in range(m):
             p, lane = divmod(i, PANEL)
@@ -257,24 +265,36 @@ def ordered(slots, num_experts):
 
 
 @compiled
-def routed(x, order, offsets, score, gate_up, down, most, scratch, out):
-    """Add to out what the experts of up to `most` tokens make of them; score is flat."""
+def routed(x, order, offsets, score, gate_up, down, most, scratch, kept, made, out):
+    """Add to out what the experts of up to `most` tokens make of them; score is flat.
+
+    Neurons and outputs of each slot are also put into ``kept [m, f]`` and ``made [m, d]``, if
+    those are not empty.
+    """
     f, topk = down.shape[2], len(score) // len(x)
     for e in range(len(down)):
         slots = order[offsets[e] : offsets[e + 1]]
-        if 0 < len(slots) <= most:
-            gate, up, tokens = gate_up[e, :f], gate_up[e, f:], slots // topk
-            expert(gate, up, down[e], x, tokens, score[slots], scratch, out, tokens, ADD)
+        if not 0 < len(slots) <= most:
+            continue
+        gate, up, own, tokens = gate_up[e, :f], gate_up[e, f:], score[slots], slots // topk
+        if not len(kept):
+            expert(gate, up, down[e], x, tokens, own, scratch, out, tokens, ADD, kept)
+            continue
+        expert(gate, up, down[e], x, tokens, own, scratch, made, slots, SET, kept)
+        for i in range(len(slots)):
+            for s in range(out.shape[1]):
+                out[tokens[i], s] += made[slots[i], s]
 
 
 @compiled
 def block(
     x, router, gate_up, down, shared_gate, shared_up, shared_down,
-    scratch, logits, scores, indices, shared, out, known,
+    scratch, kept, made, logits, scores, indices, shared, out, known,
 ):  # fmt: skip
     """Fill in what a MoE block makes of n tokens, from logits to out, but for the first `known`.
 
     Args:
+        kept, made: of `routed`.
         known: how many of logits, indices, scores and shared are given.
     """
     n, topk = indices.shape
@@ -290,10 +310,22 @@ def block(
                 scores[i, j] = sigmoid(logits[i, indices[i, j]])
     if known < 4:
         alike = np.ones(n, np.float32)
-        expert(shared_gate, shared_up, shared_down, x, every, alike, scratch, shared, every, SET)
+        expert(
+            shared_gate,
+            shared_up,
+            shared_down,
+            x,
+            every,
+            alike,
+            scratch,
+            shared,
+            every,
+            SET,
+            kept[:0],
+        )
     out[:] = shared
     order, offsets = ordered(indices.ravel(), len(router))
-    routed(x, order, offsets, scores.ravel(), gate_up, down, n * topk, scratch, out)
+    routed(x, order, offsets, scores.ravel(), gate_up, down, n * topk, scratch, kept, made, out)
 
 
 @compiled
@@ -397,12 +429,13 @@ def run(
     """Run experts of up to ``best.rows`` tokens in one compiled call, and each other by itself."""
     multiply = probe.LIBRARY[best.library]
     out = torch.zeros(x.shape)
-    ends = offsets.tolist()
+    ends, nothing = offsets.tolist(), np.empty((0, 0), np.float32)
     loads = [end - start for start, end in pairwise(ends)]
     if any(0 < load <= best.rows for load in loads):
         routed(
             array(x.float()), array(order), array(offsets), array(score.float().flatten()),
-            array(gate_up), array(down), best.rows, room(best.rows, *down.shape[1:]), array(out),
+            array(gate_up), array(down), best.rows, room(best.rows, *down.shape[1:]),
+            nothing, nothing, array(out),
         )  # fmt: skip
     token, score = order // score.shape[1], score.flatten()[order, None]
     for e, load in enumerate(loads):
@@ -425,7 +458,8 @@ def moe(
     """Run a whole MoE block of float32 tokens in one call; the arguments have to be `can_run`.
 
     Values are shown when all is done. If one was changed, what follows from it is computed anew,
-    by the same kernels: a change that changes nothing leaves the result as it is, to the bit.
+    by the same kernels, and what follows from one inside the experts by the loop: a change that
+    changes nothing leaves the result as it is, to the bit.
     """
     (n, d), e, f = x.shape, len(router), shared[2].shape[1]
     logits, scores = torch.empty(n, e), torch.empty(n, topk)
@@ -434,15 +468,31 @@ def moe(
     weights = [array(w) for w in (x, router, *experts, *shared)]
     made = [array(y) for y in (logits, scores, indices, alone, out)]
     scratch = room(n * topk, d, f)
-    block(*weights, scratch, *made, 0)
-    names = ("router.logits", "router.indices", "router.scores", "shared.out")
-    for known, (name, value) in enumerate(
-        zip(names, (logits, indices, scores, alone), strict=True)
-    ):
+    slots = n * topk if any(map(record.watches, INSIDE)) else 0
+    hidden, each = torch.empty(slots, experts[1].shape[2]), torch.empty(slots, d)
+    scratches = scratch, array(hidden), array(each)
+    block(*weights, *scratches, *made, 0)
+    noting, routed = loop.Noting(record), None  # by the loop
+
+    def show(known: int, name: str, value: Tensor) -> None:
         given = record(name, value)
         if given is not value:
             if name == "router.indices":
                 logits.gather(-1, given)  # refuses experts that do not exist
             value.copy_(given)
-            block(*weights, scratch, *made, known + 1)
-    return out
+            block(*weights, *scratches, *made, known)
+
+    show(1, "router.logits", logits)
+    show(2, "router.indices", indices)
+    show(3, "router.scores", scores)
+    if slots and record.records() is not None:
+        inside = (
+            x[:, None] * scores[..., None],
+            *(y.unflatten(0, (n, topk)) for y in (hidden, each)),
+        )
+        for name, value in zip(INSIDE, inside, strict=True):
+            record(name, value)
+    elif slots:
+        routed = loop.apply(x, *sort(indices, e), scores, *experts, record=noting)
+    show(4, "shared.out", alone)
+    return alone + routed if routed is not None and noting.has_changed else out

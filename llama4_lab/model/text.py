@@ -341,7 +341,7 @@ class _PerToken(Tap):
     def __init__(self, tap: Tap, shape: torch.Size):
         self.tap = tap
         self.shape = shape
-        self.watches = tap.watches
+        self.watches, self.records = tap.watches, tap.records
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         shown = value.unflatten(0, self.shape)
