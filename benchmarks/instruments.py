@@ -52,6 +52,22 @@ SELECTION = [
     for part in ("resid_pre", "attn.rot_q", "attn.rot_k", "attn.v", "attn.z", "resid_mid")
 ] + ["layers.*.router.*", "layers.*.experts.out"]
 
+POOLED = """
+import sys, time, torch
+from pathlib import Path
+from llama4_lab.analysis.attention import tiles
+
+tokens = int(sys.argv[1])
+torch.manual_seed(0)
+q, k = 2 * torch.randn(2, tokens, 128)  # the width of Scout's heads, scores some four wide
+start = time.process_time()
+pooled = tiles(q, k, None, block=(tokens // 256, tokens // 256))
+seconds = time.process_time() - start
+assert abs(pooled.mean.sum() * (tokens // 256) / 256 - 1) < 1e-4  # a query's shares sum to one
+most = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+print(seconds, int(most) * 1024)
+"""
+
 ROWS = {  # cell: what, target, the most that it may be
     "plain": ("a plain forward pass", "", None),
     "routers": ("every router traced", "≤ 1.01", 1.01),
@@ -63,6 +79,8 @@ ROWS = {  # cell: what, target, the most that it may be
     "resume_logits": ("resumed at the last layer: all logits", "≤ 0.17", 0.17),
     "heads": ("every head of every layer ablated, logits of each", "≤ 0.6", 0.6),
     "counterfactual": ("last token to every expert of every layer", "≤ 2", 2.0),
+    "tiles": ("131,072 tokens of one NoPE head pooled, CPU seconds", "≤ 60", 60.0),
+    "tiles_memory": ("… most memory that the process takes, GB", "≤ 1.5", 1.5),
     "honesty": ("edited points that silently change nothing", "0", 0.0),
     "exactness": ("largest difference to transformers' logits", "≤ 1e-5", 1e-5),
 }
@@ -191,6 +209,21 @@ class Lab:
         for edits, run in zip(runs, self.replay.many(runs), strict=True):
             check_equal(f"{what} {edits}", run.logits, self.in_full(edits)[0], 1e-5)
 
+    def tiles(self, tokens: int = 131_072) -> dict[str, Cell]:
+        """Pool a long head's pattern in a process of its own, on one thread."""
+        done = subprocess.run(
+            [sys.executable, "-c", POOLED, str(tokens)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        seconds, size = map(float, done.stdout.split())
+        return {
+            "tiles": Cell(f"{seconds:.1f}", seconds),
+            "tiles_memory": Cell(f"{size / 1e9:.2f}", size / 1e9),
+        }
+
     def honesty(self) -> dict[str, Cell]:
         ids = self.ids[:, : peers.FEW]
 
@@ -307,7 +340,8 @@ def prepare(config: l4.Llama4Config, tokens: int, folder: Path, repeats: int) ->
     return lab
 
 
-MEASURES = (*peers.MEASURES, "share")
+OURS = ("tiles", "share")  # what peers do not have
+MEASURES = (*peers.MEASURES, *OURS)
 
 
 def main() -> None:
@@ -328,7 +362,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lab = prepare(CONFIG, given.tokens, Path(folder), given.repeats)
         theirs = {
-            name: ask(name, python, Path(folder), [r for r in only if r != "share"], given.repeats)
+            name: ask(name, python, Path(folder), [r for r in only if r not in OURS], given.repeats)
             for name, python in interpreters(given.python).items()
             if given.peer in (None, name)
         }

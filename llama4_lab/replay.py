@@ -40,11 +40,12 @@ class Replay:
 
     `prompt` is what ``model.prompt`` returns, a text, or token ids. `sources` are other runs, by
     name, that edits take values from; "clean" is this one. A pass holds at most `max_tokens` tokens
-    of all runs together. Edited runs have their own edits and no others: `trace` and `intervene`
-    around them see nothing. Whole runs, by `llama4_lab.edits.edited`, can be traced.
+    of all runs together. Edited runs have their own edits and no others: `trace` around them sees
+    nothing, and inside `intervene` they are refused. Whole runs, by `llama4_lab.edits.edited`, can
+    be traced.
 
     Raises:
-        ValueError: a prompt of several rows, or with padding.
+        ValueError: a prompt of several rows, or with padding; a block of `intervene` around it.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Replay:
         *,
         max_tokens: int = 2048,
     ):
+        _refuse_changes_around(model)
         self.model = model
         self.inputs = inputs_of(model, prompt)
         self.ids: Int[Tensor, " t"] = self.inputs["input_ids"][0]
@@ -105,7 +107,8 @@ class Replay:
         """Run with edits, from the first point and token that they touch.
 
         Raises:
-            ValueError: an edit that this model or prompt cannot have.
+            ValueError: an edit that this model or prompt cannot have, or a block of `intervene`
+                around it.
             KeyError: a source that was not given.
         """
         return self.many([edits])[0]
@@ -121,8 +124,9 @@ class Replay:
         For more runs than fit into memory, and for work that is to be stopped on the way. Between
         two of them the model is as it was before.
         """
+        _refuse_changes_around(self.model)
         for edits in runs:
-            check(edits, self.model.config, len(self))
+            self._check(edits)
         with torch.no_grad():
             wanted = [edit for edits in runs for edit in edits]
             values = read_sources(self.model, wanted, self.sources)
@@ -133,6 +137,15 @@ class Replay:
             for batch in self._batches(variants):
                 yield from self._run(batch).items()
                 bar.update(len(batch))
+
+    def _check(self, edits: Sequence[Edit]) -> None:
+        config = self.model.config
+        check(edits, config, len(self))
+        if self.inputs.get("pixel_values") is not None:
+            return
+        for edit in edits:
+            if seen := [point for point in edit.changes(config) if point.startswith(_VISION)]:
+                raise ValueError(f"{edit}: this prompt has no picture, so it has no {seen[0]}")
 
     def _batches(self, variants: list["_Variant"]) -> Iterator[list["_Variant"]]:
         """Put together what has the same rules and first token; the earliest layers first.
@@ -374,6 +387,14 @@ class _Variant:
     def change(self, point: str) -> Callable[[Tensor], Tensor]:
         """Return all changes at a point as one function."""
         return bound({point: self.changes.get(point, [])}, self.run)[point]
+
+
+def _refuse_changes_around(model: Llama4) -> None:
+    if model.tap.records() is None:
+        raise ValueError(
+            "this stands inside a block of intervene or edited, whose changes replayed runs would "
+            "not have: leave the block, or give the changes as edits"
+        )
 
 
 def _stage(touch: Touch) -> tuple[int, int]:

@@ -5,6 +5,7 @@
 in any order: a trace sees what the model goes on with, after every change.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,9 +50,9 @@ def trace(
 
     A later forward pass replaces the values of an earlier one. Logits are the same to the bit,
     unless a value was asked for that only another path of the same mathematics makes:
-    ``attn.scores``, ``attn.pattern`` (explicit attention) and ``experts.*`` (readable experts),
-    which equal the usual path to rounding; and so does decoding on the CPU, where values other than
-    the routers' need the readable path.
+    ``attn.scores`` and ``attn.pattern`` (explicit attention), which equals the usual path to
+    rounding; and so does decoding on the CPU, where values other than the routers' need the
+    readable path. Values inside the experts equal what the backend computed to rounding.
 
     Args:
         detach: keep values without their gradients.
@@ -149,24 +150,35 @@ def intervene(model: Llama4, changes: Mapping[str, Change]) -> Iterator[None]:
     Names may be patterns and aliases, as for `trace`. What the change returns is what the model
     computes with from there on; it must have the value's shape, dtype and device. The change may
     alter its value in place, which is a copy, but has to return it. Of nested blocks the innermost
-    changes first. Scores and patterns of attention are made by another path of the same mathematics
-    then, and so are values inside the experts: a change that changes nothing leaves the logits
-    equal to a traced run's to the bit.
+    changes first. A change that changes nothing leaves the logits as they are to the bit; one of
+    scores or patterns of attention, which another path of the same mathematics makes, leaves them
+    as they are in a traced run.
+
+    A change that no whole forward pass inside the block came by, such as that of a picture in a
+    prompt without one, is told at the block's end in a UserWarning.
 
     Raises:
         KeyError: a name or pattern that no point has, with the closest one.
         TypeError, ValueError: a change returned no tensor, or one that does not fit.
     """
     by_name: dict[str, list[Change]] = {}
+    meant = {pattern: match(model.config, pattern) for pattern in changes}
     for pattern, change in changes.items():
-        for name in match(model.config, pattern):
+        for name in meant[pattern]:
             by_name.setdefault(name, []).append(change)
-    outer = model.tap
+    outer, editor = model.tap, _Editor(model.tap, by_name)
     try:
-        model.tap = _Editor(outer, by_name)
+        model.tap = editor
         yield
     finally:
         model.tap = outer
+    for pattern, names in meant.items():
+        if editor.is_complete and editor.made.isdisjoint(names):
+            warnings.warn(
+                f"the change of {pattern!r} was never made: no forward pass inside the block "
+                "computed it",
+                stacklevel=3,
+            )
 
 
 def _filtered(
@@ -272,15 +284,19 @@ class _Editor(Tap):
     def __init__(self, outer: Tap, changes: dict[str, list[Change]]):
         self.outer = outer
         self.changes = changes
+        self.made: set[str] = set()
+        self.is_complete = False  # whether a forward pass came to its end
 
     def watches(self, name: str) -> bool:
         return name in self.changes or self.outer.watches(name)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
+        self.is_complete |= name == "final_norm"
         for change in self.changes.get(name, ()):
             # A copy, so that changing it in place spares what shares its memory: the value that was
             # kept under another name, or the keys before their rotation on NoPE layers.
             value = _checked(name, value, change(value.clone()))
+            self.made.add(name)
         return self.outer(name, value)
 
 

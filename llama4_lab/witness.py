@@ -77,7 +77,8 @@ class Witness(TorchFunctionMode):
             passes_on = func in _JOINS or any(_is_view(each, arg) for each in made)
             if passes_on:
                 for each in made:
-                    self._followed[id(each)] = (each, names, _checksum(each))
+                    if each is not arg:  # else it may have been overwritten in place
+                        self._followed[id(each)] = (each, names, _checksum(each))
             elif made and _checksum(arg) == checksum:
                 for name in names:
                     self.used_by.setdefault(name, getattr(func, "__name__", str(func)))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from small_tokenizer import small_tokenizer
 from tiny import CONFIG
 from torch.distributions import Categorical
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama4_lab as l4
 from llama4_lab.analysis import attention
@@ -121,6 +122,34 @@ def test_scores_far_beyond_the_range_of_exp_are_pooled_exactly(monkeypatch, chun
     np.testing.assert_allclose(tiles(q, k, chunk, block=(4, 4)).max, peak, rtol=0, atol=1e-6)
     assert log_normaliser(q, k, chunk).abs().max() > 1000
     assert np.isfinite(summarise(q, k, chunk).entropy).all()
+
+
+class Largest(TorchDispatchMode):
+    """Counts the numbers of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, tuple | list) else (out,)
+        self.numel = max(self.numel, *(x.numel() for x in made if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("chunk", [None, 250])
+@pytest.mark.parametrize("width", [16, 1, 800])  # keys in a tile
+def test_no_array_grows_with_the_square_of_the_length(monkeypatch, chunk, width):
+    monkeypatch.setattr(attention, "_ROWS", 64)
+    monkeypatch.setattr(attention, "_KEYS", 64)
+    n, dh = 800, 4
+    q, k = drawn(n, dh)
+    with Largest() as largest:
+        tiles(q, k, chunk, block=(n, width))  # as many tiles across as their width makes
+        summarise(q, k, chunk, border=100)
+        log_normaliser(q, k, chunk)
+    assert 64 * 64 <= largest.numel <= 3 * 64 * 64 < n**2 / 50
 
 
 @pytest.mark.parametrize("chunk", [None, 8])

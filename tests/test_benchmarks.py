@@ -28,7 +28,7 @@ TINY = instruments.CONFIG.replace(
     num_local_experts=3,
     attention_chunk_size=8,
 )
-THEIRS = [row for row in instruments.MEASURES if row != "share"]
+THEIRS = [row for row in instruments.MEASURES if row not in instruments.OURS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,6 +61,15 @@ def test_every_row_of_ours_gives_cells_of_the_table(lab, row):
     cells = getattr(lab, row)()
     assert cells
     assert cells.keys() <= instruments.ROWS.keys()
+
+
+def test_a_long_pattern_is_pooled_in_a_process_of_its_own(lab):
+    cells = lab.tiles(tokens=2048)
+    assert cells.keys() <= instruments.ROWS.keys()
+    assert 0 < cells["tiles"].value < 60
+    assert 0.05 < cells["tiles_memory"].value < 1
+    text = instruments.table({"tiles": clock.Cell("61.0", 61.0)}, {})
+    assert "61.0 ✗" in text
 
 
 def test_the_shares_are_those_of_layers_and_tokens(lab):

@@ -157,6 +157,21 @@ def test_generating_with_a_static_decoder_gives_the_models_tokens():
         assert torch.equal(ours, expected)
 
 
+def test_a_static_step_inside_a_trace_or_a_change_is_refused():
+    model, ids = tiny(), torch.zeros(1, 2, dtype=torch.long)
+    decoder = StaticDecoder(model, 1, max_len=8)
+    decoder.prefill(ids)
+    with l4.trace(model, "layers.*.router.logits"), pytest.raises(ValueError, match="fixed graph"):
+        decoder.step(ids[:, 0])
+    with (
+        l4.intervene(model, {"layers.1.attn.z": torch.zeros_like}),
+        pytest.raises(ValueError, match="leave the block of trace, intervene or edited"),
+    ):
+        decoder.step(ids[:, 0])
+    assert decoder.cache.slots == 2
+    decoder.step(ids[:, 0])
+
+
 def test_a_static_decoder_says_what_does_not_fit():
     model = tiny()
     with pytest.raises(ValueError, match="unknown kernels 'cuda'; choose torch, triton"):

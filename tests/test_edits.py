@@ -1,6 +1,7 @@
 """Edits: each does what its formula says, is refused where it cannot be, and survives a file."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from tiny import CONFIG, tiny
 
 import llama4_lab as l4
 from llama4_lab import edits as E
+from llama4_lab.edits.base import HOW, See, has_tokens, layer_of
 from llama4_lab.replay import Replay
 
 MOE, DENSE, NOPE = 3, 2, 3
@@ -104,6 +106,11 @@ def rows_of(model, names, prompt, edits=(), sources=None):
     return cache
 
 
+def same(one, other):
+    """Equal to rounding: with tokens of another shape, products may sum in another order."""
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), atol=1e-5)
+
+
 # --- every edit ------------------------------------------------------------------
 
 
@@ -124,6 +131,24 @@ def test_a_replayed_edit_equals_the_whole_run(model, prompt, sources, replay, ed
     torch.testing.assert_close(again.logits, expected, atol=1e-5, rtol=0)
     assert not again.effect.unseen
     assert all(found.used_by for found in again.evidence.values())
+    changed = {p for p, change in edit.changes(CONFIG).items() if not isinstance(change, See)}
+    assert again.evidence.keys() == changed - {"logits"}  # which nothing in the model reads
+
+
+@pytest.mark.parametrize("edit", ALL, ids=repr)
+def test_nothing_differs_before_the_point_and_token_that_an_edit_touches(
+    model, prompt, sources, edit
+):
+    names, touch = list(l4.points(CONFIG)), edit.touches(CONFIG)
+    plain, mine = rows_of(model, "*", prompt), rows_of(model, "*", prompt, [edit], sources)
+    differing = [name for name in names if not same(plain[name], mine[name])]
+    assert names.index(differing[0]) >= names.index(touch.point)
+    assert touch.layer == layer_of(CONFIG, touch.point)
+    if edit != E.KnockOut((20, 21), (3, 4, 5)):  # RoPE layers did not see these keys anyway
+        assert layer_of(CONFIG, differing[0]) == touch.layer
+    for name in differing:
+        if touch.token and has_tokens(name, CONFIG):
+            assert same(plain[name][:, : touch.token], mine[name][:, : touch.token]), name
 
 
 @pytest.mark.parametrize("edit", ALL, ids=repr)
@@ -164,6 +189,46 @@ def test_the_mean_is_that_of_the_tokens_that_go_to_the_expert(model, prompt, sou
     there = plain[names[0]] == 1
     mean = plain[names[1]][there].mean(dim=0)
     torch.testing.assert_close(edited[names[1]][there], mean.expand(int(there.sum()), -1))
+
+
+def test_resampling_gives_the_outputs_of_another_runs_tokens_in_turn(model, prompt, sources):
+    names = ["layers.3.router.indices", "layers.3.experts.out"]
+    plain, theirs = (rows_of(model, names, each) for each in (prompt, sources["other"]))
+    edit = E.AblateExpert(3, 1, "resample", "other", tokens=tuple(range(5, 29)))
+    edited = rows_of(model, names, prompt, [edit], sources)
+    outputs = theirs[names[1]][theirs[names[0]] == 1]
+    expected, count = plain[names[1]].clone(), 0
+    for _, position, slot in (plain[names[0]] == 1).nonzero().tolist():
+        if position >= 5:
+            expected[0, position, slot] = outputs[position % len(outputs)]
+            count += 1
+    assert count > 1 and len(outputs) > 1
+    torch.testing.assert_close(edited[names[1]], expected)
+    assert torch.equal(edited[names[0]], plain[names[0]])
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    ("kind", "point", "at"),
+    [
+        (E.AblateAttention, "layers.3.attn.out", (3,)),
+        (E.AblateMLP, "layers.2.mlp.out", (2,)),
+        (E.AblateShared, "layers.3.shared.out", (3,)),
+        (E.AblateHead, "layers.3.attn.z", (3, 4)),
+    ],
+)
+def test_an_ablated_part_is_nothing_its_mean_or_another_runs(
+    model, prompt, sources, how, kind, point, at
+):
+    plain, theirs = (rows_of(model, point, each)[point] for each in (prompt, sources["other"]))
+    edit = kind(*at, how, "other", tokens=(9, 20))
+    found = rows_of(model, point, prompt, [edit], sources)[point]
+    put = {"zero": 0 * theirs, "mean": theirs.mean(1, keepdim=True), "resample": theirs}[how]
+    expected = plain.clone()
+    where = (slice(None), [9, 20]) + ((4,) if kind is E.AblateHead else ())
+    expected[where] = put.expand_as(theirs)[where]
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found, plain)
 
 
 def test_a_dropped_expert_leaves_its_tokens_to_the_next_best(model, prompt):
@@ -295,6 +360,20 @@ def test_edits_at_one_point_happen_in_the_order_given(model, prompt):
     torch.testing.assert_close(second, plain * 3 + 1)
 
 
+def test_edits_of_nested_blocks_are_those_of_one_and_end_with_their_own(model, prompt, sources):
+    outer = [E.Scale("layers.2.resid_mid", 3.0), E.Chunk(1, 12), E.Chunk(1, 16), E.TopK(5, 1)]
+    inner = [E.Steer("layers.2.resid_mid", (1.0,) * 48), E.DropExpert(3, 1), E.Chunk(1, 4)]
+    alone = in_full(model, prompt, sources, outer)
+    together = in_full(model, prompt, sources, [*inner[:2], *outer, inner[2]])
+    plain = model(**prompt)
+    for _ in range(2):
+        with E.edited(model, outer):
+            with E.edited(model, inner):  # the innermost changes first, and its rules hold
+                torch.testing.assert_close(model(**prompt)[0], together, atol=1e-5, rtol=0)
+            assert torch.equal(model(**prompt)[0], alone)
+        assert torch.equal(model(**prompt), plain)
+
+
 def test_edits_hold_while_text_is_generated(model):
     ids = torch.randint(4, 89, (1, 21), generator=torch.Generator().manual_seed(3))
     edits = [E.Chunk(1, 16), E.DropExpert(3, 1), E.AblateHead(0, 2), E.RemoveTokens((4, 5))]
@@ -336,6 +415,10 @@ def test_rules_are_as_before_after_an_exception(model, prompt):
         (E.Patch("embed", "short", (20,)), r"source 'short' has 5 tokens"),
         (E.Patch("embed", "short", (2,), (-1,)), r"there is no token -1"),
         (
+            E.Patch("vision.out", "short"),
+            r"the run 'short' has no picture, so it has no vision.out",
+        ),
+        (
             E.Patch("layers.1.attn.pattern", "short"),
             r"shape \(1, 6, 29, 29\), and in source 'short' \(1, 6, 5, 5\)",
         ),
@@ -347,6 +430,15 @@ def test_an_impossible_edit_is_refused_with_what_is_possible(model, prompt, repl
     sources = {"clean": prompt, "other": prompt, "short": torch.arange(5, 10)[None]}
     with pytest.raises(ValueError, match=sentence):
         Replay(model, prompt, sources).edited([edit])
+
+
+@pytest.mark.parametrize("edit", [each for each in ALL if "vision" in str(each)], ids=repr)
+def test_an_edit_of_a_picture_that_is_not_there_is_refused(model, edit):
+    ids = torch.arange(5, 17)[None]
+    with pytest.raises(ValueError, match=r"this prompt has no picture, so it has no vision\.out"):
+        Replay(model, ids).edited([edit])
+    with pytest.warns(UserWarning, match="'vision.out' was never made"), E.edited(model, [edit]):
+        model(ids)
 
 
 def test_a_missing_source_is_named(model, prompt, replay):
@@ -370,6 +462,14 @@ def test_an_expert_that_nobody_visits_has_no_mean(model, prompt):
 def test_too_few_experts_left_are_refused(replay):
     with pytest.raises(ValueError, match="4 of 5 experts dropped in layer 3 leave 1, and each"):
         replay.edited([E.DropExpert(3, e) for e in range(4)])
+
+
+def test_a_temperature_where_another_edit_rotates_is_refused(model, prompt):
+    edits = [E.AttentionTemperature(3, 0.0), E.Rope(3, on=True)]
+    sentence = re.escape("beside Rope(layer=3, on=True) there is no temperature")
+    with pytest.raises(ValueError, match=sentence):
+        in_full(model, prompt, {}, edits)
+    in_full(model, prompt, {}, [edits[0], E.Rope(3, on=False)])
 
 
 def test_edits_that_contradict_themselves_are_refused():

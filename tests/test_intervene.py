@@ -1,10 +1,14 @@
 """Changing: every advertised point can be changed, and the model goes on with the change."""
 
+import re
+import warnings
+
 import pytest
 import torch
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
+from llama4_lab import experts
 from llama4_lab.points import NO_TAP
 
 POINTS = list(l4.points(CONFIG))
@@ -112,3 +116,63 @@ def test_a_point_that_does_not_exist_is_refused_before_anything_runs(model):
     ):
         pass
     assert model.tap is NO_TAP
+
+
+# --- nothing is silent -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vision.out", "vision.layers.*.attn.z", "projector.out"])
+def test_a_change_of_a_picture_that_is_not_there_is_told(model, prompt, name):
+    sentence = f"the change of {re.escape(repr(name))} was never made: no forward pass inside the"
+    with pytest.warns(UserWarning, match=sentence), l4.intervene(model, {name: other}):
+        model(torch.arange(5, 17)[None])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with l4.intervene(model, {name: other, "*": torch.clone}):
+            model(**prompt)
+        with l4.intervene(model, {"*": torch.clone}):
+            model(torch.arange(5, 17)[None])
+
+
+def test_an_exception_is_not_joined_by_a_warning(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyboardInterrupt), l4.intervene(model, {"embed": other}):
+            raise KeyboardInterrupt
+
+
+# --- every backend -----------------------------------------------------------------
+
+OF_EXPERTS = ["router.logits", "router.indices", "router.scores", "shared.out"]
+OF_EXPERTS += ["experts.in", "experts.hidden", "experts.out"]
+
+
+@pytest.mark.parametrize("point", [None, *OF_EXPERTS])
+def test_every_backend_shows_and_honours_what_the_readable_one_does(prompt, point):
+    model, ids = tiny(), prompt["input_ids"]
+    names = [f"layers.*.{name}" for name in ("resid_*", "router.*", "shared.out")]
+    names += [f"layers.5.{name}" for name in OF_EXPERTS]  # inside the experts of this layer alone
+    changes = {} if point is None else {f"layers.3.{point}": other}
+    plain, found = {}, {}
+    for model.backend in experts.BACKENDS:
+        plain[model.backend] = model(ids)
+        with l4.intervene(model, changes), l4.trace(model, names) as cache:
+            found[model.backend] = {"logits": model(ids), **cache}
+    for backend, values in found.items():
+        assert values.keys() == found["loop"].keys()
+        for name, value in values.items():
+            torch.testing.assert_close(value, found["loop"][name], atol=1e-4, rtol=1e-5)
+        difference = (values["logits"] - plain[backend]).abs().max()
+        assert difference < 1e-5 if point is None else difference > 1e-4
+
+
+@pytest.mark.parametrize("backend", experts.BACKENDS)
+def test_watching_experts_leaves_the_logits_of_every_backend_as_they_are(prompt, backend):
+    model = tiny()
+    model.backend = backend
+    plain = model(**prompt)
+    names = [f"layers.*.{part}" for part in ("router.*", "shared.out", "resid_*", "experts.*")]
+    with l4.trace(model, names):
+        assert torch.equal(model(**prompt), plain)
+    with l4.intervene(model, dict.fromkeys(names, lambda value: value)):
+        assert torch.equal(model(**prompt), plain)

@@ -123,7 +123,8 @@ def test_the_lens_does_not_depend_on_how_many_positions_it_reads_at_once(
     np.testing.assert_array_equal(pieces.target_rank, whole.target_rank)
     np.testing.assert_array_equal(pieces.target, [9] * len(prompt.tokens))
     for name in ("top_logprob", "target_logprob", "kl"):
-        np.testing.assert_allclose(getattr(pieces, name), getattr(whole, name), atol=1e-6)
+        one, other = getattr(pieces, name), getattr(whole, name)
+        np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-6)  # a few float32 roundings
 
 
 def test_the_lens_reads_the_points_that_are_asked_for(model, prompt):

@@ -5,14 +5,17 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_edits import ALL, in_full, rows_of, some_prompt
 from tiny import CONFIG, tiny
+from torch.overrides import _get_current_function_mode_stack
 
 import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_in
 from llama4_lab.points import NO_TAP
 from llama4_lab.replay import Replay, _Rows
+from llama4_lab.witness import Witness
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +182,25 @@ def test_a_change_that_the_model_does_not_read_is_called_unseen(model, prompt, m
     assert effect.kl.max() < 1e-6
 
 
+def test_a_value_counts_as_read_only_with_the_checksum_that_it_was_handed_out_with():
+    def read_by(between):
+        witness, value = Witness(), torch.arange(6.0).view(2, 3)
+        witness.follow("x", value, instead_of=torch.zeros(2, 3))
+        try:
+            F.silu(between(value))
+        finally:
+            witness.close()
+        return witness.used_by.get("x")
+
+    assert read_by(lambda x: x) == "silu"
+    assert read_by(lambda x: torch.cat([x.T, x.T])[1:]) == "silu"  # through views and joins
+    assert read_by(lambda x: x.fill_(7.0)) is None
+    assert read_by(lambda x: x.view(6).fill_(7.0) is not None and x) is None
+    assert read_by(lambda x: x.__setitem__(0, 7.0) or x) is None
+    assert read_by(torch.clone) == "clone"
+    assert read_by(lambda x: torch.ones(2, 3)) is None
+
+
 def test_an_edit_that_changes_nothing_says_so(replay):
     effect = replay.edited([E.Scale("layers.2.resid_mid", 1.0)]).effect
     assert effect.evidence["layers.2.resid_mid"].changed == 0
@@ -205,6 +227,7 @@ def test_nothing_stays_behind_after_an_interrupt(model, prompt, replay, monkeypa
     monkeypatch.undo()
     assert model.tap is NO_TAP
     assert model.first_slot == 0
+    assert not _get_current_function_mode_stack()  # no witness looks on
     assert torch.equal(model(**prompt), plain)
 
 
@@ -220,6 +243,22 @@ def test_a_replay_keeps_a_fixed_number_of_floats_a_token(model):
     floats = CONFIG.num_hidden_layers * (2 * d + heads + 2 * kv) + 3 * d
     routing = 3 * CONFIG.num_experts_per_tok * 8
     assert large <= 80 * (4 * floats + routing)
+
+
+def test_replays_inside_a_block_that_changes_the_model_are_refused(model, prompt, replay):
+    sentence = "inside a block of intervene or edited, whose changes replayed runs would not have"
+    for block in (
+        l4.intervene(model, {"layers.2.resid_mid": torch.clone}),
+        E.edited(model, [E.SkipLayer(2)]),
+    ):
+        with block:
+            with pytest.raises(ValueError, match=sentence):
+                Replay(model, prompt)
+            with pytest.raises(ValueError, match=sentence):
+                replay.edited([E.AblateHead(3, 1)])
+            model(**prompt)
+    with l4.trace(model, "logits"):
+        replay.edited([E.AblateHead(3, 1)])
 
 
 @pytest.mark.parametrize(

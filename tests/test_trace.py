@@ -141,7 +141,7 @@ def test_200_traces_leave_nothing_in_memory():
         return sum(issubclass(type(x), torch.Tensor | Tap) for x in gc.get_objects())
 
     def once():
-        with l4.trace(model, "*", positions=-1) as cache:
+        with l4.trace(model, "*", positions=-1) as cache, l4.intervene(model, {"*": torch.clone}):
             model(ids)
         return [weakref.ref(value) for value in cache.values()]
 

@@ -134,8 +134,11 @@ def check(edits: Sequence[Edit], config: Llama4Config, length: int | None = None
         raise TypeError(f"{strange[0]!r:.80} is no edit: they are {', '.join(KINDS)}")
     dropped: dict[int, set[int]] = {}
     topk = {edit.layer: edit.k for edit in edits if isinstance(edit, TopK)}
+    rotates = {edit.layer: edit.on for edit in edits if isinstance(edit, Rope)}
     for edit in edits:
         edit.check(config, length)
+        if isinstance(edit, AttentionTemperature) and rotates.get(edit.layer):
+            raise ValueError(f"{edit}: beside {Rope(edit.layer, True)} there is no temperature")
         if isinstance(edit, DropExpert):
             dropped.setdefault(edit.layer, set()).add(edit.expert)
     for layer, gone in dropped.items():
@@ -191,6 +194,7 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
 
     Raises:
         KeyError: a source that was not given.
+        ValueError: a source without a picture that was to give values of one.
     """
     wanted: dict[str, set[str]] = {}
     for edit in edits:
@@ -208,6 +212,8 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
         values[source, IDS] = inputs["input_ids"]
         with trace(model, names & points(model.config).keys()) as cache:
             model(**inputs)
+        if absent := names - cache.keys() - {IDS}:
+            raise ValueError(f"the run {source!r} has no picture, so it has no {min(absent)}")
         values |= {(source, point): value for point, value in cache.items()}
     return values
 
