@@ -29,7 +29,7 @@ def address(tmp_path) -> Iterator[str]:
         yield found[1]
     finally:
         process.send_signal(2)  # Ctrl-C
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=TIMEOUT_MS / 1000) == 0
 
 
 def test_the_lab_is_a_page_of_its_own_and_asks_no_other_host(browser: Browser, address):
