@@ -131,8 +131,9 @@ def moe(
 ) -> Float[Tensor, "n d"]:
     """Send each token through its experts and the shared expert, and add the two.
 
-    What is inside the experts is shown by the readable backend. If it is changed there, that
-    backend's result counts, and also for experts in a file; else that of `backend` does, as ever.
+    What is inside the experts is shown by the readable backend (to a mere trace, `numba` shows its
+    own). If it is changed there, that backend's result counts, and so it does for experts in a
+    file; else that of `backend` does, as ever.
 
     Args:
         experts: ``gate_up`` and ``down``.
