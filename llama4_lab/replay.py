@@ -5,6 +5,7 @@ An edited run takes over what stands before its earliest touched point and token
 rest; many runs share the batches, each joining at the layer where it begins.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from llama4_lab.witness import Witness
 
 _KEPT = ("resid_pre", "attn.rot_k", "attn.v", "attn.z", "resid_mid", "resid_post")
 _VISION = ("vision.", "projector.")
+_SPARE_TOKENS = 64  # computed again to save a pass: reading the weights costs about as much
 
 
 class Replay:
@@ -148,19 +150,26 @@ class Replay:
                 raise ValueError(f"{edit}: this prompt has no picture, so it has no {seen[0]}")
 
     def _batches(self, variants: list["_Variant"]) -> Iterator[list["_Variant"]]:
-        """Put together what has the same rules and first token; the earliest layers first.
+        """Put together what has the same rules and begins at nearly the same token.
 
-        Where experts are read from files, runs with other first tokens share the pass too: to read
-        an expert takes longer than to compute some tokens again.
+        A pass reads all weights, so it computes a few tokens again rather than being another one.
+        Where experts are read from files, all runs of the same rules share the passes. The earliest
+        layers come first.
         """
-        is_on_disk = self.model.expert_memory is not None
-        kind = (lambda variant: (variant.rules, 0)) if is_on_disk else _Variant.kind
-        for _, group in groupby(sorted(variants, key=kind), key=kind):
-            alike = sorted(group, key=lambda variant: variant.begin)
-            first = min(variant.first for variant in alike)
-            most = max(1, self.max_tokens // max(1, len(self) - first))
-            for i in range(0, len(alike), most):
-                yield alike[i : i + most]
+        spare = math.inf if self.model.expert_memory is not None else _SPARE_TOKENS
+        together: list[list[_Variant]] = []
+        for _, found in groupby(sorted(variants, key=_Variant.kind), key=_Variant.kind):
+            alike, group = list(found), together[-1] if together else []
+            again = len(alike) * (alike[0].first - group[0].first) if group else math.inf
+            if group and group[0].rules == alike[0].rules and again <= spare:
+                group += alike
+            else:
+                together.append(alike)
+        for group in together:
+            most = max(1, self.max_tokens // max(1, len(self) - group[0].first))
+            group.sort(key=lambda variant: variant.begin)
+            for i in range(0, len(group), most):
+                yield group[i : i + most]
 
     @torch.no_grad()
     def _run(self, variants: list["_Variant"]) -> dict[int, "Edited"]:
@@ -168,18 +177,20 @@ class Replay:
         rules = ruled(self.model, variants[0].edits)
         with self._reading_from(first), rules, closing(rows.witness):
             hidden = self._pass(variants, first, rows)
-        return {
-            variant.index: Edited(
+        found = {}
+        for row, variant in enumerate(variants):
+            own = slice(variant.first - first, None)
+            known = {p: value[row] for p, value in rows.routers.items() if row < len(value)}
+            found[variant.index] = Edited(
                 replay=self,
                 edits=tuple(variant.edits),
-                first=first,
-                hidden=hidden[row],
-                routers={p: value[row] for p, value in rows.routers.items() if row < len(value)},
+                first=variant.first,
+                hidden=hidden[row, own],
+                routers={point: value[own] for point, value in known.items()},
                 evidence=rows.evidence(row),
                 change_logits=variant.change("logits"),
             )
-            for row, variant in enumerate(variants)
-        }
+        return found
 
     def _pass(
         self, variants: list["_Variant"], first: int, rows: "_Rows"

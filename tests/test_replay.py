@@ -70,6 +70,28 @@ def test_small_passes_give_the_same(model, prompt, replay):
 
 
 @torch.no_grad()
+def test_runs_that_begin_at_near_tokens_share_a_pass(model, prompt, monkeypatch):
+    """Each still says nothing of what stands before its own first token."""
+    replay, passes = Replay(model, prompt), []
+    run = replay._run
+    monkeypatch.setattr(replay, "_run", lambda variants: passes.append(variants) or run(variants))
+    tokens = [12, 3, 5, 4, len(replay) - 1]
+    edits = [[E.ReplaceToken(token, 7)] for token in tokens] + [[E.SkipLayer(2)]]
+    together = replay.many(edits)
+    assert len(passes) == 1
+    for token, found, edit in zip([*tokens, 0], together, edits, strict=True):
+        alone = replay.edited(edit)
+        assert (found.first, len(found.hidden)) == (token, len(replay) - token)
+        torch.testing.assert_close(found.logits, alone.logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.effect.kl, alone.effect.kl, atol=1e-6, rtol=0)
+        assert found.effect.flips == alone.effect.flips
+    passes.clear()
+    monkeypatch.setattr("llama4_lab.replay._SPARE_TOKENS", 1)
+    replay.many(edits)
+    assert [len(variants) for variants in passes] == [1, 2, 1, 1, 1]  # only 4 joins 3
+
+
+@torch.no_grad()
 def test_a_stream_holds_one_pass_at_a_time(model, prompt):
     runs = [[E.AblateHead(layer, head)] for layer in (4, 1) for head in range(6)]
     replay = Replay(model, prompt, max_tokens=1)

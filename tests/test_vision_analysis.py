@@ -14,6 +14,7 @@ from small_tokenizer import small_tokenizer
 from tiny import CONFIG, VISION
 
 import llama4_lab as l4
+from llama4_lab import edits as E
 from llama4_lab.analysis.attention import keys_and_queries
 from llama4_lab.analysis.routing import routing_of
 from llama4_lab.analysis.vision import (
@@ -344,35 +345,52 @@ def log_prob(model, ids, answer, pixels=None, embed=None) -> float:
     return float(sum(step[idx] for step, idx in zip(steps, answer, strict=True)))
 
 
+def masked_log_prob(model, prompt, answer, tokens, fill) -> float:
+    """The same with image tokens masked."""
+    image = prompt.spans.patch[0] >= 0
+    pixels = prompt.pixel_values.clone()
+    if fill == 128:
+        for token in tokens:
+            row, col = divmod(int(prompt.spans.patch[0, token]), 3)
+            for y, x in np.ndindex(8, 8):
+                pixels[prompt.spans.tile[0, token], :, 8 * row + y, 8 * col + x] = 1 / 255
+
+    def embed(x):
+        x = x.clone()
+        if fill != 128:
+            x[0, tokens] = x[0, : len(image)][image].mean(0) if fill == "mean" else 0.0
+        return x
+
+    return log_prob(model, prompt.input_ids, answer, pixels, embed)
+
+
 @pytest.mark.parametrize("fill", ["mean", "zero", 128])
 def test_effects_are_differences_of_full_passes(model, ask, fill):
     prompt = ask(picture(24, 24), picture(30, 40))
     answer = [70, 11, 3]
     first, second = patches_of(prompt), patches_of(prompt, 1)
     sets = [[int(first.position[0, 1, 2])], [], second.position[:, 0].ravel().tolist()]
-    image = prompt.spans.patch[0] >= 0
     clean = log_prob(model, prompt.input_ids, answer, prompt.pixel_values)
-    wanted = []
-    for tokens in sets:
-        pixels = prompt.pixel_values.clone()
-        if fill == 128:
-            for token in tokens:
-                row, col = divmod(int(prompt.spans.patch[0, token]), 3)
-                for y, x in np.ndindex(8, 8):
-                    pixels[prompt.spans.tile[0, token], :, 8 * row + y, 8 * col + x] = 1 / 255
-
-        def embed(x, tokens=tokens):
-            x = x.clone()
-            if fill != 128:
-                x[0, tokens] = x[0, : len(image)][image].mean(0) if fill == "mean" else 0.0
-            return x
-
-        wanted.append(clean - log_prob(model, prompt.input_ids, answer, pixels, embed))
-    for batch_size in (1, 3, 16):
-        found = masking_effects(model, prompt, answer, sets, fill=fill, batch_size=batch_size)
+    wanted = [clean - masked_log_prob(model, prompt, answer, tokens, fill) for tokens in sets]
+    for max_tokens in (1, 300, 2048):
+        found = masking_effects(model, prompt, answer, sets, fill=fill, max_tokens=max_tokens)
         np.testing.assert_allclose(found, wanted, atol=3e-5)
     assert found[1] == 0
     assert min(abs(found[0]), abs(found[2])) > 1e-4
+
+
+@pytest.mark.parametrize("fill", ["mean", "zero", 128])
+def test_effects_are_those_of_the_edited_model(model, ask, fill):
+    prompt, answer = ask(picture(24, 24)), [70, 11, 3]
+    sets = patches_of(prompt).position.reshape(-1, 1).tolist()
+    behind = E.Scale("layers.1.attn.out", 3.0, tokens=[len(prompt.tokens) + 1])
+    for edits in ([E.AblateHead(1, 0), behind], [behind]):
+        found = masking_effects(model, prompt, answer, sets, fill=fill, edits=edits)
+        with E.edited(model, edits):
+            clean = log_prob(model, prompt.input_ids, answer, prompt.pixel_values)
+            wanted = [clean - masked_log_prob(model, prompt, answer, each, fill) for each in sets]
+        np.testing.assert_allclose(found, wanted, atol=3e-5)
+        assert max(abs(found)) > 1e-3
 
 
 def test_only_the_patch_that_the_model_can_see_has_an_effect(model, ask):
@@ -381,15 +399,8 @@ def test_only_the_patch_that_the_model_can_see_has_an_effect(model, ask):
     target = int(patches.position[0, 2, 1])
     hidden = [int(i) for i in patches.position.flat if i != target]
 
-    def blindfold(scores):
-        scores = scores.clone()
-        for i in hidden:
-            scores[..., i + 1 :, i] = float("-inf")
-        return scores
-
-    effects = partial(masking_effects, model, prompt, [70])
-    with l4.intervene(model, {"layers.*.attn.scores": blindfold}):
-        found = causal_map(patches, effects)
+    effects = partial(masking_effects, model, prompt, [70], edits=[E.RemoveTokens(hidden)])
+    found = causal_map(patches, effects)
     assert np.argwhere(abs(found) > 1e-5).tolist() == [[2, 1]]
 
 

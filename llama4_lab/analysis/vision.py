@@ -17,9 +17,10 @@ from torch import Tensor
 
 from llama4_lab.analysis.attention import KeysAndQueries, rows
 from llama4_lab.analysis.routing import Routing
+from llama4_lab.edits import AblateEmbedding, Edit, Patch
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Layout, Prompt, Tiling
-from llama4_lab.trace import intervene
+from llama4_lab.replay import Replay
 
 Place = Sequence[int]
 """Tile of a picture, row and column of a token in its tile."""
@@ -227,7 +228,7 @@ def without_sinks(
     return kept * np.divide(all_shares, others, out=np.zeros_like(others), where=others > 0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def masking_effects(
     model: Llama4,
     prompt: Prompt,
@@ -235,56 +236,60 @@ def masking_effects(
     sets: Sequence[Sequence[int]],
     *,
     fill: str | int = "mean",
-    batch_size: int = 16,
+    edits: Sequence[Edit] = (),
+    max_tokens: int = 2048,
 ) -> Float[np.ndarray, " sets"]:
     """Return what masking each set of image tokens costs the answer: nats of log-probability.
 
-    Positive if the tokens speak for the answer, which is given as ids that follow the prompt.
+    Positive if the tokens speak for the answer, which is given as ids that follow the prompt. The
+    masked runs are replays, which begin at the first masked token.
 
     Args:
         fill: ``"mean"`` puts the mean image token of the prompt in the tokens' place, ``"zero"``
             nothing. The vision encoder has let tokens of a tile see each other before. A grey
-            level, 0 to 255, paints over the tokens' pixels and takes them away from all.
-        batch_size: rows of one forward pass; the vision encoder runs again only for pixels.
+            level, 0 to 255, paints over the tokens' pixels and takes them away from all; the
+            vision encoder runs again for each set.
+        edits: the model as it is to be asked, masked or not.
+        max_tokens: of all runs that share a pass, as for `Replay`.
 
     Raises:
-        ValueError: an empty answer, an unknown fill, or tokens that show no picture.
+        ValueError: an empty answer, an unknown fill, tokens that show no picture, or edits that
+            model or prompt cannot have.
     """
     if not len(answer):
         raise ValueError("the answer is empty: give the ids of the tokens that should follow")
     if fill not in ("mean", "zero", *range(256)):
         raise ValueError(f'fill {fill!r} is unknown: give "mean", "zero" or a grey level, 0 to 255')
-    count, is_image = len(prompt.tokens), prompt.spans.patch[0] >= 0
+    is_image = prompt.spans.patch[0] >= 0
     known = np.flatnonzero(is_image).tolist()
     if strange := {token for some in sets for token in some}.difference(known):
         raise ValueError(
             f"token {min(strange)} shows no picture: mask tokens that "
             "patches_of(prompt, image).position holds"
         )
-    prompt, said = prompt.to(model.device), torch.tensor([list(answer)], device=model.device)
-    ids = torch.cat([prompt.input_ids, said[:, :-1]], dim=1)
-    clean = model.embed(ids, prompt.pixel_values)
-    average = clean[0, :count][is_image].mean(dim=0)
-
-    def masked(some: Sequence[Sequence[int]]) -> Float[Tensor, "b t d"]:
-        if isinstance(fill, int):
-            pixels = torch.cat([_painted(prompt, tokens, fill) for tokens in some])
-            return model.embed(ids.expand(len(some), -1), pixels)
-        x = clean.repeat(len(some), 1, 1)
-        for row, tokens in zip(x, some, strict=True):
-            row[list(tokens)] = average if fill == "mean" else 0.0
-        return x
-
-    found = []
-    runs = [(), *sets]  # the first one masks nothing
-    for start in range(0, len(runs), batch_size):
-        x = masked(runs[start : start + batch_size])
-        with intervene(model, {"embed": lambda _, x=x: x}):
-            logits = model(ids.expand(len(x), -1), keep_last=said.shape[1])
+    prompt, said = prompt.to(model.device), torch.tensor(list(answer), device=model.device)
+    ids = torch.cat([prompt.input_ids, said[None, :-1]], dim=1)
+    asked = {"input_ids": ids, "pixel_values": prompt.pixel_values}
+    painted, runs = {}, [[*edits]]  # the first one masks nothing
+    for i, some in enumerate(sets):
+        mask: Edit
+        if isinstance(fill, str):
+            mask = AblateEmbedding(tuple(some), fill)
+        else:
+            painted[name := f"painted {i}"] = asked | {"pixel_values": _painted(prompt, some, fill)}
+            tile = prompt.spans.tile[0]
+            in_reach = is_image & torch.isin(tile, tile[list(some)])  # tiles do not see each other
+            mask = Patch("embed", name, tuple(np.flatnonzero(in_reach).tolist()))
+        runs.append([*edits, mask] if len(some) else [*edits])
+    log_probs = np.zeros(len(runs))
+    for i, run in Replay(model, asked, painted, max_tokens=max_tokens).stream(runs):
+        begins_before = len(run.hidden) >= len(said)
+        logits = (
+            run.logits_of(slice(-len(said), None)) if begins_before else run.logits[-len(said) :]
+        )
         log_prob = logits.float().log_softmax(dim=-1)
-        found.append(log_prob.gather(-1, said.expand(len(x), -1)[..., None]).sum(dim=(1, 2)))
-    log_probs = torch.cat(found)
-    return (log_probs[0] - log_probs[1:]).cpu().numpy()
+        log_probs[i] = log_prob.gather(-1, said[:, None]).sum().item()
+    return log_probs[0] - log_probs[1:]
 
 
 def _painted(

@@ -100,6 +100,7 @@ __all__ = [
     "edited",
     "loads",
 ]
+_BEFORE_LAYERS = ("embed", "vision.", "projector.")
 
 
 @contextmanager
@@ -211,7 +212,10 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
         inputs = inputs_of(model, sources[source])
         values[source, IDS] = inputs["input_ids"]
         with trace(model, names & points(model.config).keys()) as cache:
-            model(**inputs)
+            if all(name.startswith(_BEFORE_LAYERS) for name in names - {IDS}):
+                model.tap("embed", model.embed(inputs["input_ids"], inputs.get("pixel_values")))
+            else:
+                model(**inputs)
         if absent := names - cache.keys() - {IDS}:
             raise ValueError(f"the run {source!r} has no picture, so it has no {min(absent)}")
         values |= {(source, point): value for point, value in cache.items()}
