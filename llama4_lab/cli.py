@@ -152,6 +152,7 @@ def train_model(options: argparse.Namespace) -> None:
 
     from llama4_lab.train.lessons import Material
     from llama4_lab.train.loop import train
+    from llama4_lab.train.precision import product_dtype
     from llama4_lab.train.recipes import RECIPES
     from llama4_lab.train.step import Teacher
 
@@ -160,6 +161,10 @@ def train_model(options: argparse.Namespace) -> None:
         recipe = dataclasses.replace(recipe, steps=options.steps, minutes=None)
     minutes = recipe.minutes if options.budget_minutes is None else options.budget_minutes
     out = options.out or Path("runs") / recipe.name
+    device, teacher = torch.device(options.device), None
+    if options.teacher:
+        read = l4.load(options.teacher, dtype=product_dtype(device))
+        teacher = Teacher(read.to(device).eval())
     model = train(
         recipe,
         Material(options.corpus, recipe.config.vision_config),
@@ -167,7 +172,7 @@ def train_model(options: argparse.Namespace) -> None:
         budget_minutes=minutes,
         device=options.device,
         compile=options.compile,
-        teacher=Teacher(l4.load(options.teacher).eval()) if options.teacher else None,
+        teacher=teacher,
         tensorboard=options.tensorboard,
     )
     l4.save(model.bfloat16().cpu(), out / "model")
