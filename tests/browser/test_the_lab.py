@@ -108,7 +108,9 @@ def photograph(browser: Browser, model: l4.Llama4, folder: Path) -> None:
             page.wait_for_timeout(1000)
             file = Path(SCREENSHOTS, f"{name}-{scheme}.png")
             page.locator("main").screenshot(path=file)
-            Image.open(file).convert("RGB").quantize(96).save(file, optimize=True)
+            Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+                file, optimize=True
+            )
             context.close()
 
 

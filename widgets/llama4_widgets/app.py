@@ -208,10 +208,9 @@ class LabApp(ipywidgets.VBox):
     def _edit(self, _change: Any) -> None:
         if self.moment is None:
             return
-        made = [view.moment for view in self.views.values() if view.moment.edits == self.edits]
-        made = [moment for moment in made if moment.prompt is self.moment.prompt]
-        self._is_dragged = bool(made)  # it came from a view: more of it may be on its way
-        self.moment = made[0] if made else self.moment.with_edits(self.edits)
+        known = [view.trait_values().get("edits") for view in self.views.values()]
+        self._is_dragged = self.edits in known  # it came from a view: more of it may be on its way
+        self.moment = self.moment.with_edits(self.edits)
         self._is_dragged = False
 
     @traitlets.observe("moment")
@@ -250,6 +249,7 @@ class LabApp(ipywidgets.VBox):
             if name not in self.views:
                 self.views[name] = VIEWS[name](self.moment, self.selection)
                 if self.views[name].has_trait("edits"):
+                    self.views[name].is_led = True
                     traitlets.link((self, "edits"), (self.views[name], "edits"))
                 if self.views[name].has_trait("kept"):
                     self.views[name].observe(self._keep, "kept")

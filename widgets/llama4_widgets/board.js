@@ -99,7 +99,7 @@ function render({ model, el }) {
   const group = GROUPS.get(name) ?? { selection: model.get("selection"), boards: new Set() };
   GROUPS.set(name, group);
   if ((model.get("selection").seq ?? 0) > (group.selection.seq ?? 0)) group.selection = model.get("selection");
-  let content, theme;
+  let content, theme, wide; // is that of the body
   let arrays; // as Values
   let drawn = []; // of each panel: its figure, and the function that draws it anew
   let pointed = {}; // what is under the pointer, in fields of the selection
@@ -178,7 +178,7 @@ function render({ model, el }) {
         return digits ? value(name).toFixed(Math.min(digits, arrays[name].decimals)) : written(value(name));
       });
     summary.setAttribute("aria-live", Object.keys(pointed).length ? "off" : "polite");
-    summary.style.minHeight = text && root.clientWidth < 640 ? "3em" : ""; // two lines
+    summary.style.minHeight = text && wide < 640 ? "3em" : ""; // two lines
     summary.textContent = text || model.get("summary");
   }
 
@@ -490,7 +490,7 @@ function render({ model, el }) {
       scale.colours.forEach((colour, i) => make("i", box, { textContent: i, style: `background:${colour};color:${scale.inks[i]}` }));
       return;
     }
-    make("span", box, { textContent: told(scale.low, scale) });
+    make("span", box, { textContent: told(scale.low, { ...scale, unit: "" }) });
     make("i", box, { className: "l4-ramp", style: `background:linear-gradient(90deg,${(scale.colours ?? SCALES[scale.kind]).join()})` });
     make("span", box, { textContent: `${told(scale.high, scale)}${scale.label ? ` ${scale.label}` : ""}` });
   }
@@ -653,11 +653,19 @@ function render({ model, el }) {
 
   // -- putting it together
 
-  // Sizes and colours are read before anything is written: in between, each would lay out the page.
-  function redraw() {
+  // Sizes and colours are read when they may have changed, and before anything is written: a browser
+  // lays the whole page out for each that is read after a change.
+  function measure() {
     const style = getComputedStyle(root);
     theme = Object.fromEntries(["muted", "paper", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
     for (const { figure } of drawn) figure.wide = figure.clientWidth;
+  }
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const dress = () => [document.documentElement, document.body].flatMap((node) => Array.from(node.attributes, ({ value }) => value)).concat(dark.matches).join();
+  let dressed; // as the page was when colours were read: whoever changes its theme changes an attribute
+
+  function redraw() {
+    if (dressed !== (dressed = dress()) || drawn.some(({ figure }) => figure.wide === undefined)) measure();
     drawn.forEach(show);
     say();
   }
@@ -676,7 +684,10 @@ function render({ model, el }) {
     });
     const figures = drawn.map((each) => each.figure);
     // Whoever has the focus or has scrolled stays where they are.
-    if (figures.some((figure, i) => figure !== body.children[i]) || body.children.length > figures.length) body.replaceChildren(...figures);
+    if (figures.some((figure, i) => figure !== body.children[i]) || body.children.length > figures.length) {
+      body.replaceChildren(...figures);
+      dressed = undefined;
+    }
     turn();
     redraw();
   }
@@ -719,8 +730,11 @@ function render({ model, el }) {
   for (const trait of ["title", "help", "summary", "problem", "busy"]) model.on(`change:${trait}`, retitle);
   rebuild();
   retitle();
-  let wide; // what is drawn makes the body taller, but only a width calls for another drawing
-  const watch = new ResizeObserver(([{ contentRect }]) => contentRect.width !== wide && ((wide = contentRect.width), redraw()));
+  const watch = new ResizeObserver(([{ contentRect }]) => {
+    if (contentRect.width === wide) return; // what is drawn makes the body taller
+    [wide, dressed] = [contentRect.width, undefined];
+    redraw();
+  });
   watch.observe(body);
   return () => {
     watch.disconnect();

@@ -30,6 +30,7 @@ class View(ipywidgets.VBox):
     help = ""
     follows: tuple[str, ...] = ()
     moment = traitlets.Any(help="the llama4_widgets.moment.Moment that is shown")
+    is_led = traitlets.Bool(False, help="whether a lab makes the moments of changed edits")
     is_shown = traitlets.Bool(True, help="a view that is not shown computes nothing")
 
     def __init__(self, moment: "Moment", selection: Selection | None = None, **traits: Any):

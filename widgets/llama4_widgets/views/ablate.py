@@ -279,7 +279,7 @@ class AblateView(View):
 
     @traitlets.observe("edits")
     def _apply(self, _change: Any) -> None:
-        if self.moment is not None and self.moment.edits != self.edits:
+        if self.moment is not None and not self.is_led and self.moment.edits != self.edits:
             self.moment = self.moment.with_edits(self.edits)
 
     def content(self) -> Content:
@@ -326,8 +326,10 @@ class AblateView(View):
         return content
 
     def _answers(self, token: int) -> list[list[Any]]:
+        run = self.moment.edited_run
         clean = self.moment.replay.logits[token].softmax(-1)
-        edited = self.moment.edited_run.logits[token].softmax(-1)
+        own = slice(token - run.first, token - run.first + 1)
+        edited = run.logits_of(own)[0].softmax(-1) if token >= run.first else clean
         ids = clean.maximum(edited).topk(_TOP).indices
         decode = self.moment.model.tokenizer.decode
         return [

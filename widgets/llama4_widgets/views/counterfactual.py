@@ -56,7 +56,7 @@ class CounterfactualView(View):
         route = Route(self.selection.layer, self.selection.token, self.selection.expert)
         try:
             self.edits = (*self.moment.edits, route)
-            if self.moment.edits != self.edits:  # nobody else applied it
+            if not self.is_led:
                 self.moment = self.moment.with_edits(self.edits)
         except (ValueError, traitlets.TraitError) as error:
             self.board.problem = str(error)

@@ -85,7 +85,7 @@ class ExpertsView(View):
         content.table(
             "balance",
             "Balance",
-            ["layer", "entropy", "experts in effect", "Gini", "max / mean"],
+            ["layer", "entropy", "effective", "Gini", "max / mean"],
             [
                 [
                     layer,
@@ -98,7 +98,7 @@ class ExpertsView(View):
             ],
             [{"layer": layer} for layer in edited.layers],
             wide=False,
-            note="entropy is 1, Gini 0 and max / mean 1 if all work alike",
+            note="all alike: entropy 1, Gini 0, max / mean 1, and as many effective as there are",
         )
         self._add_tokens(content, edited)
         if count > 1:
