@@ -206,7 +206,7 @@ class Replay:
             joined = clean.expand(count, *clean.shape[1:])
             return joined if x is None else torch.cat([x, joined])
 
-        step = cache(lambda batch_size: self._step(batch_size, first))
+        step = cache(lambda batch_size: self._step(batch_size, first))  # rows join on the way
         x = self._embedded(variants, first, rows)
         for i, layer in enumerate(layers):
             at, z = f"layers.{i}.", None
@@ -476,5 +476,7 @@ class _Rows(Tap):
 
 
 def _distance(new: Tensor, old: Tensor) -> float:
-    same = new == old  # infinities included
-    return (new - old).masked_fill_(same, 0).abs().max().item()
+    apart = (new - old).abs_()
+    if (most := apart.max().item()) == most:
+        return most
+    return apart.masked_fill_(new == old, 0).max().item()  # equal infinities

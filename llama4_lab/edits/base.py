@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
-from llama4_lab.points import points
+from llama4_lab.points import described
 
 HOW = ("zero", "mean", "resample")
 Tokens = Sequence[int] | None  # None stands for all of them
@@ -49,7 +49,10 @@ class Run:
         self, value: Tensor, tokens: Tokens, make: Callable[[Tensor, list[int]], Any]
     ) -> Tensor:
         """Return a copy of ``value [b t …]`` with ``make(old, positions)`` in place of tokens."""
-        columns, positions = self.columns(value.shape[1], tokens)
+        t = value.shape[1]
+        columns, positions = self.columns(t, tokens)
+        if columns == list(range(t)):  # the usual case, without a copy by index
+            return torch.empty_like(value).copy_(torch.as_tensor(make(value, positions)))
         value = value.clone()
         value[:, columns] = make(value[:, columns], positions)
         return value
@@ -157,7 +160,7 @@ class Edit:
     def touches(self, config: Llama4Config) -> Touch:
         """Return where a run first differs: point and token."""
         changed = self.changes(config)
-        point = next(point for point in points(config) if point in changed)
+        point = next(point for point in described(config) if point in changed)
         return Touch(layer_of(config, point), point, self.first_token(config))
 
     def __post_init__(self) -> None:
@@ -209,10 +212,10 @@ class Edit:
             self._check_point(point, config)
 
     def _check_point(self, point: str, config: Llama4Config) -> None:
-        known = points(config)
+        known = described(config)
         if point not in known:
             raise ValueError(f"{self}: unknown point {point!r}; points(config) lists all")
-        axes = known[point].split()
+        axes = known[point].axes.split()
         if point.endswith("indices"):
             raise ValueError(f"{self}: experts have numbers, not sizes; use Route or DropExpert")
         if getattr(self, "head", None) is not None and axes[-2:] != ["h", "dh"]:
@@ -276,7 +279,7 @@ def taken(value: Tensor, positions: list[int], source: str) -> Tensor:
 def has_tokens(point: str, config: Llama4Config) -> bool:
     """Whether a point's second axis runs over the prompt's tokens."""
     is_picture = point.startswith(("vision.", "projector."))
-    return not is_picture and points(config)[point].split()[1] == "t"
+    return not is_picture and described(config)[point].axes.split()[1] == "t"
 
 
 def layer_of(config: Llama4Config, point: str) -> int:
