@@ -255,22 +255,16 @@ class AttentionView(View):
             kind="multiples", shown=axes, array=array, wide=False,
             note="a click chooses one" + (some if main.pattern is None else ""),
         )  # fmt: skip
-        columns = [
-            "head",
-            "distance (tokens)",
-            "entropy (nats)",
-            "sink (share)",
-            "across chunks (share)",
-        ]
+        columns = ["head", "distance", "entropy", "sink", "across chunks"]
         rows = [[f"{head}", *map(float, averages[head])] for head in range(count)]
         if len(runs) > 1:
-            columns += [f"clean {name.split(' (')[0]}" for name in columns[1:]]
+            columns += [f"clean {name}" for name in columns[1:]]
             rows = [[*row, *map(float, glances[0][1][i])] for i, row in enumerate(rows)]
         sink = "the first token of the chunk" if main.chunk else "the first token"
         content.table(
             "summaries", "What the heads do", columns, rows,
             [{"head": head} for head in range(count)],
-            note=f"averages over queries{some}; sink: {sink}",
+            note=f"means over queries{some}: tokens back, nats, shares; sink: {sink}",
         )  # fmt: skip
 
     def _add_temperature(self, content: Content, count: int) -> None:
