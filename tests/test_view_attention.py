@@ -210,7 +210,10 @@ def test_only_nope_layers_have_a_temperature(moment):
     assert "temperature" not in panels(view)
     assert panels(view)["map"]["note"].startswith("RoPE, chunks of 128 tokens")
     view._layer.value = 3
-    assert view.selection.layer == 3 and "temperature" in panels(view)
+    assert view.selection.layer == 3
+    last = torch.tensor([len(moment.words) - 1])
+    most = float(temperature(moment.model.config, last))
+    assert panels(view)["temperature"]["note"].endswith(f", {most:.3g} at the end of this prompt")
     assert panels(view)["map"]["note"].startswith("NoPE, no chunks")
     view.selection.layer = 1
     assert view._layer.value == 1

@@ -6,7 +6,9 @@ With ``LAB_SCREENSHOTS=folder`` in the environment the pictures of the README ar
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
@@ -14,6 +16,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.analysis.routing import Routing, routing_of
+from llama4_lab.train import scenes
 from llama4_widgets.app import LabApp
 from llama4_widgets.views import VIEWS
 from llama4_widgets.words import visible
@@ -77,26 +80,38 @@ def said(title: str, routing: Routing, layer: int, token: int) -> str:
     return f"{title}. layer {layer}, token {token} ‘{word}’: expert {chosen}"
 
 
-def photograph(browser: Browser, model: l4.Llama4, folder: Path) -> None:
-    """Write small pictures of every view, light and dark, for the README."""
+def views_of(model: l4.Llama4) -> dict[str, Any]:
+    """Return every view at work, and the lab, by the names of their pictures."""
     app = LabApp(model, shown=list(VIEWS))
     app.selection.layer, app.selection.token = 3, 9
     app.views["experts"].measure()
-    app.views["ablate"].edits = (E.DropExpert(3, expert=7),)
+    app.edits = (E.DropExpert(3, expert=7),)
     for _ in range(40):
         app.views["generate"].step()
     app.views["generate"].refresh()
-    with ThreadPoolExecutor() as pool:  # the browser's event loop is no notebook's
-        pool.submit(app.views["attribution"].run).result()
+    app.views["attribution"].work.start()
     app.compare(())
+    seen = scenes.sample(np.random.default_rng(3), "colour")
+    boxes = [(*thing.box, str(thing)) for thing in seen.scenes[0].objects]
     seeing = LabApp(model, shown=["image"])
-    seeing.bar.scene.click()
-    seeing.selection.token = len(seeing.moment.tokens) - 1
-    files = {f"view-{name}": view for name, view in (app.views | seeing.views).items()}
-    files["view-difference"] = app.difference
+    seeing.run(seen.question, seen.images, boxes)
+    seeing.selection.layer, seeing.selection.token = 3, len(seeing.moment.tokens) - 1
+    seeing.views["image"].work.start()
+    plain = LabApp(model, shown=["attention"])
+    plain.selection.layer, plain.selection.token = 3, 9
+    views = app.views | seeing.views | plain.views
+    found = {f"view-{name}": view for name, view in views.items()}
+    found["view-difference"] = app.difference
     app.compare(None)
     app.shown = ("router", "lens", "ablate", "experts")
-    for name, page_maker in (files | {"lab": app}).items():
+    return found | {"lab": app}
+
+
+def photograph(browser: Browser, model: l4.Llama4, folder: Path) -> None:
+    """Write small pictures of every view, light and dark, for the README."""
+    with ThreadPoolExecutor() as pool:  # the browser's event loop is no notebook's
+        files = pool.submit(views_of, model).result()
+    for name, page_maker in files.items():
         page_maker.to_html(folder / f"{name}.html")
         for scheme in ("light", "dark"):
             width = 1440 if name == "lab" else 760
@@ -108,9 +123,7 @@ def photograph(browser: Browser, model: l4.Llama4, folder: Path) -> None:
             page.wait_for_timeout(1000)
             file = Path(SCREENSHOTS, f"{name}-{scheme}.png")
             page.locator("main").screenshot(path=file)
-            Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-                file, optimize=True
-            )
+            Image.open(file).convert("RGB").quantize(256, kmeans=3).save(file, optimize=True)
             context.close()
 
 

@@ -282,13 +282,13 @@ class AttentionView(View):
         for label, one, colour, dash in configs:
             content.array(label, temperature(one, torch.from_numpy(places)).numpy(), ("position",))
             series.append({"array": label, "label": label, "colour": colour, "dash": dash})
-        own = float(temperature(configs[-1][1], torch.tensor([self.selection.token])))
+        most = float(temperature(configs[-1][1], torch.tensor([count - 1])))
         is_tuned = config.attn_temperature_tuning or len(configs) > 1
         content.add(
             "temperature", "Temperature of this NoPE layer", None, ("position",),
             {"kind": "sequential", "low": 1.0, "unit": "factor"}, kind="lines",
             series=series, array=series[0]["array"], wide=False,
-            note=f"its queries are multiplied by this; {own:.3g} at token {self.selection.token}"
+            note=f"its queries are multiplied by this, {most:.3g} at the end of this prompt"
             if is_tuned else "off in this model",
         )  # fmt: skip
 
