@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from llama4_lab.config import Llama4Config
-from llama4_lab.points import points
+from llama4_lab.points import PICTURE, points
 
 
 class Alias(NamedTuple):
@@ -216,7 +216,7 @@ def _unknown(
             kind, other = ("dense", "MoE") if asks_moe else ("MoE", "dense")
             listed = ", ".join(others) or "none"
             return f"{name!r}: layer {layer} is a {kind} layer; {other} layers are {listed}"
-    if point.startswith(("vision.", "projector.")) and config.vision_config is None:
+    if point.startswith(PICTURE) and config.vision_config is None:
         return f"{name!r}: this model has no vision encoder"
     close = difflib.get_close_matches(name, theirs if "hook_" in name else known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

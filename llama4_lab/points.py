@@ -122,6 +122,7 @@ class Tap:
         return self if type(self) is Tap else _Scoped(self, prefix)
 
 
+PICTURE = ("vision.", "projector.")  # begin the names of what only pictures have
 INSIDE = ("experts.in", "experts.hidden", "experts.out")
 """The values inside routed experts."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from llama4_lab.aliases import ALIASES, ON_MOE, WITHOUT_POINT
 from llama4_lab.config import Llama4Config
-from llama4_lab.points import described
+from llama4_lab.points import PICTURE, described
 
 _PAGE = """\
 # Points
@@ -57,7 +57,7 @@ def as_markdown(config: Llama4Config) -> str:
             )
         return _table(("point", "axes", "layers", "meaning", "TransformerLens"), lines)
 
-    seen = [kind for kind in kinds if kind.startswith(("vision.", "projector."))]
+    seen = [kind for kind in kinds if kind.startswith(PICTURE)]
     vision = f"## Vision encoder\n\n{table(seen)}\n" if seen else ""
     differing = [(f"`{a.hook}`", f"`{a.point}`", a.difference) for a in ALIASES if a.difference]
     refused = [(f"`{hook}`", advice) for hook, advice in WITHOUT_POINT.items()]

@@ -25,12 +25,11 @@ from llama4_lab.edits import Edit, Run, bound, changes_of, check, read_sources, 
 from llama4_lab.edits.base import CLEAN, See, Touch
 from llama4_lab.model import Llama4
 from llama4_lab.model.text import DecoderLayer, Step
-from llama4_lab.points import Tap
+from llama4_lab.points import PICTURE, Tap
 from llama4_lab.trace import inputs_of, intervene, trace
 from llama4_lab.witness import Witness
 
 _KEPT = ("resid_pre", "attn.rot_k", "attn.v", "attn.z", "resid_mid", "resid_post")
-_VISION = ("vision.", "projector.")
 _SPARE_TOKENS = 64  # computed again to save a pass: reading the weights costs about as much
 
 
@@ -146,7 +145,7 @@ class Replay:
         if self.inputs.get("pixel_values") is not None:
             return
         for edit in edits:
-            if seen := [point for point in edit.changes(config) if point.startswith(_VISION)]:
+            if seen := [point for point in edit.changes(config) if point.startswith(PICTURE)]:
                 raise ValueError(f"{edit}: this prompt has no picture, so it has no {seen[0]}")
 
     def _batches(self, variants: list["_Variant"]) -> Iterator[list["_Variant"]]:
@@ -234,7 +233,7 @@ class Replay:
         for row, variant in enumerate(variants):
             if variant.begin[0] == -1:
                 embed = self._kept["embed"]
-                if seen := [point for point in variant.changes if point.startswith(_VISION)]:
+                if seen := [point for point in variant.changes if point.startswith(PICTURE)]:
                     watched = {point: rows.watched(row, point) for point in seen}
                     with intervene(self.model, watched):
                         pixels = self.inputs.get("pixel_values")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llama4_lab.config import Llama4Config
-from llama4_lab.edits.base import IDS, Change, Edit, Run, Touch, Values, in_order
+from llama4_lab.edits.base import IDS, Change, Edit, Run, Touch, Values, in_order, layer_of
 from llama4_lab.edits.experts import (
     AblateExpert,
     DropExpert,
@@ -100,7 +100,6 @@ __all__ = [
     "edited",
     "loads",
 ]
-_BEFORE_LAYERS = ("embed", "vision.", "projector.")
 
 
 @contextmanager
@@ -212,7 +211,7 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
         inputs = inputs_of(model, sources[source])
         values[source, IDS] = inputs["input_ids"]
         with trace(model, names & points(model.config).keys()) as cache:
-            if all(name.startswith(_BEFORE_LAYERS) for name in names - {IDS}):
+            if all(layer_of(model.config, name) < 0 for name in names - {IDS}):
                 model.tap("embed", model.embed(inputs["input_ids"], inputs.get("pixel_values")))
             else:
                 model(**inputs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
-from llama4_lab.points import described
+from llama4_lab.points import PICTURE, described
 
 HOW = ("zero", "mean", "resample")
 Tokens = Sequence[int] | None  # None stands for all of them
@@ -278,8 +278,7 @@ def taken(value: Tensor, positions: list[int], source: str) -> Tensor:
 
 def has_tokens(point: str, config: Llama4Config) -> bool:
     """Whether a point's second axis runs over the prompt's tokens."""
-    is_picture = point.startswith(("vision.", "projector."))
-    return not is_picture and described(config)[point].axes.split()[1] == "t"
+    return not point.startswith(PICTURE) and described(config)[point].axes.split()[1] == "t"
 
 
 def layer_of(config: Llama4Config, point: str) -> int:

@@ -99,7 +99,8 @@ function render({ model, el }) {
   const group = GROUPS.get(name) ?? { selection: model.get("selection"), boards: new Set() };
   GROUPS.set(name, group);
   if ((model.get("selection").seq ?? 0) > (group.selection.seq ?? 0)) group.selection = model.get("selection");
-  let content, theme, wide; // is that of the body
+  let content, theme;
+  let wide; // the width of all panels together, once it is known
   let arrays; // as Values
   let drawn = []; // of each panel: its figure, and the function that draws it anew
   let pointed = {}; // what is under the pointer, in fields of the selection
