@@ -206,7 +206,8 @@ class _Product(torch.autograd.Function):
         ctx.w = w
         if x.shape[:-1].numel() <= _FEW.get(x.dtype, 0) and _is_compiled(w):
             return _product_of_few(x, w)
-        return torch.cat([F.linear(x, block) for block in _blocks(w, x.dtype)], dim=-1)
+        parts = [F.linear(x, block) for block in _blocks(w, x.dtype)]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -29,12 +29,26 @@ def apply(
     """Equal `loop.apply`; falls back to it for dtypes and widths that grouped_mm refuses."""
     if not can_run(gate_up, x) or not can_run(down, x):
         return loop.apply(x, order, offsets, score, gate_up, down)
-    token = order // score.shape[1]
+    topk = score.shape[1]
     ends = offsets[1:].int()
-    rows = x[token] * score.flatten()[order, None]
-    gate, up = product(rows, gate_up, ends).chunk(2, dim=-1)
-    out = product(F.silu(gate) * up, down, ends)
-    return x.new_zeros(x.shape).index_add_(0, token, out)
+    rows = x[order // topk] * score.flatten()[order, None]
+    out = product(gated(rows, gate_up, ends), down, ends)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return out[place] if topk == 1 else out[place].unflatten(0, (-1, topk)).sum(1)
+
+
+def gated(
+    rows: Float[Tensor, "m d"], gate_up: Float[Tensor, "e f2 d"] | Packed, ends: Int[Tensor, " e"]
+) -> Float[Tensor, "m f"]:
+    """Return ``silu(gate) * up`` of rows sorted by expert."""
+    if isinstance(gate_up, Packed) and not (gate_up.kind == "fp8" and has_fast_kernels(rows)):
+        gate_up = gate_up.unpack(rows.dtype)
+    if isinstance(gate_up, Packed):
+        gate, up = product(rows, gate_up, ends).chunk(2, dim=-1)
+    else:  # two products leave what elementwise kernels read fastest
+        gate, up = (product(rows, half, ends) for half in gate_up.chunk(2, dim=1))
+    return F.silu(gate) * up
 
 
 def product(
