@@ -10,14 +10,14 @@ from llama4_lab import packed_triton
 from llama4_lab.experts import triton_kernels as kernels
 from llama4_lab.model import flash_decode
 
-SIZES = {"N", "M", "K", "OUT", "WIDTH", "E", "D", "SIZE", "per_token", "COUNT"}
+SIZES = {"N", "M", "K", "OUT", "WIDTH", "E", "D", "SIZE", "per_token", "COUNT", "PARTS"}
 CODES = {
     "plain": ("*bf16", "*bf16", 64),
     "int8": ("*i8", "*bf16", 128),
     "int4": ("*u8", "*bf16", 128),
     "fp8": ("*fp8e4nv", "*fp32", 64),
 }
-FLOATS = {"score", "cos", "sin", "temperature", "part", "peak", "total"}
+FLOATS = {"score", "cos", "sin", "temperature", "part", "peak", "total", "squares", "x_squares"}
 
 
 def build(kernel, kind="plain", warps=4, **constants):
@@ -49,22 +49,31 @@ def build(kernel, kind="plain", warps=4, **constants):
     return built.asm["ptx"]
 
 
+norm = {"IS_NORMED": True, "BLOCK_P": 256}
 for kind in CODES:
-    row = {"ROWS": 16, "GROUPS": 4}
-    build(kernels.linear_rows, kind, HAS_GAIN=True, HAS_RESIDUAL=True, **row)
-    block = row | {"TOPK": 1, "BLOCK_E": 16}
-    ptx = build(kernels.gate_up_rows, kind, HAS_GAIN=True, **block)
-    assert "ld.global.v" in ptx, "weights are read one by one"
-    build(kernels.down_rows, kind, HAS_RESIDUAL=True, **block)
-    tile = {"TILE": 64, "COLUMNS": 128}
-    build(kernels.linear_tiles, kind, 8, HAS_RESIDUAL=True, **tile)
+    cut = {"SPLIT": 4, "EVEN": True, "ROWS": 16}
+    block = cut | {"TOPK": 1, "BLOCK_E": 16}
+    ending = {"HAS_RESIDUAL": True, "HAS_GAIN": True}
+    for tile in 1, 8:
+        ptx = build(kernels.linear, kind, TILE=tile, OVERLAPS=True, **norm, **ending, **cut)
+        assert "griddepcontrol.wait" in ptx, "kernels of a step do not overlap"
+        ptx = build(kernels.gate_up, kind, TILE=tile, OVERLAPS=True, **norm, **block)
+        if tile == 8:  # of one token, inputs are copied in smaller units
+            assert "cp.async.cg" in ptx, "weights are not loaded ahead"
+            assert "cp.async.ca" not in ptx, "weights are not read in units of 16 bytes"
+        assert "mma.sync" in ptx, "weights are not multiplied by tensor cores"
+        build(kernels.down, kind, TILE=tile, OVERLAPS=True, **block)
+    whole = {"SPLIT": 1, "EVEN": True, "ROWS": 64, "TILE": 64}
+    assert "wgmma" in build(kernels.linear, kind, OVERLAPS=True, **norm, **ending, **whole)
     for kernel in kernels.gate_up_tiles, kernels.down_tiles:
-        assert "wgmma" in build(kernel, kind, 8, BLOCK_E=16, **tile)
-build(kernels.linear_rows, HAS_GAIN=True, HAS_RESIDUAL=False, ROWS=1, GROUPS=64)  # a router
+        build(kernel, kind, BLOCK_E=16, TILE=8, **cut)
+        build(kernel, kind, BLOCK_E=16, **whole)
+build(kernels.narrow, BLOCK=8192, OVERLAPS=True, warps=8, **norm)
+build(kernels.half_norm, warps=8, SLOTS=2, HAS_RESIDUAL=True, BLOCK=8192, OVERLAPS=True)
 for kind in "int4", "int8":
     build(packed_triton.unpack_groups, kind, IS_INT4=kind == "int4", GROUPS=64)
-build(kernels.sort_logits, warps=8, TOPK=1, BLOCK_M=128, BLOCK_E=32)
-shape = {"GROUP": 5, "DH": 128, "PARTS": 32}
+build(kernels.sort_logits, warps=8, TOPK=1, BLOCK_M=128, BLOCK_E=32, OVERLAPS=True, **norm)
+shape = {"GROUP": 5, "DH": 128, "PARTS": 32, "OVERLAPS": True}
 for rotates in True, False:
     rule = {"ROTATES": rotates, "NORMS": rotates, "HEADS": 8, "BLOCK": 16, "KEYS": 64}
     build(flash_decode._attend_part, **rule, **shape)

@@ -71,7 +71,7 @@ def test_sorted_tiles_equal_the_loop(kind, routing, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("routing", ["random", "all to the last"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 128, 2), (4, 5, 2), (19, 16, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 128, 2), (4, 5, 2), (8, 3, 1), (19, 16, 1)])
 def test_the_fused_block_equals_norm_router_experts_and_sum(dtype, kind, routing, shape):
     (n, e, topk), (d, width) = shape, sizes(kind)
     stacks = [weight(e + 1, *s, kind=kind, dtype=dtype) for s in ((2 * width, d), (d, width))]
@@ -80,10 +80,13 @@ def test_the_fused_block_equals_norm_router_experts_and_sum(dtype, kind, routing
     router = torch.linalg.lstsq(x.float().cpu(), ROUTINGS[routing](n, e)).solution.T
     router = router.to(DEVICE, dtype).contiguous()
     kept = torch.full((n, e), torch.nan, device=DEVICE, dtype=dtype)
-    ours = triton.moe(
-        x, router, stacks[0][0], stacks[1][0], topk=topk, gain=gain, eps=1e-3, residual=x,
+    _, half = triton.half_norm(x[:, None], (gain, 1e-3))
+    then = (torch.rand(d) + 0.5).to(DEVICE, dtype)
+    ours, normed = triton.moe(
+        half, router, stacks[0][0], stacks[1][0], topk=topk, residual=x, norm=(then, 1e-2),
         logits=kept,
     )  # fmt: skip
+    is_like_the_sum(normed, ours, then)
 
     chosen, score = experts.route(kept, topk)
     order, offsets = experts.sort(chosen, e)
@@ -103,11 +106,36 @@ def test_the_fused_block_equals_norm_router_experts_and_sum(dtype, kind, routing
 def test_a_packed_linear_of_few_rows_equals_the_unpacked_one(n, out, kind):
     ours, plain = weight(out, sizes(kind)[0], kind=kind)
     x, residual = torch.randn(n, plain.shape[1], device=DEVICE), torch.randn(n, out, device=DEVICE)
-    gain = torch.rand(plain.shape[1], device=DEVICE)
+    gain, then = torch.rand(plain.shape[1], device=DEVICE), torch.rand(out, device=DEVICE)
     close(triton.linear(x, ours), F.linear(x, plain))
-    normed = F.rms_norm(x, x.shape[1:], gain, 1e-2)
-    expected = F.linear(normed, plain) + residual
-    close(triton.linear(x, ours, gain=gain, eps=1e-2, residual=residual), expected)
+    expected = F.linear(F.rms_norm(x, x.shape[1:], gain, 1e-2), plain)
+    _, half = triton.half_norm(x[:, None], (gain, 1e-2))
+    close(triton.linear(half, ours), expected)
+    total, begun = triton.linear(half, ours, residual=residual, norm=(then, 1e-3))
+    close(total, expected + residual)
+    is_like_the_sum(begun, total, then)
+    # Many parts of squares, as a product in many blocks leaves them.
+    parts = x.square().unflatten(1, (-1, plain.shape[1] // parts_of(plain.shape[1]))).sum(2)
+    close(triton.linear(half._replace(squares=parts.contiguous()), ours), expected)
+
+
+def parts_of(k):
+    return next(p for p in (32, 37) if k % p == 0)
+
+
+def is_like_the_sum(half, total, gain):
+    """Whether a norm was begun of what is stored."""
+    dtype = total.dtype
+    close(half.rows, total.float() * gain.float(), dtype)
+    close(half.squares.sum(1), total.float().square().sum(1), torch.float32)
+
+
+def test_slots_and_residual_are_added_and_their_norm_begun():
+    slots, residual = torch.randn(3, 2, 77, device=DEVICE), torch.randn(3, 77, device=DEVICE)
+    gain = torch.rand(77, device=DEVICE)
+    total, half = triton.half_norm(slots, (gain, 1e-3), residual)
+    close(total, slots.sum(1) + residual)
+    is_like_the_sum(half, total, gain)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (9, 4, 1), (64, 16, 1), (21, 5, 2)])
@@ -115,6 +143,11 @@ def test_routing_and_sorting_in_one_launch_equal_the_plain_steps(shape):
     n, e, topk = shape
     logits = torch.randn(n, e, device=DEVICE)
     order, offsets, score = triton.sort_logits(logits, topk)
+    rows, squares = torch.randn(n, 8, device=DEVICE), torch.rand(n, 3, device=DEVICE)
+    normed = triton.sort_logits(logits, topk, triton.Half(rows, squares, 0.01))
+    assert torch.equal(normed[0], order) and torch.equal(normed[1], offsets)
+    over = (squares.sum(1) / 8 + 0.01).rsqrt().repeat_interleave(topk + 1)
+    close(normed[2], score * over)
     chosen, expected = experts.route(logits, topk)
     shared = torch.full((n, 1), e, device=DEVICE)
     plain = experts.sort(torch.cat([chosen, shared], dim=1), e + 1)
@@ -193,7 +226,7 @@ def test_split_attention_equals_the_plain_one(dtype, rule, heads, kv_heads, size
 
 
 @pytest.mark.parametrize("kind", ["plain", "int4"])
-@pytest.mark.parametrize("b", [1, 5])  # by rows, by tiles
+@pytest.mark.parametrize("b", [1, 9])  # at once, sorted
 def test_fused_decoding_equals_the_model_across_chunks(kind, b):
     model = tiny(  # a dense RoPE layer, one with experts, and one without RoPE
         hidden_size=64, intermediate_size=32, intermediate_size_mlp=96, num_hidden_layers=3,

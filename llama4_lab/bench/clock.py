@@ -27,12 +27,12 @@ class Clock:
         self.device = device
         self.is_cuda = device.type == "cuda"
 
-    def time(self, call: Callable[[], Any], seconds: float = 2.0, repeats: int = 100) -> Timing:
+    def time(self, call: Callable[[], Any], seconds: float = 1.0, repeats: int = 100) -> Timing:
         """Return the time of a call, from as many as fit into `seconds`, and `repeats` at most."""
         return self.compare({"": call}, seconds, repeats)[""]
 
     def compare(
-        self, calls: Mapping[str, Callable[[], Any]], seconds: float = 3.0, repeats: int = 100
+        self, calls: Mapping[str, Callable[[], Any]], seconds: float = 1.0, repeats: int = 100
     ) -> dict[str, Timing]:
         """Return the times of several calls that take turns, each at least three times."""
         for call in list(calls.values()) * _WARM:

@@ -24,7 +24,7 @@ _OFF = 2e-2  # of a token's output, relative; bfloat16 has 8 bits,
 _OFF_FP8 = 0.1  # and rows in fp8 have 4
 _STRAYED = 0.01  # share of tokens that may be off: a near tie sends one to another expert
 _FEW = 64  # tokens up to which the whole block is tried in one call
-_FEWEST = 8  # and up to which picking each token's expert is worth a compilation
+_FEWEST = 1  # and up to which picking each token's expert is worth a compilation
 _SHARE_GOALS = {"bf16": {1: 0.85}, "int4": {1: 0.75, 8: 0.75, 64: 0.70}}
 _PROMPT_GOALS = {"bf16": 0.85, "int4": 0.70}
 _FASTER = 7.5  # than transformers
@@ -180,7 +180,7 @@ def _paths(bench: Bench, n: int, kind: str, layers: list[Layer]) -> dict[str, Ca
     found: dict[str, Callable[[], Path]] = {
         name: partial(_backend, bench, name) for name in experts.BACKENDS if name not in skipped
     }
-    if "gather" in found and bench.clock.is_cuda and n <= _FEWEST:
+    if kind == "bf16" and bench.clock.is_cuda and n <= _FEWEST:
         found["gather, compiled"] = lambda: torch.compile(_backend(bench, "gather"), dynamic=False)
     if find_spec("triton") and bench.clock.is_cuda and n <= _FEW:
         found["triton block"] = partial(_block, bench, layers)

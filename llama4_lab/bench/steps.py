@@ -60,7 +60,7 @@ def _decode(bench: Bench, batch: int, context: int) -> Iterator[Row]:
     bench.clock.forget_peak()
     ways = Ways(bench, batch, context)
     ways.check()
-    times = bench.clock.compare(ways.calls, seconds=6.0)
+    times = bench.clock.compare(ways.calls, seconds=2.0)
     seconds = {way: timing.median for way, timing in times.items()}
     best = min(seconds, key=seconds.__getitem__)
     peak = bench.clock.peak()
@@ -204,7 +204,7 @@ def prefill(bench: Bench) -> Iterator[Row]:
             for piece in ids.split(PIECE, dim=1):
                 bench.model(piece, cache=cache, keep_last=1)
 
-        seconds = bench.clock.time(prompt, seconds=10.0).median
+        seconds = bench.clock.time(prompt, seconds=3.0).median
         floor = bench.plan.prefill(tokens).seconds
         wanted = _PREFILL_GOALS.get(tokens, 0) * bench.gpu.bf16 / _MATRIX
         yield Row(

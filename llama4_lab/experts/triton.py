@@ -1,16 +1,16 @@
 """Backend on Triton kernels: weights plain or in int8, int4 or fp8, read once, unpacked on chip.
 
-Two forms of the same products, both with static shapes and without a host sync, so that CUDA
-graphs hold them:
+Everything has static shapes and no host sync, so that CUDA graphs hold it:
 
-- *rows*, for a decode step of few tokens: nothing is sorted. A program owns one token's choice and
-  a block of output rows, finds its expert from the router's logits itself, and streams that
-  expert's rows once. `moe_rows` is a whole MoE block in three launches (norm with router, gate and
-  up, down with the sum over choices and the residual); the shared expert is number e of the stack,
-  which every token visits with score one (`stack_shared`).
-- *tiles*, for more tokens: slots sorted by expert. Program (i, j) takes tile i of the sorted slots,
-  whose expert it finds from the offsets on the device, and tile j of the output rows. `apply` is
-  the backend; `sort_logits` routes and sorts small batches in one launch.
+- `apply` is the backend. Slots are sorted by expert; program (i, j) takes tile i of the sorted
+  slots, whose expert it finds from the offsets on the device, and block j of the output rows.
+- `linear` and `moe` are the parts of a decode step. Up to 8 tokens nothing is sorted: a MoE block
+  is four launches (router; gate and up; down; the sum over choices with the residual). The
+  shared expert is number e of the stack, which every token visits with score one (`stack_shared`).
+
+A norm is begun by what writes its input and ended by what reads it: `Half` says how. The kernels of
+a step overlap on Hopper: each is started before the one ahead has ended, and then waits for it
+(programmatic dependent launch).
 
 Weights are a Tensor ``[e, out, in]`` or a `Packed` of that shape; `llama4_lab.packed` says how. In
 int4 ``gate_up [e, 2f, d]`` is ``codes [e, 2f, d / 2]`` of bytes, group after group along d: byte j
@@ -23,10 +23,9 @@ Its scales are ``[e, 2f, d / group]``.
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportMissingImports=false
 # (triton is not in every environment, and its decorators hide what they return)
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -35,12 +34,37 @@ from llama4_lab.experts import grouped
 from llama4_lab.experts import triton_kernels as kernels
 from llama4_lab.packed import Packed
 
-FEW = 4  # up to so many tokens a decode step goes by rows; beyond, weights are shared by tiles
-_ROWS, _GROUPS, _ROW_WARPS = 16, 4, 4  # output rows a program, groups of weights an iteration
-_NARROW = 128  # output rows up to which a program owns a single one, and reads it at once: routers
-_COLUMNS, _TILE_WARPS = 128, 8  # output rows a tile
-_STEP = 64  # inputs an iteration of a tile, where no group of scales says otherwise
+FEW = 8  # tokens that tensor cores take at the least; so many meet an expert in one go
+_NARROW = 128  # output rows up to which a program owns a single one: routers
+_NARROW_STEP, _NARROW_WARPS = 8192, 8
+_STEP = 64  # inputs an iteration, where no group of scales says otherwise
 _SMALLEST_GROUP = 32  # tensor cores multiply 16 inputs at a time, and int4 has two halves
+_LARGEST_TILE = 64
+
+
+class Shape(NamedTuple):
+    """How a program of a tile of tokens is cut."""
+
+    rows: int
+    split: int  # groups that are multiplied at a time
+    warps: int
+    stages: int  # iterations that are loaded ahead
+
+
+# By the tokens of a tile, or more; and for a single token by the rows, or more, that it meets.
+SHAPES = {64: Shape(64, 1, 4, 4), 2: Shape(32, 4, 4, 3)}
+_OF_ONE = {1 << 16: Shape(32, 4, 4, 4), 1 << 13: Shape(16, 4, 4, 4), 0: Shape(16, 8, 8, 3)}
+
+
+class Half(NamedTuple):
+    """Rows in the middle of a norm: multiplied by its gain, not yet over their root mean square."""
+
+    rows: Float[Tensor, "n k"]
+    squares: Float[Tensor, "n parts"]  # float32; sums over parts of the rows before the gain
+    eps: float
+
+
+Norm = tuple[Tensor, float]  # gain and eps
 
 
 class _Weight(NamedTuple):
@@ -50,6 +74,11 @@ class _Weight(NamedTuple):
     scales: Tensor  # of a plain tensor: the codes once more, never read
     kind: str
     group: int
+
+    def cut(self, k: int, shape: Shape) -> tuple[str, int, int, bool, int]:
+        """Return the kernels' arguments about a product of k inputs."""
+        even = k % (self.group * shape.split) == 0
+        return self.kind, self.group, shape.split, even, shape.rows
 
     @classmethod
     def of(cls, weight: "Tensor | Packed") -> "_Weight":
@@ -94,78 +123,99 @@ def apply(
     return slots.view(*score.shape, -1).sum(1) if score.shape[1] > 1 else slots
 
 
+# ---- parts of a decode step
+
+
+def half_norm(
+    x: Float[Tensor, "n slots d"], norm: Norm, residual: Float[Tensor, "n d"] | None = None
+) -> tuple[Float[Tensor, "n d"], Half]:
+    """Return the sum of each token's slots and its residual, and begin a norm of it."""
+    n, slots, d = x.shape
+    out = x.new_empty(n, d)
+    half = Half(torch.empty_like(out), out.new_empty(n, 1, dtype=torch.float32), norm[1])
+    block = min(_NARROW_STEP, triton.next_power_of_2(d))
+    kernels.half_norm[n,](
+        x, out if residual is None else residual, norm[0], out, half.rows, half.squares, d, slots,
+        residual is not None, block, **launch(x, _NARROW_WARPS),
+    )  # fmt: skip
+    return out, half
+
+
 def linear(
-    x: Float[Tensor, "n k"],
+    x: "Float[Tensor, 'n k'] | Half",
     weight: "Float[Tensor, 'out k'] | Packed",
     *,
-    gain: Float[Tensor, " k"] | None = None,
-    eps: float = 0.0,
     residual: Float[Tensor, "n out"] | None = None,
+    norm: Norm | None = None,
     out: Float[Tensor, "n out"] | None = None,
-) -> Float[Tensor, "n out"]:
-    """Return ``x @ weight.T`` of few rows, x normed first if its norm's gain is given."""
-    w, (n, k), width = _Weight.of(weight), x.shape, weight.shape[0]
-    out = x.new_empty(n, width) if out is None else out
-    added = out if residual is None else residual
-    if n <= FEW or width <= _NARROW:
-        rows = 1 if width <= _NARROW else _ROWS
-        kernels.linear_rows[n, triton.cdiv(width, rows)](
-            x, x if gain is None else gain, w.codes, w.scales, added, out, k, width, eps,
-            gain is not None, residual is not None, w.kind, w.group, rows, _ROWS * _GROUPS // rows,
-            num_warps=_ROW_WARPS,
+) -> Any:
+    """Return ``x @ weight.T``, plus the residual if there is one.
+
+    A `Half` normed x is used as if its norm were done. With `norm`, return a pair: the sum, and it
+    half normed.
+    """
+    w, (rows, *begun) = _Weight.of(weight), _input(x)
+    (n, k), width = rows.shape, weight.shape[0]
+    out = rows.new_empty(n, width) if out is None else out
+    if width <= _NARROW and residual is None and norm is None and w.kind == "plain":
+        block = min(_NARROW_STEP, triton.next_power_of_2(k))
+        kernels.narrow[n, width](
+            rows, begun[0], w.codes, out, k, *begun[1:4], block, begun[4],
+            **launch(rows, _NARROW_WARPS),
         )  # fmt: skip
         return out
-    if gain is not None:
-        x = F.rms_norm(x, (k,), gain, eps)
-    tile = min(64, max(16, triton.next_power_of_2(n)))
-    kernels.linear_tiles[triton.cdiv(n, tile), triton.cdiv(width, _COLUMNS)](
-        x, w.codes, w.scales, added, out, n, k, width, residual is not None, w.kind, w.group,
-        tile, _COLUMNS, num_warps=_TILE_WARPS,
+    shape, tile = _shape(n, width)
+    blocks = triton.cdiv(width, shape.rows)
+    added, end = _ending(out, residual, norm, blocks)
+    kernels.linear[blocks, triton.cdiv(n, tile)](
+        rows, begun[0], w.codes, w.scales, added, *end[:4], n, k, width, *begun[1:4],
+        residual is not None, norm is not None, *w.cut(k, shape), tile, begun[4],
+        **launch(rows, shape.warps, shape.stages),
     )  # fmt: skip
-    return out
+    return out if norm is None else (out, Half(end[2], end[3], norm[1]))
 
 
 def moe(
-    x: Float[Tensor, "n d"],
+    x: "Float[Tensor, 'n d'] | Half",
     router: Float[Tensor, "e d"],
     gate_up: "Float[Tensor, 'stack f2 d'] | Packed",
     down: "Float[Tensor, 'stack d f'] | Packed",
     *,
     topk: int = 1,
-    gain: Float[Tensor, " d"] | None = None,
-    eps: float = 0.0,
     residual: Float[Tensor, "n d"] | None = None,
+    norm: Norm | None = None,
     logits: Float[Tensor, "n e"] | None = None,
-) -> Float[Tensor, "n d"]:
-    """Run a whole MoE block on few tokens: norm, router, chosen experts, shared expert, sum.
+) -> Any:
+    """Run a whole MoE block on few tokens: router, chosen experts, shared expert, sum.
 
     Args:
+        x, residual, norm: as for `linear`.
         gate_up, down: the routed experts with the shared one behind them (`stack_shared`).
-        gain: the norm's weight, where x comes before the norm.
         logits: a buffer that keeps the router's logits; `experts.route` reads choices from it.
     """
-    n, d = x.shape
-    if n > FEW and gain is not None:
-        x, gain = F.rms_norm(x, (d,), gain, eps), None
-    logits = linear(x, router, gain=gain, eps=eps, out=logits)
+    kept: Tensor = linear(x, router, out=logits)
+    rows, *begun = _input(x)
+    n, d = rows.shape
     if n > FEW:
-        order, offsets, score = sort_logits(logits, topk)
-        slots = _experts(x, order, offsets, score, *_pair(gate_up, down))
-        y = slots.view(n, topk + 1, d).sum(1)
-        return y if residual is None else residual + y
-    w, e, width = _Weight.of(gate_up), len(router), gate_up.shape[1] // 2
-    block_e = triton.next_power_of_2(e)
-    hidden, out = x.new_empty(n * (topk + 1), width), torch.empty_like(x)
-    kernels.gate_up_rows[n * (topk + 1), triton.cdiv(width, _ROWS)](
-        x, x if gain is None else gain, logits, w.codes, w.scales, hidden, d, width, e, eps,
-        gain is not None, topk, w.kind, w.group, _ROWS, _GROUPS, block_e, num_warps=_ROW_WARPS,
-    )  # fmt: skip
-    w = _Weight.of(down)
-    kernels.down_rows[n, triton.cdiv(d, _ROWS)](
-        hidden, logits, w.codes, w.scales, out if residual is None else residual, out, width, d, e,
-        residual is not None, topk, w.kind, w.group, _ROWS, _GROUPS, block_e, num_warps=_ROW_WARPS,
-    )  # fmt: skip
-    return out
+        order, offsets, score = sort_logits(kept, topk, x if isinstance(x, Half) else None)
+        slots = _experts(rows, order, offsets, score, *_pair(gate_up, down))
+    else:
+        w, e, width = _Weight.of(gate_up), len(router), gate_up.shape[1] // 2
+        (shape, tile), block_e = _shape(n, 2 * width * (topk + 1)), triton.next_power_of_2(e)
+        hidden, slots = (rows.new_empty(n * (topk + 1), size) for size in (width, d))
+        kernels.gate_up[n * (topk + 1), triton.cdiv(width, shape.rows // 2)](
+            rows, begun[0], kept, w.codes, w.scales, hidden, n, d, width, e, *begun[1:4], topk,
+            *w.cut(d, shape), tile, block_e, begun[4], **launch(rows, shape.warps, shape.stages),
+        )  # fmt: skip
+        w, (shape, tile) = _Weight.of(down), _shape(n, d * (topk + 1))
+        kernels.down[n * (topk + 1), triton.cdiv(d, shape.rows)](
+            hidden, kept, w.codes, w.scales, slots, n, width, d, e, topk, *w.cut(width, shape),
+            tile, block_e, **launch(rows, shape.warps, shape.stages),
+        )  # fmt: skip
+    slots = slots.view(n, topk + 1, d)
+    if norm is not None:
+        return half_norm(slots, norm, residual)
+    return slots.sum(1) if residual is None else residual + slots.sum(1)
 
 
 def stack_shared(
@@ -180,22 +230,60 @@ def stack_shared(
 
 
 def sort_logits(
-    logits: Float[Tensor, "n e"], topk: int
+    logits: Float[Tensor, "n e"], topk: int, half: Half | None = None
 ) -> tuple[Int[Tensor, " m"], Int[Tensor, " ends"], Float[Tensor, " m"]]:
     """Route and sort few tokens in one launch: order and offsets as `experts.sort`, and scores.
 
-    Each token has topk + 1 slots; the last is the shared expert's, number e, with score one.
+    Each token has topk + 1 slots; the last is the shared expert's, number e, with score one. Scores
+    multiply an expert's input, and so they take over what is left of a `half` done norm.
     """
     e, m = logits.shape[1], len(logits) * (topk + 1)
     order, offsets = (
         torch.empty(size, dtype=torch.int32, device=logits.device) for size in (m, e + 2)
     )
-    score = logits.new_empty(m)
+    score = torch.empty(m, device=logits.device)
+    squares, parts, eps, is_normed, block = _input(logits if half is None else half)[1:]
     kernels.sort_logits[1,](
-        logits, order, offsets, score, m, e, topk, triton.next_power_of_2(m),
-        triton.next_power_of_2(e + 1), num_warps=_TILE_WARPS,
+        logits, squares, order, offsets, score, m, 0 if half is None else half.rows.shape[1], e,
+        parts, eps, is_normed, topk, triton.next_power_of_2(m), triton.next_power_of_2(e + 1),
+        block, **launch(logits, 8),
     )  # fmt: skip
     return order, offsets, score
+
+
+# ---- launches
+
+
+def _input(x: "Tensor | Half") -> tuple[Tensor, Tensor, int, float, bool, int]:
+    """Return rows, and what kernels take to end a norm: squares, parts, eps, whether, block."""
+    if isinstance(x, Tensor):
+        return x, x, 1, 0.0, False, 1
+    parts = x.squares.shape[1]
+    return x.rows, x.squares, parts, x.eps, True, triton.next_power_of_2(parts)
+
+
+def _ending(
+    out: Tensor, residual: Tensor | None, norm: Norm | None, blocks: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the residual, and gain, out, room for rows and squares; or stand-ins for them."""
+    if norm is None:
+        return out if residual is None else residual, [out, out, out, out]
+    squares = torch.empty(len(out), blocks, device=out.device)
+    return out if residual is None else residual, [norm[0], out, torch.empty_like(out), squares]
+
+
+def _shape(n: int, rows: int = 0) -> tuple[Shape, int]:
+    """Return the shape for n tokens that meet so many rows of weights, and the tokens of a tile."""
+    tile = min(_LARGEST_TILE, triton.next_power_of_2(n))
+    shapes, size = (SHAPES, tile) if tile > 1 else (_OF_ONE, rows)
+    return next(shape for least, shape in shapes.items() if size >= least), tile
+
+
+def launch(x: Tensor, warps: int, stages: int = 3) -> dict[str, Any]:
+    """Return a launch's options: on Hopper it may begin before the kernel ahead of it has ended."""
+    overlaps = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    options = {"OVERLAPS": overlaps, "num_warps": warps, "num_stages": stages}
+    return options | {"launch_pdl": True} if overlaps else options
 
 
 def _pair(
@@ -212,19 +300,22 @@ def _experts(
     groups: list[int],
 ) -> Tensor:  # fmt: skip
     """Return each slot's expert output ``[m, d]``; an operator, so that torch.compile sees one."""
-    gate_up, gate_up_scales, down, down_scales = weights
-    (n, d), m, e, width = x.shape, len(order), len(gate_up), gate_up.shape[1] // 2
-    tile = min(128, max(16, triton.next_power_of_2(m // e)))
+    gate_up = _Weight(weights[0], weights[1], kind, groups[0])
+    down = _Weight(weights[2], weights[3], kind, groups[1])
+    (n, d), m, e = x.shape, len(order), len(gate_up.codes)
+    width = gate_up.codes.shape[1] // 2
+    shape, tile = _shape(max(FEW, m // e))
     tiles = min(m, m // tile + e)  # no expert begins a tile it does not need
     block_e = triton.next_power_of_2(e)
     hidden, out = x.new_empty(m, width), x.new_empty(m, d)
-    kernels.gate_up_tiles[tiles, triton.cdiv(width, _COLUMNS)](
-        x, order, offsets, score, gate_up, gate_up_scales, hidden, d, width, e, m // n,
-        kind, groups[0], tile, _COLUMNS, block_e, num_warps=_TILE_WARPS,
+    options = {"num_warps": shape.warps, "num_stages": shape.stages}
+    kernels.gate_up_tiles[tiles, triton.cdiv(width, shape.rows // 2)](
+        x, order, offsets, score, *gate_up[:2], hidden, d, width, e, m // n,
+        *gate_up.cut(d, shape), tile, block_e, **options,
     )  # fmt: skip
-    kernels.down_tiles[tiles, triton.cdiv(d, _COLUMNS)](
-        hidden, order, offsets, down, down_scales, out, width, d, e, kind,
-        groups[1], tile, _COLUMNS, block_e, num_warps=_TILE_WARPS,
+    kernels.down_tiles[tiles, triton.cdiv(d, shape.rows)](
+        hidden, order, offsets, *down[:2], out, width, d, e, *down.cut(width, shape), tile, block_e,
+        **options,
     )  # fmt: skip
     return out
 

@@ -16,7 +16,10 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_KEYS = 64  # keys an iteration
+from llama4_lab.experts.triton import launch
+from llama4_lab.experts.triton_kernels import turn
+
+_KEYS, _WARPS = 64, 4  # keys an iteration
 _PROGRAMS, _MOST_PARTS = 256, 64  # about two programs for each of a Hopper's 132 multiprocessors
 
 
@@ -42,7 +45,9 @@ def _attend_part(
     qkv, cos, sin, temperature, place, keys, values, part, peak, total, SIZE, eps,
     ROTATES: tl.constexpr, NORMS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    turn(OVERLAPS)
     row, head, part_idx = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS, tl.program_id(1)
     at = row.to(tl.int64) * HEADS + head
     live = tl.load(place + row)
@@ -95,8 +100,10 @@ def _attend_part(
 @triton.jit
 @no_type_check
 def _join_parts(
-    part, peak, total, z, GROUP: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr
+    part, peak, total, z, GROUP: tl.constexpr, DH: tl.constexpr, PARTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    turn(OVERLAPS)
     head = tl.program_id(0).to(tl.int64)
     at = (head // GROUP * PARTS + tl.arange(0, PARTS)) * GROUP + head % GROUP
     x = tl.arange(0, DH)
@@ -138,7 +145,7 @@ def attend(
     block = max(16, triton.next_power_of_2(group))  # tensor cores take 16 rows
     _attend_part[b * kv_heads, parts](
         qkv, cos, sin, temperature, place, buffer[0], buffer[1], part, total[0], total[1], size,
-        eps, rotates, norms, kv_heads, group, block, dh, parts, _KEYS,
+        eps, rotates, norms, kv_heads, group, block, dh, parts, _KEYS, **launch(qkv, _WARPS),
     )  # fmt: skip
-    _join_parts[b * heads,](part, total[0], total[1], z, group, dh, parts)
+    _join_parts[b * heads,](part, total[0], total[1], z, group, dh, parts, **launch(qkv, _WARPS))
     return z

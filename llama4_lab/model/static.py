@@ -8,9 +8,9 @@
 A `StaticDecoder` also stands in for its model in `llama4_lab.generate`. A layer's buffer holds a
 chunk or the whole length; positions live on the device, so a step is the same work every time.
 ``kernels="torch"`` runs the model's own layers, with attention as in `attend_live`; it compiles
-into one graph (``compile=True``). ``kernels="triton"`` runs seven kernels a MoE layer: norm with
-q, k and v; two of attention; o with the residual; norm with router; gate and up; down with the
-residual. Both equal the plain model token by token.
+into one graph (``compile=True``). ``kernels="triton"`` runs eight kernels a MoE layer: q, k and v;
+two of attention; o with the residual; router; gate and up; down; the sum. What writes the residual
+stream begins the norm that follows. Both equal the plain model token by token.
 """
 
 from collections.abc import Callable
@@ -199,43 +199,48 @@ class StaticDecoder:
         angle = self.slot.float() * self.frequencies
         cos, sin = angle.cos(), angle.sin()
         factor = temperature(model.config, self.slot[None])[0]
-        x, routers = model.embed_tokens(self.ids), 0
-        for layer, joined, kept in zip(_layers(model), self.joined, self.cache.layers, strict=True):
-            attention, before, after = _parts(layer)
-            qkv = triton.linear(x, joined.qkv, gain=before.weight, eps=before.eps)
+        layers = _layers(model)
+        norms = [
+            _norm(norm)
+            for layer in layers
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
+        after, routers = iter([*norms, _norm(cast(RMSNorm, model.norm))]), 0
+        places = {c: position if c is None else position % c for c in set(model.chunks)}
+        x, half = triton.half_norm(model.embed_tokens(self.ids)[:, None], next(after))
+        for layer, joined, kept in zip(layers, self.joined, self.cache.layers, strict=True):
+            attention = layer.self_attn
             z = flash_decode.attend(
-                qkv,
+                triton.linear(half, joined.qkv),
                 cos,
                 sin,
                 factor,
-                position if kept.chunk is None else position % kept.chunk,
+                places[kept.chunk],
                 kept.buffer,
                 heads=model.config.num_attention_heads,
                 rotates=attention.uses_rope,
                 norms=attention.use_qk_norm,
                 eps=attention.eps,
             )
-            x = triton.linear(z, attention.o_proj.weight, residual=x)
+            x, half = triton.linear(z, attention.o_proj.weight, residual=x, norm=next(after))
             if isinstance(block := layer.feed_forward, MoEBlock):
-                x = triton.moe(
-                    x,
+                x, half = triton.moe(
+                    half,
                     block.router.weight,
                     joined.gate_up,
                     joined.down,
                     topk=block.topk,
-                    gain=after.weight,
-                    eps=after.eps,
                     residual=x,
+                    norm=next(after),
                     logits=self.routed[routers],
                 )
                 routers += 1
             else:
-                hidden = triton.linear(x, joined.gate_up, gain=after.weight, eps=after.eps)
-                gate, up = hidden.chunk(2, dim=1)
-                x = triton.linear(F.silu(gate) * up, joined.down, residual=x)
+                gate, up = triton.linear(half, joined.gate_up).chunk(2, dim=1)
+                hidden = F.silu(gate) * up
+                x, half = triton.linear(hidden, joined.down, residual=x, norm=next(after))
         self.slot.add_(1)
-        norm = cast(RMSNorm, model.norm)
-        return triton.linear(x, model.lm_head.weight, gain=norm.weight, eps=norm.eps)
+        return triton.linear(half, model.lm_head.weight)
 
 
 class _KeepRouting(Tap):
@@ -352,5 +357,5 @@ def _layers(model: Llama4) -> list[DecoderLayer]:
     return [cast(DecoderLayer, layer) for layer in model.layers]
 
 
-def _parts(layer: DecoderLayer) -> tuple[Any, RMSNorm, RMSNorm]:
-    return layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
+def _norm(norm: RMSNorm) -> tuple[Tensor, float]:
+    return norm.weight, norm.eps
