@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +221,14 @@ class _Kept:
     places: dict[str, slice | list[int] | None]  # of an axis
     to: dict[str, Any]
 
+    @cached_property
+    def is_all(self) -> bool:
+        return all(choice is None for choice in (*self.places.values(), *self.to.values()))
+
     def __call__(self, point: str, value: Tensor) -> Tensor:
         value = value.detach() if self.detach and value.requires_grad else value
+        if self.is_all:
+            return value
         for axis, places in self.places.items():
             if places is None or axis not in self.axes[point]:
                 continue

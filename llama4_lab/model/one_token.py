@@ -96,9 +96,9 @@ def forward(model: Any, input_ids: Int[Tensor, "1 1"], cache: KVCache) -> Float[
     cache.slots += 1
     if asked := model.tap.records():
         for point, values, sizes in zip(_ROUTING, routing, ("e", "topk", "topk"), strict=True):
-            for i, value in enumerate(torch.from_numpy(values)[:, None, None].unbind()):
+            for i, size in enumerate(layers[sizes].tolist()):
                 if (name := f"layers.{i}.{point}") in asked:
-                    model.tap(name, value[..., : layers[sizes][i]])
+                    model.tap(name, torch.from_numpy(values[i, None, None, :size]))
     return logits
 
 
