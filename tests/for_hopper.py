@@ -20,7 +20,7 @@ CODES = {
 FLOATS = {"score", "cos", "sin", "temperature", "part", "peak", "total", "squares", "x_squares"}
 
 
-def build(kernel, kind="plain", warps=4, **constants):
+def build(kernel, kind="plain", warps=4, capability=90, **constants):
     codes, scales, group = CODES[kind]
     constants = {"KIND": kind, "GROUP": group, **constants}
     types = {}
@@ -44,7 +44,7 @@ def build(kernel, kind="plain", warps=4, **constants):
         if kind_of.startswith("*") or name in whole
     }
     source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attributes)
-    built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
     assert built.asm["cubin"]
     return built.asm["ptx"]
 
@@ -68,6 +68,8 @@ for kind in CODES:
     for kernel in kernels.gate_up_tiles, kernels.down_tiles:
         build(kernel, kind, BLOCK_E=16, TILE=8, **cut)
         build(kernel, kind, BLOCK_E=16, **whole)
+# Ampere has no overlap and no wgmma, and takes the rest.
+build(kernels.linear, "int4", capability=80, TILE=1, OVERLAPS=False, **norm, **ending, **cut)
 build(kernels.narrow, BLOCK=8192, OVERLAPS=True, warps=8, **norm)
 build(kernels.half_norm, warps=8, SLOTS=2, HAS_RESIDUAL=True, BLOCK=8192, OVERLAPS=True)
 for kind in "int4", "int8":

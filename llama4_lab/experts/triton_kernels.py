@@ -98,8 +98,9 @@ def nibbles(byte, DTYPE: tl.constexpr):
         low, high = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 a, b, c, d, off;
-            mov.b32 off, 0xC308C308;                      // -136, twice
+            .reg .b32 a, b, c, d, one, off;
+            mov.b32 one, 0x3F803F80;                      // 1.0, twice
+            mov.b32 off, 0xC308C308;                      // -136.0
             prmt.b32 a, $4, 0, 0x4140;                    // bytes 0 and 1, each in a half word
             prmt.b32 b, $4, 0, 0x4342;                    // bytes 2 and 3
             shr.b32 c, a, 4;
@@ -108,10 +109,10 @@ def nibbles(byte, DTYPE: tl.constexpr):
             lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
             lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
             lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
-            add.rn.bf16x2 $0, a, off;
-            add.rn.bf16x2 $1, b, off;
-            add.rn.bf16x2 $2, c, off;
-            add.rn.bf16x2 $3, d, off;
+            fma.rn.bf16x2 $0, a, one, off;
+            fma.rn.bf16x2 $1, b, one, off;
+            fma.rn.bf16x2 $2, c, one, off;
+            fma.rn.bf16x2 $3, d, one, off;
             }
             """,
             "=r,=r,=r,=r,r",
