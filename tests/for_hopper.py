@@ -67,7 +67,7 @@ for kind in CODES:
     assert "wgmma" in build(kernels.linear, kind, OVERLAPS=True, **norm, **ending, **whole)
     for kernel in kernels.gate_up_tiles, kernels.down_tiles:
         build(kernel, kind, BLOCK_E=16, TILE=8, **cut)
-        build(kernel, kind, BLOCK_E=16, **whole)
+        assert "wgmma" in build(kernel, kind, BLOCK_E=16, **whole)
 # Ampere has no overlap and no wgmma, and takes the rest.
 build(kernels.linear, "int4", capability=80, TILE=1, OVERLAPS=False, **norm, **ending, **cut)
 build(kernels.narrow, BLOCK=8192, OVERLAPS=True, warps=8, **norm)

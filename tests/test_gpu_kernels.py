@@ -119,6 +119,14 @@ def test_a_packed_linear_of_few_rows_equals_the_unpacked_one(n, out, kind):
     close(triton.linear(half._replace(squares=parts.contiguous()), ours), expected)
 
 
+@pytest.mark.parametrize("n", [1, 3, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_whole_groups_need_no_masks_and_equal_the_unpacked_ones(n, kind):
+    ours, plain = weight(40, 1024, kind=kind)  # every warp has groups of its own, as in Scout
+    x = torch.randn(n, 1024, device=DEVICE)
+    close(triton.linear(x, ours, residual=x[:, :40].contiguous()), F.linear(x, plain) + x[:, :40])
+
+
 def parts_of(k):
     return next(p for p in (32, 37) if k % p == 0)
 

@@ -24,7 +24,7 @@ _OFF = 2e-2  # of a token's output, relative; bfloat16 has 8 bits,
 _OFF_FP8 = 0.1  # and rows in fp8 have 4
 _STRAYED = 0.01  # share of tokens that may be off: a near tie sends one to another expert
 _FEW = 64  # tokens up to which the whole block is tried in one call
-_FEWEST = 1  # and up to which picking each token's expert is worth a compilation
+_FEWEST = 1  # and up to which `gather` is compiled, which takes seconds
 _SHARE_GOALS = {"bf16": {1: 0.85}, "int4": {1: 0.75, 8: 0.75, 64: 0.70}}
 _PROMPT_GOALS = {"bf16": 0.85, "int4": 0.70}
 _FASTER = 7.5  # than transformers
@@ -207,15 +207,15 @@ def _block(bench: Bench, layers: list[Layer]) -> Path:
     for layer in layers:
         gate, up, down = layer.shared
         stacks[id(layer)] = (
-            _joined(layer.gate_up, _joined(gate, up)[None]),
-            _joined(layer.down, down[None]),
+            triton.stack_shared(layer.gate_up, _joined(gate, up)),
+            triton.stack_shared(layer.down, down),
         )
     topk = bench.config.num_experts_per_tok
     return lambda layer, x: triton.moe(x, layer.router, *stacks[id(layer)], topk=topk)
 
 
 def _joined(first: Any, second: Any) -> Any:
-    """Return the rows of two weights, or their experts, behind each other."""
+    """Return the rows of two weights behind each other."""
     if isinstance(first, Tensor):
         return torch.cat([first, second])
     codes = torch.cat([first.codes, second.codes])

@@ -42,12 +42,11 @@ def gated(
     rows: Float[Tensor, "m d"], gate_up: Float[Tensor, "e f2 d"] | Packed, ends: Int[Tensor, " e"]
 ) -> Float[Tensor, "m f"]:
     """Return ``silu(gate) * up`` of rows sorted by expert."""
-    if isinstance(gate_up, Packed) and not (gate_up.kind == "fp8" and has_fast_kernels(rows)):
-        gate_up = gate_up.unpack(rows.dtype)
-    if isinstance(gate_up, Packed):
-        gate, up = product(rows, gate_up, ends).chunk(2, dim=-1)
+    if isinstance(gate_up, Packed) and gate_up.kind == "fp8" and has_fast_kernels(rows):
+        gate, up = scaled(rows, gate_up, ends).chunk(2, dim=-1)
     else:  # two products leave what elementwise kernels read fastest
-        gate, up = (product(rows, half, ends) for half in gate_up.chunk(2, dim=1))
+        whole = gate_up.unpack(rows.dtype) if isinstance(gate_up, Packed) else gate_up
+        gate, up = (product(rows, half, ends) for half in whole.chunk(2, dim=1))
     return F.silu(gate) * up
 
 

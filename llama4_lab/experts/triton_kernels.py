@@ -182,6 +182,23 @@ def choose(logits, own, choice, token, E, TOPK: tl.constexpr, BLOCK_E: tl.conste
 
 @triton.jit
 @no_type_check
+def visit(logits, N, E, TOPK: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return whether this program works, for which expert, and all tokens' part in it.
+
+    Programs count choices, token after token. Of those that chose the same expert the first works,
+    for all. Tokens behind the last one stand for it, and have chosen nothing.
+    """
+    own, choice = tl.program_id(0) // (TOPK + 1), tl.program_id(0) % (TOPK + 1)
+    token = tl.arange(0, TILE)
+    here = tl.minimum(token, N - 1)
+    expert, chosen, rank, score = choose(logits, own, choice, here, E, TOPK, BLOCK_E)
+    chosen &= token < N
+    leads = tl.min(tl.where(chosen, token, TILE), 0) == own
+    return leads, expert, here, chosen, rank, score
+
+
+@triton.jit
+@no_type_check
 def find_tile(offsets, tile, E, TILE: tl.constexpr, BLOCK_E: tl.constexpr):
     """Return the expert of a tile of sorted slots, the tile's first slot, and the expert's end.
 
@@ -305,15 +322,11 @@ def gate_up(
     EVEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """The first program of those whose tokens chose an expert works for all that chose it."""
-    own, choice = tl.program_id(0) // (TOPK + 1), tl.program_id(0) % (TOPK + 1)
+    """A program for each choice and block of neurons; `visit` says which of them work."""
     first = tl.program_id(1) * (ROWS // 2)
     turn(OVERLAPS)
-    token = tl.arange(0, TILE)
-    here = tl.minimum(token, N - 1)
-    expert, chosen, rank, score = choose(logits, own, choice, here, E, TOPK, BLOCK_E)
-    chosen &= token < N
-    if tl.min(tl.where(chosen, token, TILE), 0) == own:
+    leads, expert, here, chosen, rank, score = visit(logits, N, E, TOPK, TILE, BLOCK_E)
+    if leads:
         row = gate_and_up(expert, first, WIDTH, ROWS)
         y = product(x, here.to(tl.int64), codes, scales, row, K, KIND, GROUP, SPLIT, EVEN)
         if IS_NORMED:
@@ -333,14 +346,10 @@ def down(
     TILE: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """As `gate_up`; the outputs of a token's choices lie side by side."""
-    own, choice = tl.program_id(0) // (TOPK + 1), tl.program_id(0) % (TOPK + 1)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     turn(OVERLAPS)
-    token = tl.arange(0, TILE)
-    here = tl.minimum(token, N - 1)
-    expert, chosen, rank, _ = choose(logits, own, choice, here, E, TOPK, BLOCK_E)
-    chosen &= token < N
-    if tl.min(tl.where(chosen, token, TILE), 0) == own:
+    leads, expert, here, chosen, rank, _ = visit(logits, N, E, TOPK, TILE, BLOCK_E)
+    if leads:
         slot = (here * (TOPK + 1) + tl.minimum(rank, TOPK)).to(tl.int64)
         w_row = expert * D + tl.minimum(row, D - 1)
         y = product(hidden, slot, codes, scales, w_row, WIDTH, KIND, GROUP, SPLIT, EVEN)

@@ -19,7 +19,7 @@ from torch import Tensor
 from llama4_lab.experts.triton import launch
 from llama4_lab.experts.triton_kernels import turn
 
-_KEYS, _WARPS = 64, 4  # keys an iteration
+_KEYS, _WARPS = 64, 4  # keys an iteration, and warps of a program
 _PROGRAMS, _MOST_PARTS = 256, 64  # about two programs for each of a Hopper's 132 multiprocessors
 
 
