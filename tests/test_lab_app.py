@@ -2,17 +2,21 @@
 
 import asyncio
 import io
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_of
+from llama4_lab.replay import Replay
 from llama4_widgets.app import LabApp
+from llama4_widgets.moment import Moment
 from llama4_widgets.recording import open_lab
 from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.still import unpack
@@ -197,8 +201,27 @@ def test_a_comparison_is_kept(app, tmp_path):
     assert len({board.group for board in kept.boards.values()}) == 1
 
 
+def test_threads_take_turns_with_the_model(model):
+    """JupyterLab hands clicks to one thread while another runs cells."""
+    moment = Moment(model, model.prompt(TEXT), [E.SkipLayer(1)])
+    others = [moment.with_edits([E.Scale("layers.1.attn.out", x / 10)]) for x in range(8)]
+    alone = [Replay(model, moment.prompt).edited(each.edits).hidden for each in others]
+
+    def hold() -> None:  # whole runs with edits, as the lens makes them
+        for i in range(20):
+            moment.edited(lambda model, prompt, i=i: model.hidden(prompt.input_ids))
+
+    with ThreadPoolExecutor() as pool:
+        held = pool.submit(hold)
+        found = [each.edited_run.hidden for each in others]
+        held.result()
+    for mine, expected in zip(found, alone, strict=True):
+        assert torch.equal(mine, expected)
+    assert torch.equal(Replay(model, moment.prompt).hidden, moment.replay.hidden)
+
+
 def test_a_dragged_slider_is_answered_before_slower_views_follow(model):
-    async def drag() -> tuple[list[bool], list[bool]]:
+    async def drag() -> list[list[bool]]:
         app = LabApp(model, TEXT, shown=["router", "lens", "ablate"])
         ablate: Any = app.views["ablate"]
         slider = next(
@@ -206,12 +229,14 @@ def test_a_dragged_slider_is_answered_before_slower_views_follow(model):
         )
         slider.value = 2.0
         slider.value = 3.0
-        names = ("router", "ablate", "lens")
-        at_once = [app.views[name].moment is app.moment for name in names]
-        await asyncio.sleep(0.3)
+        found = []
+        for pause in (0, 0, 0.3):
+            found.append([app.views[n].moment is app.moment for n in ("router", "ablate", "lens")])
+            await asyncio.sleep(pause)
         assert app.edits == (E.RouterTemperature(0, 3.0),)
-        return at_once, [app.views[name].moment is app.moment for name in names]
+        return [*found[:2], [view.moment is app.moment for view in app.views.values()]]
 
-    at_once, later = asyncio.run(drag())
-    assert at_once == [True, True, False]
+    at_once, next_turn, later = asyncio.run(drag())
+    assert at_once == [True, False, False]  # between the two, the kernel sends the first
+    assert next_turn == [True, True, False]
     assert later == [True, True, True]

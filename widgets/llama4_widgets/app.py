@@ -1,7 +1,7 @@
 """The lab: one page of linked views of a prompt in a model."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class LabApp(ipywidgets.VBox):
         prompt: Any = _TEXT,
         pictures: Sequence[Any] = (),
         *,
-        shown: Sequence[str] = ("router", "attention", "lens", "ablate"),
+        shown: Sequence[str] = ("router", "ablate", "attention", "lens"),
     ):
         self.model = model
         self.selection = Selection()
@@ -215,29 +215,37 @@ class LabApp(ipywidgets.VBox):
 
     @traitlets.observe("moment")
     def _show_moment(self, _change: Any) -> None:
-        for name, view in self.views.items():
-            if name in _AT_ONCE or not self._is_dragged:
-                view.moment = self.moment
-        self._catch_up_soon()
+        if not self._is_dragged or not self._catch_up_soon():
+            self._catch_up()
         if self.difference:
             self.bar.guard(lambda: self.compare(self._other))
 
-    def _catch_up_soon(self) -> None:
-        """Bring the other views up to date when no newer wish comes, one after the other."""
+    def _catch_up_soon(self) -> bool:
+        """Bring the views up to date one after the other, while no newer wish comes.
+
+        Between two of them the kernel sends what the first one drew. Returns whether that can be:
+        not outside of a notebook.
+        """
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # outside of a notebook
-            self._catch_up()
-            return
+        except RuntimeError:
+            return False
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_later(_PAUSE, self._catch_up_next, loop)
+        self._catch_up_next(loop, _AT_ONCE)
+        return True
 
-    def _catch_up_next(self, loop: asyncio.AbstractEventLoop) -> None:
-        behind = [view for view in self.views.values() if view.moment is not self.moment]
+    def _catch_up_next(self, loop: asyncio.AbstractEventLoop, names: Collection[str]) -> None:
+        behind = [
+            view
+            for name, view in self.views.items()
+            if view.moment is not self.moment and name in names
+        ]
         if behind:
             behind[0].moment = self.moment
-            self._timer = loop.call_soon(self._catch_up_next, loop)  # a wish may come before it
+            self._timer = loop.call_soon(self._catch_up_next, loop, names)
+        elif names is _AT_ONCE:
+            self._timer = loop.call_later(_PAUSE, self._catch_up_next, loop, self.views)
 
     def _catch_up(self) -> None:
         for view in self.views.values():
@@ -291,8 +299,8 @@ class LabApp(ipywidgets.VBox):
         )
 
         def toggle(change: Any) -> None:
-            chosen = {*self.shown, name} if change["new"] else {*self.shown} - {name}
-            self.shown = tuple(each for each in VIEWS if each in chosen)
+            others = tuple(each for each in self.shown if each != name)
+            self.shown = (*others, name) if change["new"] else others
 
         chip.observe(toggle, "value")
         return chip

@@ -1,9 +1,14 @@
 """One moment of a model: a prompt, the edits, and what was computed of both, each once.
 
+JupyterLab hands what people do to a thread of its own, beside that of the cells, and a model is
+changed while it runs with edits: so one thread at a time computes here.
+
 With `explore` this is the only module here that needs torch; views ask it for arrays.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -17,6 +22,8 @@ from llama4_lab.replay import Edited, Replay
 from llama4_widgets.words import visible
 
 T = TypeVar("T")
+_TURN = threading.RLock()
+_SHORT = 512  # tokens; runs of fewer gain less from a second thread than the browser loses
 _READ: dict[Any, Any] = {routing_of: routing_in}  # what the runs that are there know already
 
 
@@ -75,12 +82,34 @@ class Moment:
     @cached_property
     def replay(self) -> Replay:
         """The clean run, from which edited ones begin."""
-        return Replay(self.model, self.prompt)
+        with self.computing():
+            return Replay(self.model, self.prompt)
 
     @cached_property
     def edited_run(self) -> Edited:
         """The run with the edits, from where they begin, with what they did."""
-        return self.replay.edited(self.edits)
+        with self.computing():
+            return self.replay.edited(self.edits)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute when no other view does, and what is short with one thread of torch's.
+
+        Of the others, those that wait for work would take the processors that the browser needs.
+        """
+        with _TURN:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1 if len(self.tokens) <= _SHORT else threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+
+    @contextmanager
+    def running_edited(self) -> Iterator[None]:
+        """Run the model with the edits, alone, inside the block."""
+        with self.computing(), edited(self.model, self.edits, {"clean": self.prompt}):
+            yield
 
     def clean(self, compute: Callable[..., T], *args: Any, **options: Any) -> T:
         """Return ``compute(model, prompt, *args, **options)``, computed once."""
@@ -94,7 +123,7 @@ class Moment:
             return self.clean(compute, *args, **options)
         if (read := _READ.get(compute)) is not None:
             return self._once(self._edited, read, lambda: read(self.edited_run, self.tokens))
-        with edited(self.model, self.edits, {"clean": self.prompt}):
+        with self.running_edited():
             return self._known(self._edited, compute, args, options)
 
     @torch.no_grad()
@@ -105,6 +134,7 @@ class Moment:
         return self._once(known, key, lambda: compute(self.model, self.prompt, *args, **options))
 
     def _once(self, known: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
-        if key not in known:
-            known[key] = make()
-        return known[key]
+        with self.computing():
+            if key not in known:
+                known[key] = make()
+            return known[key]

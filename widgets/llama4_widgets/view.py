@@ -74,7 +74,8 @@ class View(ipywidgets.VBox):
             return
         self._is_stale = False
         try:
-            content, summary = self.content(), self.summary()
+            with self.moment.computing():
+                content, summary = self.content(), self.summary()
         except (ValueError, KeyError, RuntimeError) as error:
             self.board.problem = str(error.args[0] if error.args else error)
             return

@@ -1,7 +1,6 @@
 """What does an answer owe to each token, image patch or expert?"""
 
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from llama4_lab.analysis.attribution import Attribution, attribute
 from llama4_lab.analysis.expert_features import expert_features
 from llama4_lab.analysis.features import Features, Target, patch_features, token_features
 from llama4_lab.analysis.vision import patches_of
-from llama4_lab.edits import edited
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, diverging
 from llama4_widgets.slices import Work, sliced
@@ -202,6 +200,4 @@ class AttributionView(View):
 
 
 def _running(moment: Moment, is_edited: bool) -> Any:
-    if not is_edited:
-        return nullcontext()
-    return edited(moment.model, moment.edits, {"clean": moment.prompt})
+    return moment.running_edited() if is_edited else moment.computing()

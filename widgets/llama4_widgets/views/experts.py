@@ -54,7 +54,7 @@ class ExpertsView(View):
     def measure(self) -> None:
         """Count which experts the tokens of each kind of text choose."""
         model = self.moment.model
-        with self.working("counting experts over held-out texts"):
+        with self.working("counting experts over held-out texts"), self.moment.computing():
             rows = {name: _rows(model, text) for name, text in self._texts().items()}
             self.specialised = specialisation(model, rows)
         self.refresh()

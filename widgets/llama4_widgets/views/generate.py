@@ -10,7 +10,6 @@ import torch
 import traitlets
 
 from llama4_lab.analysis.routing import moe_layers
-from llama4_lab.edits import edited
 from llama4_lab.generate import sample
 from llama4_lab.trace import trace
 from llama4_widgets.panels import Axis, Content, experts, sequential
@@ -102,10 +101,7 @@ class GenerateView(View):
         else:
             given = {"input_ids": torch.tensor([[self.written[-1].id]])}
         names = [f"layers.{i}.router.indices" for i in layers]
-        with (
-            edited(model, moment.edits, {"clean": moment.prompt}),
-            trace(model, names) as seen,
-        ):
+        with moment.running_edited(), trace(model, names) as seen:
             logits = model(**given, cache=self._cache, keep_last=1)[0, -1]
         logprob = logits.float().log_softmax(-1)
         self.following = logprob.exp()
