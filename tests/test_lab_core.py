@@ -103,10 +103,13 @@ def test_an_edited_moment_is_the_edited_model_beside_the_clean_one(moment, model
     assert np.array_equal(other.edited(routing_of).expert, expected.expert)
     assert other.clean(routing_of) is moment.clean(routing_of)
     assert (other.edited(routing_of).expert != other.clean(routing_of).expert).any()
-    names = [panel["name"] for panel in RouterView(other).board.content.panels]
-    assert "flips" in names and "flips" not in [
-        panel["name"] for panel in RouterView(moment).board.content.panels
-    ]
+    views = [RouterView(each).board.content for each in (other, moment)]
+    shown = [unpack(views[0].arrays[name]) for name in ("chosen", "clean chosen")]
+    assert np.array_equal(shown[0], expected.expert[..., 0])
+    assert np.array_equal(shown[1], moment.clean(routing_of).expert[..., 0])
+    flips = int((shown[0] != shown[1]).sum())
+    notes = [next(p["note"] for p in view.panels if p["name"] == "chosen") for view in views]
+    assert flips and notes[0].startswith(f"rings: {flips} flips") and "rings" not in notes[1]
 
 
 @pytest.mark.parametrize("k", [2, 8])

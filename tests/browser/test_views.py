@@ -22,7 +22,7 @@ from llama4_lab.analysis.counterfactual import counterfactual
 from llama4_lab.analysis.decomposition import decompose_logit, decompose_router
 from llama4_lab.analysis.features import token_features
 from llama4_lab.analysis.lens import logit_lens
-from llama4_lab.analysis.routing import routing_of
+from llama4_lab.analysis.routing import routing_in, routing_of
 from llama4_lab.analysis.vision import causal_map, masking_effects, patches_of
 from llama4_lab.config import SCOUT
 from llama4_lab.hardware import GPUS
@@ -213,7 +213,8 @@ def click_cell(canvas: Locator, at: tuple[int, int], shape: tuple[int, int]) -> 
 
 
 def rows_of(table: Locator) -> list[list[str]]:
-    """The texts of a table, without its head."""
+    """The texts of a table, without its head; a new one is filled in the frame that shows it."""
+    expect(table.locator("td").first).to_be_attached()
     rows = [row.locator("td").all_inner_texts() for row in table.locator("tr").all()]
     return [row for row in rows if row]
 
@@ -427,7 +428,16 @@ def test_ablate_shows_what_an_edit_does_and_takes_it_back(lab, model, prompt):
     assert first[0] == visible(model.tokenizer.decode([best]))
     assert_reads(first[1], round(float(clean[best]), 1))
     assert_reads(first[2], round(float(edited[best]), 1))
-    expect(panel(lab.view("Router"), "flips")).to_be_visible()
+    chosen = panel(lab.view("Router"), "chosen")
+    expect(chosen).to_contain_text(f"rings: {sum(run.effect.flips.values())} flips")
+    clean, other = routing_of(model, prompt), routing_in(run, prompt.tokens)
+    row, flipped = np.argwhere(clean.expert[..., 0] != other.expert[..., 0])[0].tolist()
+    lab.kernel(f"app.selection.layer, app.selection.token = {clean.layers[row]}, {flipped}")
+    heard = "expert {} (clean: expert {})".format(
+        *(each.expert[row, flipped, 0] for each in (other, clean))
+    )
+    expect(chosen.locator("canvas")).to_have_attribute("aria-label", re.compile(re.escape(heard)))
+    lab.kernel(f"app.selection.layer = {LAYER}")
     words(view, "kl").nth(2).click()
     lab.wait_for_selection(token=2)
 
@@ -491,7 +501,7 @@ def test_counterfactual_shows_every_experts_effect_and_routes_there(lab, model, 
     lab.wait_for("app.edits", (E.Route(layer, TOKEN, expert),))
     chosen = panel(lab.view("Router"), "chosen").locator("canvas")
     expect(chosen).to_have_attribute(
-        "aria-label", re.compile(f"layer {layer}, .*: expert {expert}$")
+        "aria-label", re.compile(f"layer {layer}, .*: expert {expert} \\(clean: expert \\d\\)$")
     )
 
 

@@ -9,6 +9,8 @@ const SCALES = {
   diverging: ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"],
 };
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-1e6, 0], End: [1e6, 0] };
+// What may change of a panel that stays on the page; with anything else it is another panel.
+const SAID = ["title", "note", "scale", "borders", "clean", "marks", "reference", "text", "columns", "rows", "bars", "choices"];
 const SETTLE = 120; // milliseconds without a zoom before finer numbers are asked for
 const [LEFT, TOP, RIGHT, BOTTOM] = [46, 6, 8, 30]; // margins of a map, in pixels
 
@@ -99,8 +101,8 @@ function render({ model, el }) {
   const group = GROUPS.get(name) ?? { selection: model.get("selection"), boards: new Set() };
   GROUPS.set(name, group);
   if ((model.get("selection").seq ?? 0) > (group.selection.seq ?? 0)) group.selection = model.get("selection");
-  let content, theme;
-  let wide; // the width of all panels together, once it is known
+  let content;
+  let theme = {}; // colours; none while the board is not in the page
   let arrays; // as Values
   let drawn = []; // of each panel: its figure, and the function that draws it anew
   let pointed = {}; // what is under the pointer, in fields of the selection
@@ -142,8 +144,10 @@ function render({ model, el }) {
   const picked = (array, at = index) => (shown) => arrays[array].slice(shown, at);
 
   function describe(panel, indices, names = panel.axes.map((name, i) => called(name, indices[i])), array = panel.array) {
-    const value = picked(array)(panel.axes)(...indices);
-    return `${names.join(", ")}: ${panel.scale?.kind === "category" ? `${panel.scale.unit} ${written(value)}` : told(value, panel.scale)}`;
+    const value = (array) => picked(array)(panel.axes)(...indices);
+    const say = (value) => (panel.scale?.kind === "category" ? `${panel.scale.unit} ${written(value)}` : told(value, panel.scale));
+    const before = panel.clean && value(panel.clean) !== value(array) ? ` (clean: ${say(value(panel.clean))})` : "";
+    return `${names.join(", ")}: ${say(value(array))}${before}`;
   }
 
   function point(event, text) {
@@ -160,6 +164,7 @@ function render({ model, el }) {
   const isLate = (name, at = seen) => Boolean(arrays[name]?.isLate(at));
 
   function show({ panel, figure, again }) {
+    if (figure.wide === undefined) return; // whoever watches its size draws it
     const at = panel.kind === "bars" ? seen : index;
     const late = [panel.array, panel.clean, ...(panel.chosen ?? [])].some((name) => isLate(name, at));
     figure.classList.toggle("l4-late", late);
@@ -179,8 +184,8 @@ function render({ model, el }) {
         return digits ? value(name).toFixed(Math.min(digits, arrays[name].decimals)) : written(value(name));
       });
     summary.setAttribute("aria-live", Object.keys(pointed).length ? "off" : "polite");
-    summary.style.minHeight = text && wide < 640 ? "3em" : ""; // two lines
-    summary.textContent = text || model.get("summary");
+    summary.style.minHeight = text && body.wide < 640 ? "3em" : ""; // two lines
+    write(summary, text || model.get("summary"));
   }
 
   // Shows what is under the pointer before it is chosen; nothing may move away from there.
@@ -365,9 +370,10 @@ function render({ model, el }) {
       const { width, inner, tall } = size();
       if (inner <= 0) return;
       const ratio = globalThis.devicePixelRatio || 1;
-      Object.assign(canvas, { width: width * ratio, height: (tall + TOP + BOTTOM) * ratio });
-      Object.assign(canvas.style, { width: `${width}px`, height: `${tall + TOP + BOTTOM}px` });
       const pen = canvas.getContext("2d");
+      const [w, h] = [width, tall + TOP + BOTTOM].map((length) => Math.floor(length * ratio));
+      if (canvas.width === w && canvas.height === h) pen.reset(); // what keeps its size needs no new layout
+      else Object.assign(Object.assign(canvas, { width: w, height: h }).style, { width: `${width}px`, height: `${tall + TOP + BOTTOM}px` });
       const px = (x) => left + ((x - window.x[0]) / (window.x[1] - window.x[0])) * inner;
       const py = (y) => TOP + ((y - window.y[0]) / (window.y[1] - window.y[0])) * tall;
       pen.scale(ratio, ratio);
@@ -404,13 +410,15 @@ function render({ model, el }) {
         pen.lineTo(px(whole.x[1]), py(whole.y[1]));
         pen.stroke();
       }
-      const marked = panel.marks && picked(panel.marks)(panel.axes); // a ring in each cell that is marked
+      const clean = panel.clean && picked(panel.clean)(panel.axes);
+      const marked = panel.marks ? picked(panel.marks)(panel.axes) : clean && ((i, j) => clean(i, j) !== value(i, j)); // gets a ring
+      const radius = clamp(Math.min(inner / cols, tall / rows) / 2 - 1, 1, 4);
       for (let i = 0; marked && i < rows; i++) {
         for (let j = 0; j < cols; j++) {
           if (!marked(i, j)) continue;
           pen.beginPath();
-          pen.arc((px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2, 4, 0, 7);
-          Object.assign(pen, { fillStyle: "#fff", strokeStyle: "#000", lineWidth: 2 });
+          pen.arc((px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2, radius, 0, 7);
+          Object.assign(pen, { fillStyle: "#fff", strokeStyle: "#000", lineWidth: radius / 2 });
           pen.fill();
           pen.stroke();
         }
@@ -441,7 +449,6 @@ function render({ model, el }) {
       pen.fillText(axis(down).title, 0, 0);
       canvas.setAttribute("aria-label", `${panel.title}. ${tell([index(down), index(across)])}`);
     };
-    addScale(figure, panel.scale);
     return Object.assign(again, { lay: again });
   }
 
@@ -483,9 +490,9 @@ function render({ model, el }) {
       });
   }
 
-  function addScale(figure, scale) {
+  function fillScale(box, scale) {
+    box.replaceChildren();
     if (!scale || (scale.kind === "category" && scale.colours.length > 16)) return;
-    const box = make("div", figure, { className: "l4-scale" });
     if (scale.kind === "category") {
       make("span", box, { textContent: scale.unit });
       scale.colours.forEach((colour, i) => make("i", box, { textContent: i, style: `background:${colour};color:${scale.inks[i]}` }));
@@ -583,7 +590,6 @@ function render({ model, el }) {
       const at = Math.max(positions.indexOf(index(name)), 0) + step[0] + step[1] * cols;
       choose([[name, positions[clamp(at, 0, positions.length - 1)]]]);
     };
-    if (panel.scale) addScale(figure, panel.scale);
     return () => {
       const value = picked(panel.array)(panel.axes);
       const colour = colourOf(panel.scale);
@@ -600,7 +606,6 @@ function render({ model, el }) {
   function addWords(figure, panel) {
     const [down, across] = panel.axes;
     const table = make("table", make("div", figure, { className: "l4-scroll" }));
-    addScale(figure, panel.scale);
     return () => {
       const room = Math.max(3, Math.floor((figure.wide - 120) / (panel.cell ?? 84)));
       const first = clamp(index(across) - Math.floor(room / 2), 0, Math.max(axis(across).size - room, 0));
@@ -629,66 +634,71 @@ function render({ model, el }) {
 
   function addTable(figure, panel) {
     const table = make("table", make("div", figure, { className: "l4-scroll" }));
-    const top = make("tr", table);
-    panel.columns.forEach((text) => make("th", top, { textContent: text }));
-    const rows = panel.rows.map((cells, i) => {
-      const row = make("tr", table);
-      cells.forEach((cell, j) => {
-        const node = make("td", row, { textContent: typeof cell === "number" ? written(cell) : cell });
-        const bound = panel.bars?.[j]; // of a column whose numbers are bars as well
-        if (!bound || typeof cell !== "number") return;
-        const end = 50 + 50 * clamp(cell / bound, -1, 1);
-        const colour = cell < 0 ? "rgb(33 102 172 / 0.5)" : "rgb(178 24 43 / 0.5)";
-        const [from, to] = [Math.min(end, 50), Math.max(end, 50)];
-        Object.assign(node.style, { minWidth: "150px", background: `linear-gradient(90deg, transparent ${from}%, ${colour} ${from}% ${to}%, transparent ${to}%)` });
+    let filled; // what stands there
+    function fill() {
+      filled = panel.rows;
+      table.replaceChildren();
+      const top = make("tr", table);
+      panel.columns.forEach((text) => make("th", top, { textContent: text }));
+      panel.rows.forEach((cells, i) => {
+        const row = make("tr", table);
+        if (panel.choices?.[i]) row.onclick = () => select(panel.choices[i]);
+        cells.forEach((cell, j) => {
+          const node = make("td", row, { textContent: typeof cell === "number" ? written(cell) : cell });
+          const bound = panel.bars?.[j]; // of a column whose numbers are bars as well
+          if (!bound || typeof cell !== "number") return;
+          const end = 50 + 50 * clamp(cell / bound, -1, 1);
+          const colour = cell < 0 ? "rgb(33 102 172 / 0.5)" : "rgb(178 24 43 / 0.5)";
+          const [from, to] = [Math.min(end, 50), Math.max(end, 50)];
+          Object.assign(node.style, { minWidth: "150px", background: `linear-gradient(90deg, transparent ${from}%, ${colour} ${from}% ${to}%, transparent ${to}%)` });
+        });
       });
-      if (panel.choices?.[i]) row.onclick = () => select(panel.choices[i]);
-      return row;
-    });
-    return () =>
-      rows.forEach((row, i) => {
+    }
+    return () => {
+      if (filled !== panel.rows) fill();
+      panel.rows.forEach((_, i) => {
         const fits = Object.entries(panel.choices?.[i] ?? { none: 1 }).every(([field, v]) => group.selection[field] === v);
-        row.classList.toggle("l4-selected", fits);
+        table.rows[i + 1].classList.toggle("l4-selected", fits);
       });
+    };
   }
 
   // -- putting it together
 
-  // Sizes and colours are read when they may have changed, and before anything is written: a browser
-  // lays the whole page out for each that is read after a change.
-  function measure() {
-    const style = getComputedStyle(root);
-    theme = Object.fromEntries(["muted", "paper", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
-    for (const { figure } of drawn) figure.wide = figure.clientWidth;
-  }
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const dress = () => [document.documentElement, document.body].flatMap((node) => Array.from(node.attributes, ({ value }) => value)).concat(dark.matches).join();
   let dressed; // as the page was when colours were read: whoever changes its theme changes an attribute
 
-  function redraw() {
-    if (dressed !== (dressed = dress()) || drawn.some(({ figure }) => figure.wide === undefined)) measure();
-    drawn.forEach(show);
+  function redraw(which = drawn) {
+    if (dressed !== (dressed = dress()) || !theme.paper) {
+      const style = getComputedStyle(root);
+      theme = Object.fromEntries(["muted", "paper", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
+    }
+    which.forEach(show);
     say();
   }
+  // A browser that is asked for a size after a change lays the whole page out for the answer; here it
+  // tells sizes when it knows them, before it paints.
+  const watch = new ResizeObserver((entries) => {
+    const found = entries.filter(({ target, contentRect }) => target.wide !== (target.wide = Math.floor(contentRect.width))).map(({ target }) => target);
+    if (found.length) redraw(drawn.filter(({ figure }) => found.includes(figure)));
+  });
 
   function rebuild() {
     content = model.get("content");
     arrays = Object.fromEntries(Object.entries(content.arrays).map(([name, array]) => [name, new Values(array)]));
     const before = new Map(drawn.map((each) => [each.panel.name, each]));
     drawn = content.panels.map((panel) => {
-      const { title, note, borders, ...fixed } = panel; // what may change while the rest stays on the page
-      const key = JSON.stringify([fixed, panel.axes?.map(axis)]);
+      const key = JSON.stringify([panel, panel.axes?.map(axis)], (name, value) => (SAID.includes(name) ? undefined : value));
       const known = before.get(panel.name);
       const each = known?.key === key ? known : added(panel, key);
-      each.tell({ title, note, borders });
+      each.tell(Object.fromEntries(SAID.map((name) => [name, panel[name]])));
       return each;
     });
     const figures = drawn.map((each) => each.figure);
     // Whoever has the focus or has scrolled stays where they are.
-    if (figures.some((figure, i) => figure !== body.children[i]) || body.children.length > figures.length) {
-      body.replaceChildren(...figures);
-      dressed = undefined;
-    }
+    for (const figure of [...body.children]) if (!figures.includes(figure)) (watch.unobserve(figure), figure.remove());
+    figures.forEach((figure, i) => figure === body.children[i] || body.insertBefore(figure, body.children[i]));
     turn();
     redraw();
   }
@@ -702,19 +712,24 @@ function render({ model, el }) {
     const figure = make("figure", body, { className: `l4-${panel.wide === false ? "narrow" : "wide"}${panel.square ? " l4-square" : ""} l4-of-${panel.kind}`, style: panel.share ? `flex: 0 1 calc(${100 * panel.share}% - 20px)` : "" }, { "data-panel": panel.name });
     const caption = make("figcaption", figure);
     const [title, note] = [make("b", caption), make("span", caption)];
+    const again = kinds[panel.kind](figure, panel);
+    const legend = ["map", "picture", "words"].includes(panel.kind) && make("div", figure, { className: "l4-scale" });
+    let scaled;
     const tell = (change) => {
       Object.assign(panel, change);
-      title.textContent = panel.title;
-      note.textContent = panel.note ? ` ${panel.note}` : "";
+      write(title, panel.title);
+      write(note, panel.note ? ` ${panel.note}` : "");
+      if (legend && scaled !== (scaled = JSON.stringify(panel.scale))) fillScale(legend, panel.scale);
     };
-    return { panel, key, figure, tell, again: kinds[panel.kind](figure, panel) };
+    watch.observe(figure);
+    return { panel, key, figure, tell, again };
   }
   function retitle() {
-    title.textContent = model.get("title");
-    explanation.textContent = model.get("help");
+    write(title, model.get("title"));
+    write(explanation, model.get("help"));
     help.title = help.ariaLabel = `What ${model.get("title")} shows`;
     say();
-    problem.textContent = model.get("problem");
+    write(problem, model.get("problem"));
     root.classList.toggle("l4-busy", Boolean(model.get("busy")));
     root.dataset.busy = model.get("busy");
   }
@@ -731,11 +746,6 @@ function render({ model, el }) {
   for (const trait of ["title", "help", "summary", "problem", "busy"]) model.on(`change:${trait}`, retitle);
   rebuild();
   retitle();
-  const watch = new ResizeObserver(([{ contentRect }]) => {
-    if (contentRect.width === wide) return; // what is drawn makes the body taller
-    [wide, dressed] = [contentRect.width, undefined];
-    redraw();
-  });
   watch.observe(body);
   return () => {
     watch.disconnect();

@@ -20,6 +20,9 @@ function draw(tag, parent, attributes, text = "") {
   return node;
 }
 
+// A text that is written once more, though it is the same, is laid out once more.
+const write = (node, text) => node.textContent === text || (node.textContent = text);
+
 // Draws one bar a height, named by its position and coloured by `colours`, with rules every `step`
 // up to `top` and a dashed line at `reference`. Bars in `chosen` are framed. `label` writes a value;
 // `each(bar, position, text)` gets every bar's element; `ghosts` are heights to compare with.
@@ -29,7 +32,7 @@ function drawBars(svg, heights, { colours, axis, step, top, label, reference, gh
   const [left, right, above, below, tall] = [46, 8, 24, 34, 200];
   const pitch = (width - left - right) / heights.length;
   const y = (value) => tall - below - (value / top) * (tall - above - below);
-  const write = (parent, x, y, text, anchor) => draw("text", parent, { x, y, "text-anchor": anchor }, text);
+  const letter = (parent, x, y, text, anchor) => draw("text", parent, { x, y, "text-anchor": anchor }, text);
   const rule = (value, css) =>
     draw("line", svg, { x1: left, x2: width - right, y1: y(value), y2: y(value), class: css });
   svg.replaceChildren();
@@ -38,7 +41,7 @@ function drawBars(svg, heights, { colours, axis, step, top, label, reference, gh
   svg.setAttribute("aria-label", Array.from(heights, (height, i) => `${axis} ${i}: ${label(height)}`).join(", "));
   for (let value = 0; value <= top + step / 2; value += step) {
     rule(value, "l4-rule");
-    write(svg, left - 6, y(value) + 4, label(value), "end");
+    letter(svg, left - 6, y(value) + 4, label(value), "end");
   }
   if (reference) rule(reference, "l4-reference");
   heights.forEach((height, i) => {
@@ -48,9 +51,9 @@ function drawBars(svg, heights, { colours, axis, step, top, label, reference, gh
     draw("rect", bar, { ...box, y: 0, height: tall, fill: "transparent" }); // easy to point at
     draw("rect", bar, { ...box, y: y(height), height: y(0) - y(height), fill: colours[i], class: "l4-bar-box" });
     if (ghosts) draw("line", bar, { x1: box.x, x2: box.x + box.width, y1: y(ghosts[i]), y2: y(ghosts[i]), class: "l4-ghost" });
-    if (pitch >= 34) write(bar, middle, y(height) - 5, label(height), "middle");
-    if (heights.length <= 32 || i % 8 === 0) write(bar, middle, tall - below + 15, i, "middle");
+    if (pitch >= 34) letter(bar, middle, y(height) - 5, label(height), "middle");
+    if (heights.length <= 32 || i % 8 === 0) letter(bar, middle, tall - below + 15, i, "middle");
     each(bar, i, `${axis} ${i}: ${label(height)}`);
   });
-  write(svg, (left + width) / 2, tall - 3, axis, "middle");
+  letter(svg, (left + width) / 2, tall - 3, axis, "middle");
 }

@@ -148,6 +148,23 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
         row=row,
         col=1,
     )
+    if ringed := panel.get("marks") or panel.get("clean"):
+        other = picked(content, panel, selection, ringed)
+        at = np.argwhere(other > 0 if panel.get("marks") else other != values)
+        ring = {"symbol": "circle", "size": 6, "color": "white"}
+        ring |= {"line": {"color": "black", "width": 1.5}}
+        drawn.add_trace(
+            go.Scatter(
+                x=[x[j] for _, j in at],
+                y=[y[i] for i, _ in at],
+                mode="markers",
+                marker=ring,
+                showlegend=False,
+                hoverinfo="skip",
+            ),
+            row=row,
+            col=1,
+        )
     drawn.update_yaxes(autorange="reversed", showgrid=False, row=row)
     drawn.update_xaxes(showgrid=False, row=row)
     if _is_named(across):

@@ -31,16 +31,15 @@ class RouterView(View):
             "strip", "The text, by expert of the layer", None, _BOTH, scale,
             kind="strip", shown=("token",), array="chosen", chosen=chosen, walk="moe layer",
         )  # fmt: skip
+        flips = clean.expert[..., 0] != edited.expert[..., 0]
+        if is_edited:
+            content.array("clean chosen", clean.expert[..., 0], _BOTH)
         content.add(
             "chosen", "Chosen expert", edited.expert[..., 0], _BOTH, scale,
-            note="by layer (down) and token (across)",
+            clean="clean chosen" if is_edited else None,
+            note=f"rings: {flips.sum()} flips, where the clean run chose another"
+            if is_edited else "by layer (down) and token (across)",
         )  # fmt: skip
-        if is_edited:
-            flips = (clean.expert[..., 0] != edited.expert[..., 0]).astype(float)
-            content.add(
-                "flips", "Flips", np.where(flips, 1.0, np.nan), _BOTH,
-                sequential(0, 1), note="tokens whose expert is another than in the clean run",
-            )  # fmt: skip
         each = (*_BOTH, "expert")
         if is_edited:
             content.array("clean probability", _sigmoid(clean), each, paged=True)
@@ -51,17 +50,17 @@ class RouterView(View):
             note="sigmoid of the logit, each alone: no sum to 1" + ("; marks: clean" * is_edited),
         )  # fmt: skip
         add_load(content, edited, clean if is_edited else None, "the layer", chosen)
+        content.add("score", "Score", edited.score[..., 0], _BOTH, sequential(0, 1), wide=False)
+        content.add(
+            "margin", "Margin", edited.margin, _BOTH, sequential(0, 4, "logits", "or more"),
+            wide=False, note="over the runner-up",
+        )  # fmt: skip
         if is_edited:
             change = _sigmoid(edited) - _sigmoid(clean)
             content.add(
                 "change", "Change of the probabilities", change, each, diverging(1.0),
                 shown=("expert", "token"), note="edited minus clean, of the layer", paged=True,
             )  # fmt: skip
-        content.add("score", "Score", edited.score[..., 0], _BOTH, sequential(0, 1), wide=False)
-        content.add(
-            "margin", "Margin", edited.margin, _BOTH, sequential(0, 4, "logits", "or more"),
-            wide=False, note="over the runner-up",
-        )  # fmt: skip
         return content
 
     def summary(self) -> str:
