@@ -16,8 +16,9 @@ from llama4_widgets.app import LabApp
 from llama4_widgets.board import Board, page, unflat
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, pack, sequential
+from llama4_widgets.plots import figure
 from llama4_widgets.selection import Selection
-from llama4_widgets.still import figure, picked, unpack
+from llama4_widgets.still import picked, unpack
 from llama4_widgets.views.difference import DifferenceView
 from llama4_widgets.views.experts import ExpertsView
 from llama4_widgets.views.router import RouterView

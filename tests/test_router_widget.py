@@ -354,8 +354,8 @@ PAPERS = ("#ffffff", "#111111")  # JupyterLab's, light and dark
 
 def test_still_pictures_have_the_pages_scales():
     assert {"sequential", "diverging"} == set(SCALES)
-    assert still._stops({"kind": "sequential"}) == tuple(SCALES["sequential"])
-    assert still._stops({"kind": "diverging"}) == tuple(SCALES["diverging"])
+    assert still.stops({"kind": "sequential"}) == tuple(SCALES["sequential"])
+    assert still.stops({"kind": "diverging"}) == tuple(SCALES["diverging"])
 
 
 @pytest.mark.parametrize("eyes", EYES)

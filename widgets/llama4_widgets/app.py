@@ -67,7 +67,7 @@ class LabApp(ipywidgets.VBox):
         self._other: Any = None  # what it is compared with
         super().__init__()
         self.bar = Bar(prompt if isinstance(prompt, str) else "", self.run, self.compare)
-        self._chips = ipywidgets.HBox()
+        self._chips = ipywidgets.HBox(self._made_chips())
         self._chips.add_class("l4-app-chips")
         self._grid = ipywidgets.Box()
         self._grid.add_class("l4-app-grid")
@@ -255,7 +255,7 @@ class LabApp(ipywidgets.VBox):
     def _show_views(self, _change: Any = None) -> None:
         for name in self.shown:
             if name not in self.views:
-                self.views[name] = VIEWS[name](self.moment, self.selection)
+                self.views[name] = VIEWS[name](self.moment, self.selection, is_shown=False)
                 if self.views[name].has_trait("edits"):
                     self.views[name].is_led = True
                     traitlets.link((self, "edits"), (self.views[name], "edits"))
@@ -263,12 +263,14 @@ class LabApp(ipywidgets.VBox):
                     self.views[name].observe(self._keep, "kept")
             if self.difference and name not in (*self.beside, *_ONCE):
                 self.beside[name] = VIEWS[name](self.difference.other, self._mirror)
-        for name, view in self.views.items():
-            view.is_shown = name in self.shown
+        # The one with the most controls first: they reach the page while the model runs.
+        for name in sorted(self.views, key=lambda name: name != "ablate"):
+            self.views[name].is_shown = name in self.shown
         for name, view in self.beside.items():
             view.is_shown = name in self.shown and self.difference is not None
         self._grid.children = self._cells()
-        self._chips.children = [self._chip(name) for name in VIEWS]
+        for name, chip in zip(VIEWS, self._chips.children, strict=True):
+            chip.value = name in self.shown
 
     def _cells(self) -> list[ipywidgets.Widget]:
         if self.difference is None:
@@ -293,14 +295,17 @@ class LabApp(ipywidgets.VBox):
         self.bar.text.value = change["new"]
         self.bar.guard(lambda: self.run(change["new"]))
 
-    def _chip(self, name: str) -> ipywidgets.ToggleButton:
-        chip = ipywidgets.ToggleButton(
-            value=name in self.shown, description=VIEWS[name].title, tooltip=VIEWS[name].help
-        )
+    def _made_chips(self) -> list[ipywidgets.ToggleButton]:
+        """Return a switch for each view; they share style and layout, each a message to a page."""
+        chips: list[ipywidgets.ToggleButton] = []
+        for name, view in VIEWS.items():
+            shared = {"style": chips[0].style, "layout": chips[0].layout} if chips else {}
+            chip = ipywidgets.ToggleButton(description=view.title, tooltip=view.help, **shared)
+            chip.observe(lambda change, name=name: self._toggle(name, change["new"]), "value")
+            chips.append(chip)
+        return chips
 
-        def toggle(change: Any) -> None:
+    def _toggle(self, name: str, is_on: bool) -> None:
+        if is_on != (name in self.shown):
             others = tuple(each for each in self.shown if each != name)
-            self.shown = (*others, name) if change["new"] else others
-
-        chip.observe(toggle, "value")
-        return chip
+            self.shown = (*others, name) if is_on else others

@@ -11,17 +11,19 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 import numpy as np
-import plotly.graph_objects as go
 from PIL import Image
 
 from llama4_widgets.board import Board, flat, page_of, unflat
 from llama4_widgets.panels import Axis, Content
 from llama4_widgets.selection import FIELDS, Selection
-from llama4_widgets.still import figure, unpack
+from llama4_widgets.still import unpack
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 FORMAT = 1
 BESIDE = " beside"  # ends the name of a view of the other run, which follows this one's
@@ -175,8 +177,10 @@ class KeptLab(ipywidgets.VBox):
         self.children = [ipywidgets.HTML(f"<style>{STYLE}</style>"), text, grid]
         self.add_class("l4-app")
 
-    def figure(self, name: str) -> go.Figure:
+    def figure(self, name: str) -> "go.Figure":
         """Return what a view showed as one static figure, for what is selected now."""
+        from llama4_widgets.plots import figure
+
         board = self.boards[name]
         return figure(board.content, self.selection.shared, board.title)
 

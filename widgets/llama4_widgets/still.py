@@ -1,27 +1,22 @@
-"""Still pictures of a board's content: a plotly figure, and an SVG for pages without script."""
+"""A still picture of a board's content, for pages without script."""
 
 import base64
 import html
 import io
 import textwrap
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from PIL import Image
-from plotly.subplots import make_subplots
 
 from llama4_widgets.colours import ink
-from llama4_widgets.panels import Axis, Content
+from llama4_widgets.panels import Content
 
 _CIVIDIS = ("#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838")
 _BLUE_RED = ("#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b")
 _TYPES = {"u1": np.uint8, "i2": "<i2", "f4": "<f4"}
-_TALL = {"map": 260, "bars": 220, "lines": 220}
-_DRAWN = ("map", "bars", "lines")
-_ROOMY = 90  # places; with more, cells are too narrow for a name and a number
 _LEFT, _RIGHT = 12, 888  # all sizes of an SVG in pixels
 _CHARACTER, _LINE = 7.9, 30
 _MAX_WORDS = 300  # of a strip
@@ -48,203 +43,6 @@ def picked(
     ]
     left = [name for name in packed["axes"] if name in panel["axes"]]
     return np.transpose(np.asarray(values[tuple(at)]), [left.index(name) for name in panel["axes"]])
-
-
-def figure(content: Content, selection: Mapping[str, int], title: str) -> go.Figure:
-    """Draw a content's maps, bars and lines below each other, as the selection has them."""
-    panels = [panel for panel in content.panels if panel["kind"] in _DRAWN]
-    lines = textwrap.wrap(title, 100)
-    heading = {"text": "<br>".join(map(html.escape, lines)), "yref": "container", "y": 1}
-    heading |= {"yanchor": "top", "pad": {"t": 16}, "font": {"size": 15}}
-    if not panels:
-        return go.Figure(layout={"title": heading, "template": "plotly_white"})
-    heights = [_tall(content, panel) for panel in panels]
-    gap = 120 if any(map(_is_named, _across(content, panels))) else 90
-    drawn = make_subplots(
-        rows=len(panels),
-        cols=1,
-        row_heights=heights,
-        vertical_spacing=gap / (sum(heights) + gap * max(len(panels) - 1, 1)),  # below one
-        subplot_titles=[_caption(panel) for panel in panels],
-    )
-    for row, panel in enumerate(panels, start=1):
-        _DRAWERS[panel["kind"]](drawn, row, content, panel, selection)
-        below, left = content.axes[panel["axes"][-1]].title, panel["scale"].get("unit", "")
-        if panel["kind"] == "map":
-            left = content.axes[panel["axes"][0]].title
-        drawn.update_xaxes(title=below, row=row)
-        drawn.update_yaxes(title=left, row=row)
-    above, below = 70 + 20 * len(lines), gap - 30
-    drawn.update_layout(
-        title=heading,
-        template="plotly_white",
-        height=sum(heights) + gap * (len(panels) - 1) + above + below,
-        margin={"t": above, "b": below},
-        showlegend=any(panel["kind"] == "lines" for panel in panels),
-    )
-    return drawn
-
-
-def _tall(content: Content, panel: Mapping[str, Any]) -> int:
-    """Return a panel's height in pixels: of maps with few rows, what they need."""
-    if panel["kind"] != "map" or "tile" in content.arrays[panel["array"]]:
-        return _TALL[panel["kind"]]
-    return int(np.clip(26 * content.axes[panel["axes"][0]].size, 100, _TALL["map"]))
-
-
-def _across(content: Content, panels: Sequence[Mapping[str, Any]]) -> list[Axis]:
-    return [content.axes[panel["axes"][-1]] for panel in panels if panel["kind"] == "map"]
-
-
-def _is_named(axis: Axis) -> bool:
-    """Whether each place has a name that a figure has room for."""
-    return axis.labels is not None and axis.size <= _ROOMY
-
-
-def _caption(panel: Mapping[str, Any]) -> str:
-    note = panel.get("note", "")
-    note = f"<span style='font-size:12px;color:#555'>  {html.escape(note)}</span>" if note else ""
-    return html.escape(panel["title"]) + note
-
-
-def _places(axis: Axis) -> list[int]:
-    return list(axis.values) if axis.values is not None else list(range(axis.size))
-
-
-def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection: Any) -> None:
-    values = picked(content, panel, selection).astype(float)
-    down, across = (content.axes[name] for name in panel["axes"])
-    tile = content.arrays[panel["array"]].get("tile")
-    scale = panel["scale"]
-    x: Any = _places(across)
-    y: Any = [str(place) for place in _places(down)]
-    if tile:
-        x, y = (
-            np.linspace(tile[k][0], tile[k][1], n, endpoint=False).tolist()
-            for k, n in (("x", tile["cols"]), ("y", tile["rows"]))
-        )
-    is_category = scale["kind"] == "category"
-    is_roomy = across.size <= _ROOMY and not tile
-    subplot: Any = drawn.get_subplot(row, 1)
-    domain = subplot.yaxis.domain
-    drawn.add_trace(
-        go.Heatmap(
-            z=np.where(values < 0, np.nan, values) if is_category else values,
-            x=x,
-            y=y,
-            zmin=-0.5 if is_category else scale["low"],
-            zmax=len(scale["colours"]) - 0.5 if is_category else scale["high"],
-            colorscale=_colorscale(scale),
-            texttemplate="%{z}" if is_category and is_roomy else None,
-            xgap=int(is_roomy),
-            ygap=int(not tile),
-            colorbar={
-                "dtick": 1 if is_category and len(scale["colours"]) <= 16 else None,
-                "title": {"text": "log₁₀ " * scale.get("log", False) + scale.get("unit", "")},
-                "len": domain[1] - domain[0],
-                "y": sum(domain) / 2,
-            },
-        ),
-        row=row,
-        col=1,
-    )
-    if ringed := panel.get("marks") or panel.get("clean"):
-        other = picked(content, panel, selection, ringed)
-        at = np.argwhere(other > 0 if panel.get("marks") else other != values)
-        ring = {"symbol": "circle", "size": 6, "color": "white"}
-        ring |= {"line": {"color": "black", "width": 1.5}}
-        drawn.add_trace(
-            go.Scatter(
-                x=[x[j] for _, j in at],
-                y=[y[i] for i, _ in at],
-                mode="markers",
-                marker=ring,
-                showlegend=False,
-                hoverinfo="skip",
-            ),
-            row=row,
-            col=1,
-        )
-    drawn.update_yaxes(autorange="reversed", showgrid=False, row=row)
-    drawn.update_xaxes(showgrid=False, row=row)
-    if _is_named(across):
-        names = [name if len(name) <= 10 else f"{name[:9]}…" for name in across.labels or ()]
-        ticks = {"tickvals": x, "ticktext": list(map(html.escape, names)), "tickangle": -90}
-        drawn.update_xaxes(**ticks, tickfont={"size": 10}, row=row)
-    if is_roomy and across.select and down.select:
-        i, j = down.index(selection), x[across.index(selection)]
-        frame = {"type": "rect", "x0": j - 0.5, "x1": j + 0.5, "y0": i - 0.5, "y1": i + 0.5}
-        drawn.add_shape(**frame, line={"color": "black", "width": 3}, row=row, col=1)
-
-
-def _colorscale(scale: Mapping[str, Any]) -> list[tuple[float, str]]:
-    if scale["kind"] == "category":
-        colours = scale["colours"]
-        edges = [(i + end) / len(colours) for i in range(len(colours)) for end in (0, 1)]
-        return [(edge, colours[i // 2]) for i, edge in enumerate(edges)]
-    colours = _stops(scale)
-    return [(i / (len(colours) - 1), colour) for i, colour in enumerate(colours)]
-
-
-def _stops(scale: Mapping[str, Any]) -> tuple[str, ...]:
-    return _BLUE_RED if scale["kind"] == "diverging" else _CIVIDIS
-
-
-def _add_bars(drawn: go.Figure, row: int, content: Content, panel: Any, selection: Any) -> None:
-    places = [str(place) for place in _places(content.axes[panel["axes"][0]])]
-    heights = picked(content, panel, selection)
-    one = {"axes": []}
-    framed = [int(picked(content, one, selection, name)) for name in panel.get("chosen") or ()]
-    is_framed = np.isin(range(len(heights)), framed)
-    unit = panel["scale"].get("unit", "")
-    drawn.add_trace(
-        go.Bar(
-            x=places,
-            y=heights,
-            marker={
-                "color": panel.get("colours"),
-                "opacity": np.where(is_framed, 1, 0.65) if framed else 1,
-                "line": {"color": "black", "width": np.where(is_framed, 2.5, 0)},
-            },
-            texttemplate="%{y:.3~g}" if len(heights) <= 16 else None,
-            textposition="outside",
-            cliponaxis=False,
-            hovertemplate=f"%{{x}}: %{{y:.3~g}} {unit}<extra></extra>",
-            showlegend=False,
-        ),
-        row=row,
-        col=1,
-    )
-    if even := panel.get("reference"):
-        at: Any = {"row": row, "col": 1}
-        drawn.add_hline(y=even, line={"dash": "dash", "color": "#444"}, **at)
-    if panel.get("clean"):
-        marks = picked(content, panel, selection, panel["clean"])
-        symbol = {"symbol": "line-ew-open", "size": 16, "color": "black"}
-        drawn.add_trace(
-            go.Scatter(x=places, y=marks, mode="markers", marker=symbol, name="clean"),
-            row=row,
-            col=1,
-        )
-
-
-def _add_lines(drawn: go.Figure, row: int, content: Content, panel: Any, selection: Any) -> None:
-    places = _places(content.axes[panel["axes"][0]])
-    for one in panel["series"]:
-        heights = picked(content, panel, selection, one["array"])
-        line = {"color": one["colour"], "dash": "dash" if one.get("dash") else "solid"}
-        drawn.add_trace(
-            go.Scatter(x=places, y=heights, name=one["label"], mode="lines", line=line),
-            row=row,
-            col=1,
-        )
-
-
-_DRAWERS: dict[str, Callable[..., None]] = {
-    "map": _add_map,
-    "bars": _add_bars,
-    "lines": _add_lines,
-}
 
 
 def svg(content: Content, selection: Mapping[str, int], title: str) -> str:
@@ -347,12 +145,17 @@ def _pixels(values: np.ndarray, scale: Mapping[str, Any]) -> np.ndarray:
         found = table[filled.astype(int) % len(table)]
         nothing |= filled < 0
     else:
-        table = np.array([_rgb(colour) for colour in _stops(scale)])
+        table = np.array([_rgb(colour) for colour in stops(scale)])
         share = (filled - scale["low"]) / ((scale["high"] - scale["low"]) or 1.0)
         at = np.clip(share, 0, 1) * (len(table) - 1)
-        stops = np.arange(len(table))
-        found = np.stack([np.interp(at, stops, table[:, i]) for i in range(3)], axis=-1)
+        places = np.arange(len(table))
+        found = np.stack([np.interp(at, places, table[:, i]) for i in range(3)], axis=-1)
     return np.where(nothing[..., None], 230, found).astype(np.uint8)
+
+
+def stops(scale: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the colours from the low end of a scale to the high one."""
+    return _BLUE_RED if scale["kind"] == "diverging" else _CIVIDIS
 
 
 def _rgb(colour: str) -> list[int]:

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
-import plotly.graph_objects as go
 import traitlets
 
 from llama4_widgets.board import Board, page
 from llama4_widgets.panels import Axis, Content
 from llama4_widgets.selection import Selection
-from llama4_widgets.still import figure, svg
+from llama4_widgets.still import svg
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from llama4_widgets.moment import Moment
 
 
@@ -108,8 +109,10 @@ class View(ipywidgets.VBox):
             "expert": Axis("expert", config.num_local_experts, "expert"),
         }
 
-    def figure(self) -> go.Figure:
+    def figure(self) -> "go.Figure":
         """Return what is on screen as one static figure."""
+        from llama4_widgets.plots import figure  # plotly takes a while to import
+
         return figure(self.board.content, self.selection.shared, self._told())
 
     def to_html(self, path: str | Path) -> None:

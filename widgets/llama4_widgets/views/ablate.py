@@ -40,6 +40,7 @@ class Control:
     usual: Any = False
     field: str | None = None  # of the edit, that the value is; None for a switch
     fits: Fits = _always
+    is_in_row: bool = False  # that is shown and hidden as a whole
 
     def is_one(self, edit: Edit, layer: int) -> bool:
         """Whether an edit is what this control makes, with any value."""
@@ -54,7 +55,8 @@ class Control:
     def show(self, config: Llama4Config, layer: int, edits: Sequence[Edit]) -> None:
         """Show the value that a layer has; hide what it cannot have."""
         fits = self.fits(config, layer)
-        self.widget.layout.display = "" if fits else "none"
+        if not self.is_in_row:
+            self.widget.layout.display = "" if fits else "none"
         if not fits:
             return
         found = next((edit for edit in edits if self.is_one(edit, layer)), None)
@@ -66,9 +68,13 @@ class Control:
             self.widget.value = min(options, key=lambda option: abs(option - value))
 
 
-def _switch(text: str, tip: str, make: Callable[[int], Edit], fits: Fits = _always) -> Control:
-    toggle = ipywidgets.ToggleButton(description=text, tooltip=tip)
-    return Control(toggle, lambda layer, _: make(layer), fits=fits)
+def _switch(
+    text: str, tip: str, make: Callable[[int], Edit], fits: Fits = _always, **shared: Any
+) -> Control:
+    """Return a toggle; a page takes its time for each style and layout that is not `shared`."""
+    toggle = ipywidgets.ToggleButton(description=text, tooltip=tip, **shared)
+    is_in_row = "layout" in shared
+    return Control(toggle, lambda layer, _: make(layer), fits=fits, is_in_row=is_in_row)
 
 
 def _slider(
@@ -206,8 +212,9 @@ class AblateView(View):
     def _build(self, config: Llama4Config) -> None:
         """Make the controls that a model can have, once: a slider under the mouse must stay."""
         switches, sliders = list(_switches(config)), list(_sliders(config))
+        shared = {"style": switches[0].widget.style, "layout": ipywidgets.Layout()}
         heads = [
-            _switch(str(j), f"head {j} adds nothing", lambda i, j=j: E.AblateHead(i, j))
+            _switch(str(j), f"head {j} adds nothing", lambda i, j=j: E.AblateHead(i, j), **shared)
             for j in range(config.num_attention_heads)
         ]
         dropped = [
@@ -216,6 +223,7 @@ class AblateView(View):
                 f"drop expert {j}: its tokens go to their next best",
                 lambda i, j=j: E.DropExpert(i, j),
                 _is_moe,
+                **shared,
             )
             for j in range(config.num_local_experts)
         ]
