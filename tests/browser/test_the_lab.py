@@ -108,7 +108,7 @@ def views_of(model: l4.Llama4) -> dict[str, Any]:
     found = {f"view-{name}": view for name, view in views.items()}
     found["view-difference"] = app.difference
     app.compare(None)
-    app.shown = ("router", "lens", "ablate", "experts")
+    app.shown = ("router", "ablate", "lens", "experts")
     return found | {"lab": app}
 
 

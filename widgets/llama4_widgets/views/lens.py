@@ -238,7 +238,7 @@ class LensView(View):
         choices += [None] * (len(rows) - len(choices))
         heads = ["logits"] if len(found) == 1 else ["edited (logits)", "clean (logits)"]
         content.table(
-            name, title, ["part", *heads], rows, choices, wide=False,
+            name, title, ["part", *heads], rows, choices, wide=len(found) > 1,
             bars=[None, *(bound for _ in heads)], note="red: for it; blue: against it",
         )  # fmt: skip
 
