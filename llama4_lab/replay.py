@@ -57,7 +57,7 @@ class Replay:
         *,
         max_tokens: int = 2048,
     ):
-        _refuse_changes_around(model)
+        refuse_changes_around(model)
         self.model = model
         self.inputs = inputs_of(model, prompt)
         self.ids: Int[Tensor, " t"] = self.inputs["input_ids"][0]
@@ -125,7 +125,7 @@ class Replay:
         For more runs than fit into memory, and for work that is to be stopped on the way. Between
         two of them the model is as it was before.
         """
-        _refuse_changes_around(self.model)
+        refuse_changes_around(self.model)
         for edits in runs:
             self._check(edits)
         with torch.no_grad():
@@ -399,7 +399,8 @@ class _Variant:
         return bound({point: self.changes.get(point, [])}, self.run)[point]
 
 
-def _refuse_changes_around(model: Llama4) -> None:
+def refuse_changes_around(model: Llama4) -> None:
+    """Raise a ValueError inside a block that changes what the model computes."""
     if model.tap.records() is None:
         raise ValueError(
             "this stands inside a block of intervene or edited, whose changes replayed runs would "

@@ -47,7 +47,7 @@ def trace(
     points, and their values are kept under them; `llama4_lab.aliases` says where the meaning
     differs. A pattern stands for points, and for aliases only if no point fits. The model is
     watched, not the caller: forward passes that other threads make meanwhile are seen as well, and
-    changed by `intervene`.
+    changed by `intervene`. For such threads there is ``model.apart()``.
 
     A later forward pass replaces the values of an earlier one. Logits are the same to the bit,
     unless a value was asked for that only another path of the same mathematics makes:

@@ -220,6 +220,31 @@ def test_threads_take_turns_with_the_model(model):
     assert torch.equal(Replay(model, moment.prompt).hidden, moment.replay.hidden)
 
 
+def test_cells_do_not_see_the_edits_of_a_lab(model):
+    prompt = model.prompt(TEXT)
+    alone = model(**prompt)
+    app = LabApp(model, TEXT, shown=["router"])
+    app.edits = (E.SkipLayer(1), E.Rope(0, False))
+
+    def work() -> None:
+        for i in range(20):
+            app.moment.edited(lambda model, prompt, i=i: model.hidden(prompt.input_ids))
+
+    with ThreadPoolExecutor() as pool:
+        working = pool.submit(work)
+        while not working.done():
+            assert torch.equal(model(**prompt), alone)
+        working.result()
+    with E.edited(model, [E.SkipLayer(1)]), pytest.raises(ValueError, match="leave the block"):
+        app.run("other")
+    model.norm.weight.data.mul_(2.0)
+    try:
+        app.run(TEXT)
+        assert not torch.allclose(app.moment.replay.logits, alone[0], atol=0.1)
+    finally:
+        model.norm.weight.data.div_(2.0)
+
+
 def test_a_dragged_slider_is_answered_before_slower_views_follow(model):
     async def drag() -> list[list[bool]]:
         app = LabApp(model, TEXT, shown=["router", "lens", "ablate"])

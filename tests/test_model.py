@@ -199,3 +199,21 @@ def test_a_shared_past_is_attended_to_like_copies_of_it(t):
     torch.testing.assert_close(shared, copied, atol=1e-6, rtol=0)
     later = attend(q, k, v.index_fill(2, torch.tensor([t - 1]), 9.0), past_k, past_v)
     assert torch.equal(later[:, :, : t - 1], shared[:, :, : t - 1])  # causal among the new ones
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_model_apart_shares_weights_and_no_edits(quantize):
+    model = l4.load("nano", quantize=quantize)
+    apart, ids = model.apart(), torch.arange(3, 40)[None]
+    expected = model(ids)
+    assert torch.equal(apart(ids), expected)
+    assert {x.data_ptr() for x in apart.parameters()} == {x.data_ptr() for x in model.parameters()}
+    edits = [l4.edits.SkipLayer(1), l4.edits.Rope(0, False)]
+    with l4.edits.edited(model, edits), l4.trace(apart, "logits") as cache:
+        assert not torch.equal(model(ids), expected)
+        assert torch.equal(apart(ids), expected) and torch.equal(cache["logits"], expected)
+        with pytest.raises(ValueError, match="leave the block"):
+            model.apart()
+    cache = model.new_cache()
+    written = torch.cat([apart(ids[:, :-1], cache=cache), apart(ids[:, -1:], cache=cache)], dim=1)
+    torch.testing.assert_close(written, expected, atol=1e-4, rtol=1e-4)

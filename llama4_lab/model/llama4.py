@@ -1,6 +1,7 @@
 """The whole model: embed text and pictures into one stream, run the layers, read out logits."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -65,6 +66,24 @@ class Llama4(nn.Module):
         """Make read-out and embedding one tensor again, if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def apart(self) -> "Llama4":
+        """Return the same model, weights shared, whose traces and edits are its own.
+
+        Two threads can use the two, and neither sees what the other watches or changes. Weights
+        written in place change in both; a part of one that is replaced stays in the other.
+
+        Raises:
+            ValueError: a block of `intervene` or `edited` around it.
+        """
+        if self.tap.records() is None:
+            raise ValueError(
+                "this stands inside a block of intervene or edited, whose changes a model apart "
+                "would not have: leave the block"
+            )
+        model = cast(Llama4, _copied(self))
+        model.tap = NO_TAP
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -195,6 +214,15 @@ class Llama4(nn.Module):
         features = self.vision_model(pixel_values.to(x.dtype), self.tap.scope("vision."))
         features = self.tap("projector.out", self.multi_modal_projector["linear_1"](features))
         return x.masked_scatter(slots[..., None], features.to(x.dtype))
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a module with parts of its own, and with the same tensors."""
+    copied = copy(module)
+    copied.__dict__["_modules"] = {
+        name: part and _copied(part) for name, part in module._modules.items()
+    }
+    return copied
 
 
 def left_padding(mask: Tensor | None, b: int, t: int, cache: KVCache | None) -> list[int]:

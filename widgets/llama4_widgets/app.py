@@ -11,6 +11,7 @@ import traitlets
 from llama4_lab import edits as E
 from llama4_lab.edits import Edit
 from llama4_lab.model import Llama4
+from llama4_lab.replay import refuse_changes_around
 from llama4_widgets.bar import Bar
 from llama4_widgets.keeping import model_facts, record
 from llama4_widgets.moment import Moment
@@ -57,6 +58,7 @@ class LabApp(ipywidgets.VBox):
         shown: Sequence[str] = ("router", "ablate", "attention", "lens"),
     ):
         self.model = model
+        self._own = model.apart()  # cells that run the model meanwhile must not see the edits here
         self.selection = Selection()
         self._mirror = Mirror(self.selection)  # of what stands beside
         self.views: dict[str, View] = {}
@@ -85,7 +87,8 @@ class LabApp(ipywidgets.VBox):
         A text with pictures is a question about them. `boxes` (left, top, right, bottom, name) are
         what the picture shows, in its pixels.
         """
-        moment = self._moment_of(self.model, prompt, pictures, boxes)
+        refuse_changes_around(self.model)
+        moment = self._moment_of(self._own, prompt, pictures, boxes)
         self.prompt = prompt
         self.moment = moment.with_edits(self.edits)
         self.bar.show(self.moment)
@@ -134,10 +137,10 @@ class LabApp(ipywidgets.VBox):
         if other is None:
             return None
         if isinstance(other, Llama4):
-            return self._moment_of(other, self.prompt, now.pictures, now.boxes)
+            return self._moment_of(other.apart(), self.prompt, now.pictures, now.boxes)
         if not isinstance(other, str) and all(isinstance(each, Edit) for each in other):
             return now.with_edits(other)
-        return self._moment_of(self.model, other, now.pictures, now.boxes).with_edits(self.edits)
+        return self._moment_of(self._own, other, now.pictures, now.boxes).with_edits(self.edits)
 
     def _told(self) -> str:
         """Say what stands beside."""

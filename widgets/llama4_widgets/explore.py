@@ -54,7 +54,7 @@ class RouterExplorer(RouterView):
     text = traitlets.Unicode(help="the text that is shown")
 
     def __init__(self, model: Llama4, text: str):
-        self._model = model
+        self._model = model.apart()
         self._ran = text
         self._field = Prompt(value=text)
         self._field.observe(self._type, "value")

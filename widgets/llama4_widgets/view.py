@@ -74,16 +74,16 @@ class View(ipywidgets.VBox):
             self._is_stale = True
             return
         self._is_stale = False
-        try:
-            with self.moment.computing():
+        with self.moment.computing():  # and shown, so that the newest is shown last
+            try:
                 content, summary = self.content(), self.summary()
-        except (ValueError, KeyError, RuntimeError) as error:
-            self.board.problem = str(error.args[0] if error.args else error)
-            return
-        with self.board.hold_sync():
-            self.board.problem = ""
-            self.board.content = content
-            self.board.summary = summary
+            except (ValueError, KeyError, RuntimeError) as error:
+                self.board.problem = str(error.args[0] if error.args else error)
+                return
+            with self.board.hold_sync():
+                self.board.problem = ""
+                self.board.content = content
+                self.board.summary = summary
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
