@@ -25,6 +25,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,12 @@ SHUT_DOWN = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.shutd
 
 @dataclass(frozen=True)
 class LabServer:
-    """A running JupyterLab over a copy of the notebooks."""
+    """A running JupyterLab, or Notebook 7, over a copy of the notebooks."""
 
     url: str  # ends in a slash
     token: str
     folder: Path  # the copied notebooks
+    path: str = "lab/workspaces/{workspace}/tree/{name}"  # of a notebook
 
 
 @dataclass
@@ -94,7 +96,7 @@ class LabPage:
     def open_notebook(self, name: str) -> None:
         """Open a notebook in a fresh workspace and wait until its kernel answers."""
         workspace = secrets.token_hex(4)  # a known one would restore its old tabs
-        path = f"lab/workspaces/{workspace}/tree/{quote(name)}"
+        path = self.server.path.format(workspace=workspace, name=quote(name))
         self.page.goto(f"{self.server.url}{path}?token={self.server.token}")
         self.page.wait_for_function("() => window.jupyterapp?.shell.currentWidget")
         self.page.evaluate(OPEN_NOTEBOOK)
@@ -152,7 +154,13 @@ def browser(chromium: str) -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def lab_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabServer]:
-    home = tmp_path_factory.mktemp("lab")
+    with served(tmp_path_factory.mktemp("lab"), "jupyterlab", "LabApp") as server:
+        yield server
+
+
+@contextmanager
+def served(home: Path, module: str, app: str, **options: str) -> Iterator[LabServer]:
+    """Serve a copy of the notebooks by a Jupyter application, which keeps all it writes in home."""
     for name, settings in LAB_SETTINGS.items():
         file = home / "lab" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +169,7 @@ def lab_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabServer]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = Path(shutil.copytree(ROOT / "notebooks", home / "notebooks"))
-    server = LabServer(f"http://127.0.0.1:{port}/", secrets.token_hex(16), folder)
+    server = LabServer(f"http://127.0.0.1:{port}/", secrets.token_hex(16), folder, **options)
     environment = os.environ | {
         "JUPYTERLAB_SETTINGS_DIR": str(home / "lab"),
         "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
@@ -172,9 +180,9 @@ def lab_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabServer]:
         "IPYTHONDIR": str(home / "ipython"),
     }
     command = [
-        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
+        *(sys.executable, "-m", module, "--no-browser", "--allow-root"),
         *("--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"),
-        *("--LabApp.extension_manager=readonly", "--LabApp.expose_app_in_browser=True"),
+        *("--LabApp.extension_manager=readonly", f"--{app}.expose_app_in_browser=True"),
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         f"--ServerApp.root_dir={folder}",
     ]
@@ -200,7 +208,7 @@ def wait_until_served(server: LabServer, process: subprocess.Popen[bytes], log: 
             return
         except (urllib.error.URLError, TimeoutError):
             time.sleep(0.1)
-    pytest.fail(f"JupyterLab did not start:\n{log.read_text()}")
+    pytest.fail(f"Jupyter did not start:\n{log.read_text()}")
 
 
 @pytest.fixture
