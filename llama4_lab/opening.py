@@ -9,6 +9,7 @@ from pathlib import Path
 
 STANDALONE = Path(__file__).parent / "standalone"  # the lab's page, and Voila's template for it
 _HERE = "127.0.0.1"
+_OF_NOTEBOOK = "@jupyter-notebook/lab-extension"
 _CALM = ("OMP_WAIT_POLICY", "PASSIVE")  # spinning pools of torch and numba slow each other down
 
 
@@ -52,6 +53,8 @@ def open_page(notebook: Path | None = None, port: int | None = None) -> None:
 
     page = Page(ip=_HERE, auto_token=True, log_level=logging.ERROR)
     options = ["--template=llama4_lab", "--KernelManager.transport_encryption=auto"]
+    # Where Notebook 7 is installed, what it adds to JupyterLab fails on a page of Voila.
+    options += [f"--VoilaConfiguration.extension_denylist={_OF_NOTEBOOK}"]
     page.initialize([str(notebook), *options, *([f"--port={port}"] if port else [])])
     page.start()
 
