@@ -57,7 +57,7 @@ class Replay:
         *,
         max_tokens: int = 2048,
     ):
-        refuse_changes_around(model)
+        _refuse_changes_around(model)
         self.model = model
         self.inputs = inputs_of(model, prompt)
         self.ids: Int[Tensor, " t"] = self.inputs["input_ids"][0]
@@ -125,7 +125,7 @@ class Replay:
         For more runs than fit into memory, and for work that is to be stopped on the way. Between
         two of them the model is as it was before.
         """
-        refuse_changes_around(self.model)
+        _refuse_changes_around(self.model)
         for edits in runs:
             self._check(edits)
         with torch.no_grad():
@@ -399,8 +399,7 @@ class _Variant:
         return bound({point: self.changes.get(point, [])}, self.run)[point]
 
 
-def refuse_changes_around(model: Llama4) -> None:
-    """Raise a ValueError inside a block that changes what the model computes."""
+def _refuse_changes_around(model: Llama4) -> None:
     if model.tap.records() is None:
         raise ValueError(
             "this stands inside a block of intervene or edited, whose changes replayed runs would "

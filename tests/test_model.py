@@ -216,4 +216,5 @@ def test_a_model_apart_shares_weights_and_no_edits(quantize):
             model.apart()
     cache = model.new_cache()
     written = torch.cat([apart(ids[:, :-1], cache=cache), apart(ids[:, -1:], cache=cache)], dim=1)
+    # Decoding sums in another order than one pass.
     torch.testing.assert_close(written, expected, atol=1e-4, rtol=1e-4)

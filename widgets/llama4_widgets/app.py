@@ -11,7 +11,6 @@ import traitlets
 from llama4_lab import edits as E
 from llama4_lab.edits import Edit
 from llama4_lab.model import Llama4
-from llama4_lab.replay import refuse_changes_around
 from llama4_widgets.bar import Bar
 from llama4_widgets.keeping import model_facts, record
 from llama4_widgets.moment import Moment
@@ -58,7 +57,6 @@ class LabApp(ipywidgets.VBox):
         shown: Sequence[str] = ("router", "ablate", "attention", "lens"),
     ):
         self.model = model
-        self._own = model.apart()  # cells that run the model meanwhile must not see the edits here
         self.selection = Selection()
         self._mirror = Mirror(self.selection)  # of what stands beside
         self.views: dict[str, View] = {}
@@ -87,8 +85,7 @@ class LabApp(ipywidgets.VBox):
         A text with pictures is a question about them. `boxes` (left, top, right, bottom, name) are
         what the picture shows, in its pixels.
         """
-        refuse_changes_around(self.model)
-        moment = self._moment_of(self._own, prompt, pictures, boxes)
+        moment = self._moment_of(self.model, prompt, pictures, boxes)
         self.prompt = prompt
         self.moment = moment.with_edits(self.edits)
         self.bar.show(self.moment)
@@ -104,7 +101,8 @@ class LabApp(ipywidgets.VBox):
             raise ValueError(
                 f"this prompt has {count} tokens, the lab shows at most {MAX_TOKENS}: shorten it"
             )
-        return Moment(model, built, pictures=pictures, boxes=boxes)
+        # Cells that run the model meanwhile must not see the edits that are computed here.
+        return Moment(model.apart(), built, pictures=pictures, boxes=boxes)
 
     # ---- comparing
 
@@ -137,10 +135,10 @@ class LabApp(ipywidgets.VBox):
         if other is None:
             return None
         if isinstance(other, Llama4):
-            return self._moment_of(other.apart(), self.prompt, now.pictures, now.boxes)
+            return self._moment_of(other, self.prompt, now.pictures, now.boxes)
         if not isinstance(other, str) and all(isinstance(each, Edit) for each in other):
             return now.with_edits(other)
-        return self._moment_of(self._own, other, now.pictures, now.boxes).with_edits(self.edits)
+        return self._moment_of(self.model, other, now.pictures, now.boxes).with_edits(self.edits)
 
     def _told(self) -> str:
         """Say what stands beside."""

@@ -145,9 +145,9 @@ function render({ model, el }) {
 
   function describe(panel, indices, names = panel.axes.map((name, i) => called(name, indices[i])), array = panel.array) {
     const value = (array) => picked(array)(panel.axes)(...indices);
-    const say = (value) => (panel.scale?.kind === "category" ? `${panel.scale.unit} ${written(value)}` : told(value, panel.scale));
-    const before = panel.clean && value(panel.clean) !== value(array) ? ` (clean: ${say(value(panel.clean))})` : "";
-    return `${names.join(", ")}: ${say(value(array))}${before}`;
+    const spoken = (value) => (panel.scale?.kind === "category" ? `${panel.scale.unit} ${written(value)}` : told(value, panel.scale));
+    const before = panel.clean && value(panel.clean) !== value(array) ? ` (clean: ${spoken(value(panel.clean))})` : "";
+    return `${names.join(", ")}: ${spoken(value(array))}${before}`;
   }
 
   function point(event, text) {
