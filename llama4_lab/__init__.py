@@ -1,22 +1,25 @@
 """Llama 4, opened up: exact, readable, and every value inside it named."""
 
-from llama4_lab import edits, parallel
-from llama4_lab.cache import KVCache
-from llama4_lab.checkpoint import convert, load, save
-from llama4_lab.config import (
-    BEHEMOTH_ESTIMATE,
-    MAVERICK,
-    SCOUT,
-    Llama4Config,
-    RopeScaling,
-    VisionConfig,
-)
-from llama4_lab.generate import generate
-from llama4_lab.model import Llama4
-from llama4_lab.model.random import random
-from llama4_lab.points import points
-from llama4_lab.replay import Replay
-from llama4_lab.trace import intervene, run_with_cache, trace
+from llama4_lab.loading import importing
+
+with importing():
+    from llama4_lab import edits, parallel
+    from llama4_lab.cache import KVCache
+    from llama4_lab.checkpoint import convert, load, save
+    from llama4_lab.config import (
+        BEHEMOTH_ESTIMATE,
+        MAVERICK,
+        SCOUT,
+        Llama4Config,
+        RopeScaling,
+        VisionConfig,
+    )
+    from llama4_lab.generate import generate
+    from llama4_lab.model import Llama4
+    from llama4_lab.model.random import random
+    from llama4_lab.points import points
+    from llama4_lab.replay import Replay
+    from llama4_lab.trace import intervene, run_with_cache, trace
 
 __all__ = [
     "BEHEMOTH_ESTIMATE",

@@ -281,6 +281,43 @@ def test_until_kernels_are_compiled_auto_is_the_loop(monkeypatch):
     assert experts.choose_backend(x) == "numba"
 
 
+def test_what_is_put_off_begins_later_and_nobody_waits_for_it(monkeypatch):
+    begun, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        done.wait()
+
+    late = loading.Loading("a late one", work)
+    late.put_off(3600)
+    monkeypatch.setattr(probe, "CHOSEN", "auto")
+    monkeypatch.setattr(probe, "LOADING", late)
+    assert experts.choose_backend(torch.ones(1, 4)) == "loop"  # at once: it would wait for seconds
+    assert not begun.is_set()
+    late.put_off(0)  # the last one counts
+    assert begun.wait(60)
+    late.put_off(3600)  # too late
+    assert experts.choose_backend(torch.ones(1, 4)) == "loop"
+    done.set()
+    late.wait()
+    assert experts.choose_backend(torch.ones(1, 4)) == "numba"
+
+
+def test_imports_leave_the_garbage_collector_as_it_was():
+    code = (
+        "import gc; {0}; before = gc.get_freeze_count(); {1}; import llama4_lab;"
+        "print(gc.isenabled(), gc.get_freeze_count() > before)"
+    )
+    for first, second, said in [
+        ("pass", "pass", "True True"),
+        ("pass", "gc.disable()", "False True"),
+        ("import torch", "pass", "True False"),  # tensors may be there, which are to go one day
+    ]:
+        command = [sys.executable, "-c", code.format(first, second)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == said
+
+
 def test_kernels_that_cannot_be_compiled_leave_the_loop(monkeypatch):
     def fail() -> None:
         raise OSError("no space left")

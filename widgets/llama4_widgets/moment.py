@@ -6,6 +6,7 @@ changed while it runs with edits: so one thread at a time computes here.
 With `explore` this is the only module here that needs torch; views ask it for arrays.
 """
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 
 from llama4_lab.analysis.routing import routing_in, routing_of
 from llama4_lab.edits import Edit, check, edited
+from llama4_lab.experts import probe
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 from llama4_lab.replay import Edited, Replay
@@ -24,6 +26,7 @@ from llama4_widgets.words import visible
 T = TypeVar("T")
 _TURN = threading.RLock()
 _SHORT = 512  # tokens; runs of fewer gain less from a second thread than the browser loses
+_REST = 1.0  # seconds in which no view computed anything
 _READ: dict[Any, Any] = {routing_of: routing_in}  # what the runs that are there know already
 
 
@@ -96,8 +99,12 @@ class Moment:
         """Compute when no other view does, and what is short with one thread of torch's.
 
         Of the others, those that wait for work would take the processors that the browser needs.
+        In a notebook, compiled experts, whose loading keeps Python busy for most of a second, come
+        when all is drawn; until then the plain ones do.
         """
         with _TURN:
+            if _is_in_notebook():
+                probe.LOADING.put_off(_REST)
             threads = torch.get_num_threads()
             torch.set_num_threads(1 if len(self.tokens) <= _SHORT else threads)
             try:
@@ -138,3 +145,11 @@ class Moment:
             if key not in known:
                 known[key] = make()
             return known[key]
+
+
+def _is_in_notebook() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
