@@ -171,12 +171,14 @@ def test_the_lab_runs_texts_and_edits(model):
     assert app.moment.edits == (E.SkipLayer(1),)
     before = app.moment
     app.bar.text.value = "x" * 9000
-    app.bar.run.click()
     assert "shows at most 4096: shorten it" in app.bar.problem.value
-    assert app.moment is before
+    assert app.moment is before and not app.bar.text.is_busy
     with pytest.raises(ValueError, match="layer 40 is out of range"):
         app.edits = (E.SkipLayer(40),)
+    app.bar.text.value = TEXT  # what was run last
+    assert app.moment is before and app.bar.problem.value == ""
     app.run("two")
+    assert app.bar.text.value == "two"
     assert app.moment.edits == (E.SkipLayer(1),) and len(app.moment.tokens) == 2
     assert torch.equal(app.moment.prompt.input_ids, model.prompt("two").input_ids)
 

@@ -74,6 +74,11 @@ def test_a_click_moves_all_views_and_a_switch_changes_them(lab_page, model):
     ablate.get_by_role("button", name="skip layer").click()
     expect(router.locator("[data-panel=chosen] figcaption")).not_to_contain_text("rings")
 
+    page.get_by_label("prompt").fill("seven times eight")
+    page.get_by_label("prompt").press("Enter")
+    words = [visible(token) for token in model.prompt("seven times eight").tokens]
+    expect(strip(router).locator("span")).to_have_text(words)
+
 
 def said(title: str, routing: Routing, layer: int, token: int, clean: Routing | None = None) -> str:
     """Return what a screen reader hears of a map of experts."""

@@ -88,7 +88,7 @@ class LabApp(ipywidgets.VBox):
         moment = self._moment_of(self.model, prompt, pictures, boxes)
         self.prompt = prompt
         self.moment = moment.with_edits(self.edits)
-        self.bar.show(self.moment)
+        self.bar.show(prompt, self.moment)
 
     def _moment_of(
         self, model: Llama4, prompt: Any, pictures: Sequence[Any], boxes: Sequence[Any]
@@ -293,7 +293,6 @@ class LabApp(ipywidgets.VBox):
         return cells
 
     def _keep(self, change: Any) -> None:
-        self.bar.text.value = change["new"]
         self.bar.guard(lambda: self.run(change["new"]))
 
     def _made_chips(self) -> list[ipywidgets.ToggleButton]:

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from llama4_lab.prompt.images import open_picture
 from llama4_lab.train import scenes
 from llama4_widgets.moment import Moment
+from llama4_widgets.prompt import Prompt
 from llama4_widgets.view import button
 
 
@@ -25,12 +26,12 @@ class Bar(ipywidgets.VBox):
         self._boxes: list[Any] = []
         self._rng = np.random.default_rng()
         super().__init__()
-        self.text = _field(text, "a text; with pictures, a question about them")
-        self.beside = _field("", "the text to compare with")
+        self._ran = text
+        self.text = Prompt(value=text)
+        self.text.observe(self._type, "value")
+        self.beside = Prompt(label="text to compare with", act="Compare")
         self.beside.layout.display = "none"
         self.beside.observe(lambda change: self.guard(lambda: compare(change["new"])), "value")
-        self.run = button("Run", "run the text, with the pictures", self._run)
-        self.run.button_style = "primary"
         self.upload = ipywidgets.FileUpload(
             accept=".png,.jpg,.jpeg", multiple=True, description="Picture", layout={"width": "auto"}
         )
@@ -44,12 +45,14 @@ class Bar(ipywidgets.VBox):
         self.shown = ipywidgets.HBox()
         self.shown.add_class("l4-app-pictures")
         self.problem = ipywidgets.HTML()
-        tools = ipywidgets.HBox([self.run, self.upload, self.scene, self.sides, self.shown])
+        tools = ipywidgets.HBox([self.upload, self.scene, self.sides, self.shown])
         tools.add_class("l4-app-chips")
         self.children = [ipywidgets.HBox([self.text, self.beside]), tools, self.problem]
 
-    def show(self, moment: Moment) -> None:
-        """Show the pictures of what was run."""
+    def show(self, prompt: Any, moment: Moment) -> None:
+        """Show what was run: the text, if it is one, and the pictures."""
+        if isinstance(prompt, str):
+            self._ran = self.text.value = prompt
         self._pictures, self._boxes = moment.pictures, moment.boxes
         shown: list[ipywidgets.Widget] = [
             ipywidgets.Image(value=_png(open_picture(picture))) for picture in moment.pictures
@@ -58,7 +61,7 @@ class Bar(ipywidgets.VBox):
             shown.append(button("No picture", "run the text alone", self._run_alone))
         self.shown.children = shown
 
-    def guard(self, work: Callable[[], None]) -> None:
+    def guard(self, work: Callable[[], Any]) -> None:
         """Do work, or say what is wrong with it."""
         try:
             work()
@@ -67,11 +70,20 @@ class Bar(ipywidgets.VBox):
             text = html.escape(str(error))
             self.problem.value = f'<span class="l4-app-problem">{text}</span>'
 
-    def _run(self) -> None:
-        self.guard(lambda: self._ask(self.text.value, self._pictures, self._boxes))
+    def _run(self, text: str, pictures: Sequence[Any], boxes: Sequence[Any]) -> None:
+        """Ask for a run, and show meanwhile that it is under way."""
+        self.text.is_busy = True
+        try:
+            self._ask(text, pictures, boxes)
+        finally:
+            self.text.is_busy = False
+
+    def _type(self, change: Any) -> None:
+        text = change["new"]
+        self.guard(lambda: text == self._ran or self._run(text, self._pictures, self._boxes))
 
     def _run_alone(self) -> None:
-        self.guard(lambda: self._ask(self.text.value, (), ()))
+        self.guard(lambda: self._run(self.text.value, (), ()))
 
     def _take_files(self, change: Any) -> None:
         if files := change["new"]:
@@ -79,7 +91,7 @@ class Bar(ipywidgets.VBox):
             self.guard(lambda: self._add([_picture(file) for file in files]))
 
     def _add(self, pictures: Sequence[Any]) -> None:
-        self._ask(self.text.value, [*self._pictures, *pictures], ())
+        self._run(self.text.value, [*self._pictures, *pictures], ())
 
     def _draw_scene(self) -> None:
         """Ask about a random picture of coloured shapes, of which the boxes are known."""
@@ -87,8 +99,7 @@ class Bar(ipywidgets.VBox):
         boxes = [(*thing.box, str(thing)) for thing in example.scenes[0].objects]
 
         def ask() -> None:
-            self._ask(example.question, example.images, boxes)
-            self.text.value = example.question
+            self._run(example.question, example.images, boxes)
             answer = ipywidgets.Label(f"right answer: {example.answer}")
             self.shown.children = [*self.shown.children, answer]
 
@@ -100,15 +111,6 @@ class Bar(ipywidgets.VBox):
         if other == "":
             other = self.beside.value or self.text.value
         self.guard(lambda: self._ask_beside(other))
-
-
-def _field(text: str, tip: str) -> ipywidgets.Textarea:
-    layout = {"width": "100%", "height": "64px"}
-    field = ipywidgets.Textarea(
-        value=text, tooltip=tip, continuous_update=False, layout=layout, placeholder=tip
-    )
-    field.add_class("l4-app-text")
-    return field
 
 
 def _picture(file: Any) -> Image.Image:

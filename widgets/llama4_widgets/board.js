@@ -72,11 +72,9 @@ class Values {
     const [rows, cols] = shown.map(this.size);
     const colour = colourOf(scale);
     const image = new ImageData(cols, rows);
-    for (let i = 0, k = 0; i < rows; i++) {
-      for (let j = 0; j < cols; j++, k += 4) {
-        const v = value(i, j);
-        if (v === v) image.data.set([...colour(v), 255], k);
-      }
+    for (let k = 0; k < rows * cols; k++) {
+      const v = value(Math.floor(k / cols), k % cols);
+      if (v === v) image.data.set([...colour(v), 255], 4 * k);
     }
     const canvas = new OffscreenCanvas(cols, rows);
     canvas.getContext("2d").putImageData(image, 0, 0);
@@ -89,10 +87,11 @@ class Values {
 
 function render({ model, el }) {
   const root = make("section", el, { className: "l4-board" });
-  const head = make("header", root);
+  const heading = make("details", root, { className: "l4-heading" }); // as view.py makes it
+  const head = make("summary", heading, {}, OWN_KEYS);
   const title = make("b", head);
-  const help = make("button", head, { className: "l4-help", textContent: "?" }, { ...OWN_KEYS, "aria-expanded": false });
-  const explanation = make("p", root, { className: "l4-explanation", hidden: true });
+  make("span", head, { textContent: "?" });
+  const explanation = make("p", heading);
   const summary = make("p", root, { className: "l4-summary" }, { role: "status" });
   const problem = make("p", root, { className: "l4-problem" }, { role: "alert" });
   const body = make("div", root, { className: "l4-panels" });
@@ -109,11 +108,6 @@ function render({ model, el }) {
   const windows = new Map(); // what is on screen of maps that zoom together, by name
   const own = { redraw };
   group.boards.add(own);
-
-  help.onclick = () => {
-    explanation.hidden = !explanation.hidden;
-    help.setAttribute("aria-expanded", !explanation.hidden);
-  };
 
   function select(change) {
     pointed = {};
@@ -159,12 +153,23 @@ function render({ model, el }) {
     tip.style.top = `${event.clientY - frame.top + 16}px`;
   }
 
+  const hover = (node, text) => Object.assign(node, { onpointermove: (event) => point(event, text()), onpointerleave: () => point() });
+  // Arrow keys on a node move by so many places to the right and down.
+  function onArrows(node, move) {
+    node.onkeydown = (event) => {
+      const step = STEPS[event.key];
+      if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
+      event.preventDefault();
+      move(...step);
+    };
+  }
+
   // -- what is selected, in words and in panels; what is not here yet stays as it was
 
   const isLate = (name, at = seen) => Boolean(arrays[name]?.isLate(at));
 
   function show({ panel, figure, again }) {
-    if (figure.wide === undefined) return; // whoever watches its size draws it
+    if (!figure.wide) return; // whoever watches its size draws it
     const at = panel.kind === "bars" ? seen : index;
     const late = [panel.array, panel.clean, ...(panel.chosen ?? [])].some((name) => isLate(name, at));
     figure.classList.toggle("l4-late", late);
@@ -215,13 +220,10 @@ function render({ model, el }) {
       node.onpointerleave = () => (point(), look({}));
       return node;
     });
-    box.onkeydown = (event) => {
-      const step = STEPS[event.key];
-      if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
-      event.preventDefault();
-      const [along, by] = panel.walk && step[1] ? [panel.walk, step[1]] : [name, step[0] + step[1]];
-      choose([[along, clamp(index(along) + by, 0, axis(along).size - 1)]]);
-    };
+    onArrows(box, (right, down) => {
+      const along = panel.walk && down ? panel.walk : name;
+      choose([[along, clamp(index(along) + right + down, 0, axis(along).size - 1)]]);
+    });
     // Dims all words but those of an expert.
     const shine = (expert) => words.forEach((node, i) => node.classList.toggle("l4-dim", expert !== undefined && numbers.every((at) => at(i) !== expert)));
     const again = () => {
@@ -288,30 +290,21 @@ function render({ model, el }) {
       return [Math.floor(down), Math.floor(across), down, across];
     };
     const inside = ([y, x]) => y >= whole.y[0] && y < whole.y[1] && x >= whole.x[0] && x < whole.x[1];
-    function zoom(factor, [, , y, x]) {
-      for (const [name, middle] of [["x", x], ["y", y]]) {
-        const [low, high] = whole[name];
-        const length = clamp((window[name][1] - window[name][0]) * factor, Math.min(8, high - low), high - low);
-        const start = clamp(middle - ((middle - window[name][0]) / (window[name][1] - window[name][0])) * length, low, high - length);
+    // Moves the window by x and y cells and makes it `factor` times as large, around a place.
+    function move(x, y, factor = 1, [, , middleY, middleX] = [0, 0, 0, 0]) {
+      for (const [name, by, middle] of [["x", x, middleX], ["y", y, middleY]]) {
+        const [[low, high], [from, to]] = [whole[name], window[name]];
+        const length = clamp((to - from) * factor, Math.min(8, high - low), high - low);
+        const start = clamp(by + middle - ((middle - from) / (to - from)) * length, low, high - length);
         window[name] = [start, start + length];
       }
-      moved();
-    }
-    function moved() {
       for (const each of drawn) each.again.lay?.();
       clearTimeout(timer);
       if (panel.region) timer = setTimeout(() => ask(linked), SETTLE);
     }
-    function pan(name, shift) {
-      const length = window[name][1] - window[name][0];
-      const start = clamp(window[name][0] + shift, whole[name][0], whole[name][1] - length);
-      window[name] = [start, start + length];
-    }
+    const zoom = (factor, at) => move(0, 0, factor, at);
     if (panel.zoom) {
-      canvas.onwheel = (event) => {
-        event.preventDefault();
-        zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event));
-      };
+      canvas.onwheel = (event) => (event.preventDefault(), zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event)));
       canvas.ondblclick = () => zoom(1e9, cell({ clientX: 0, clientY: 0 }));
     }
     canvas.onpointerdown = (event) => {
@@ -323,9 +316,7 @@ function render({ model, el }) {
       if (!grabbed || !panel.zoom) return point(event, inside(at) && tell(at));
       grabbed.moved ||= Math.hypot(event.clientX - grabbed.x, event.clientY - grabbed.y) > 4;
       if (!grabbed.moved) return;
-      pan("x", grabbed.at[3] - at[3]);
-      pan("y", grabbed.at[2] - at[2]);
-      moved();
+      move(grabbed.at[3] - at[3], grabbed.at[2] - at[2]);
     };
     canvas.onpointerup = (event) => {
       const at = cell(event);
@@ -335,11 +326,8 @@ function render({ model, el }) {
     canvas.onpointerleave = () => point();
     canvas.onkeydown = (event) => {
       const step = STEPS[event.key];
-      if (step && event.shiftKey && panel.zoom) {
-        pan("x", (step[0] * (window.x[1] - window.x[0])) / 8);
-        pan("y", (step[1] * (window.y[1] - window.y[0])) / 8);
-        moved();
-      } else if (step) choose([[across, clamp(index(across) + step[0], 0, axis(across).size - 1)], [down, clamp(index(down) + step[1], 0, axis(down).size - 1)]]);
+      if (step && event.shiftKey && panel.zoom) move((step[0] * (window.x[1] - window.x[0])) / 8, (step[1] * (window.y[1] - window.y[0])) / 8);
+      else if (step) choose([[across, clamp(index(across) + step[0], 0, axis(across).size - 1)], [down, clamp(index(down) + step[1], 0, axis(down).size - 1)]]);
       else if (panel.zoom && "+-0".includes(event.key)) {
         const [y, x] = [index(down), axis(across).select ? index(across) : index(down)];
         zoom({ "+": 0.7, "-": 1.4, 0: 1e9 }[event.key], [0, 0, clamp(y, ...window.y), clamp(x, ...window.x)]);
@@ -387,42 +375,35 @@ function render({ model, el }) {
         pen.drawImage(arrays[array].paint(panel.axes, index, panel.scale), px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
       }
       const [rows, cols] = panel.axes.map(arrays[panel.array].size);
-      const value = picked(panel.array)(panel.axes);
-      const isRoomy = inner / cols >= 14 && tall / rows >= 12 && !panel.zoom;
-      Object.assign(pen, { font: "11px system-ui, sans-serif", textAlign: "center" });
-      for (let i = 0; panel.scale.inks && isRoomy && i < rows; i++) {
-        for (let j = 0; j < cols; j++) {
+      const [value, clean, marks] = [panel.array, panel.clean, panel.marks].map((array) => array && picked(array)(panel.axes));
+      const isMarked = marks ?? (clean && ((i, j) => clean(i, j) !== value(i, j))); // gets a ring
+      const isNumbered = panel.scale.inks && inner / cols >= 14 && tall / rows >= 12 && !panel.zoom;
+      const radius = clamp(Math.min(inner / cols, tall / rows) / 2 - 1, 1, 4);
+      Object.assign(pen, { font: "11px system-ui, sans-serif", textAlign: "center", strokeStyle: "#000", lineWidth: radius / 2 });
+      for (let k = 0; (isNumbered || isMarked) && k < rows * cols; k++) {
+        const [i, j] = [Math.floor(k / cols), k % cols];
+        const [x, y] = [(px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2];
+        if (isNumbered) {
           pen.clearRect(px(j + 1) - 1, py(i), 1, py(i + 1) - py(i));
           pen.clearRect(px(j), py(i + 1) - 1, px(j + 1) - px(j), 1);
           pen.fillStyle = panel.scale.inks[value(i, j) % panel.scale.inks.length];
-          if (value(i, j) >= 0) pen.fillText(value(i, j), (px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2 + 4);
+          if (value(i, j) >= 0) pen.fillText(value(i, j), x, y + 4);
         }
-      }
-      pen.strokeStyle = theme.muted;
-      pen.setLineDash([4, 3]);
-      for (const edge of panel.borders ?? []) {
-        pen.strokeRect(px(edge[0]), py(edge[0]), px(edge[1]) - px(edge[0]), py(edge[1]) - py(edge[0]));
-      }
-      pen.setLineDash([]);
-      if (panel.diagonal) {
+        if (!isMarked?.(i, j)) continue;
         pen.beginPath();
-        pen.moveTo(px(whole.x[0]), py(whole.y[0]));
-        pen.lineTo(px(whole.x[1]), py(whole.y[1]));
+        pen.arc(x, y, radius, 0, 7);
+        pen.fillStyle = "#fff";
+        pen.fill();
         pen.stroke();
       }
-      const clean = panel.clean && picked(panel.clean)(panel.axes);
-      const marked = panel.marks ? picked(panel.marks)(panel.axes) : clean && ((i, j) => clean(i, j) !== value(i, j)); // gets a ring
-      const radius = clamp(Math.min(inner / cols, tall / rows) / 2 - 1, 1, 4);
-      for (let i = 0; marked && i < rows; i++) {
-        for (let j = 0; j < cols; j++) {
-          if (!marked(i, j)) continue;
-          pen.beginPath();
-          pen.arc((px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2, radius, 0, 7);
-          Object.assign(pen, { fillStyle: "#fff", strokeStyle: "#000", lineWidth: radius / 2 });
-          pen.fill();
-          pen.stroke();
-        }
-      }
+      Object.assign(pen, { strokeStyle: theme.muted, lineWidth: 1 });
+      pen.setLineDash([4, 3]);
+      for (const [from, to] of panel.borders ?? []) pen.strokeRect(px(from), py(from), px(to) - px(from), py(to) - py(from));
+      pen.setLineDash([]);
+      pen.beginPath();
+      pen.moveTo(px(whole.x[0]), py(whole.y[0]));
+      pen.lineTo(px(whole.x[1]), py(whole.y[1]));
+      if (panel.diagonal) pen.stroke();
       for (const [colour, wide] of [[theme.paper, 4], [theme.accent, 2]]) {
         Object.assign(pen, { strokeStyle: colour, lineWidth: wide });
         const [i, j] = [axis(down).select ? index(down) : -1, axis(across).select ? index(across) : -1];
@@ -434,7 +415,7 @@ function render({ model, el }) {
       pen.restore();
       Object.assign(pen, { fillStyle: theme.muted, font: "11px system-ui, sans-serif", textAlign: "center" });
       const ticks = (name, [low, high], room) => {
-        const step = [1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2048, 4096, 8192, 16384, 32768].find((s) => (high - low) / s <= room) ?? 65536;
+        const step = 2 ** Math.max(0, Math.ceil(Math.log2((high - low) / room))); // as chunks are long
         const found = [];
         for (let i = Math.ceil(low / step) * step; i < high; i += step) found.push(i);
         return found.filter((i) => i < axis(name).size);
@@ -503,32 +484,48 @@ function render({ model, el }) {
     make("span", box, { textContent: `${told(scale.high, scale)}${scale.label ? ` ${scale.label}` : ""}` });
   }
 
+  // Begins a chart anew, with a rule and a number at each of some heights.
+  function chart(svg, { wide }, tall, heights, y, label) {
+    svg.replaceChildren();
+    svg.setAttribute("viewBox", `0 0 ${wide} ${tall}`);
+    const rule = (v, css) => draw("line", svg, { x1: LEFT, x2: wide - RIGHT, y1: y(v), y2: y(v), class: css });
+    for (const v of heights) {
+      rule(v, "l4-rule");
+      draw("text", svg, { x: LEFT - 6, y: y(v) + 4, "text-anchor": "end" }, label(v));
+    }
+    return rule;
+  }
+
   function addBars(figure, panel) {
-    const svg = draw("svg", figure, { role: "img" });
+    const svg = draw("svg", figure, { role: "img", height: 200 });
     const [name] = panel.axes;
-    const count = axis(name).size;
+    const { title, size, select } = axis(name);
+    const spoken = (v) => written(v, panel.scale.unit);
+    const shine = (i) => select === "expert" && drawn.forEach((each) => each.again.shine?.(i));
     return () => {
-      const value = picked(panel.array, seen)(panel.axes);
-      const heights = Array.from({ length: count }, (_, i) => value(i));
+      const [heights, ghosts] = [panel.array, panel.clean].map((array) => array && Array.from({ length: size }, (_, i) => picked(array, seen)(panel.axes)(i)));
+      const chosen = panel.chosen?.map((array) => picked(array, seen)([])()) ?? (select ? [index(name)] : []);
       const top = panel.scale.high ?? Math.max(...heights, panel.reference ?? 0, 1e-9) * 1.1;
-      const shine = (i) => axis(name).select === "expert" && drawn.forEach((each) => each.again.shine?.(i));
-      const ghosts = panel.clean && Array.from({ length: count }, (_, i) => picked(panel.clean, seen)(panel.axes)(i));
-      drawBars(svg, heights, {
-        colours: panel.colours ?? heights.map(() => "#6c9cfc"),
-        axis: axis(name).title,
-        step: top / 4,
-        top,
-        ghosts,
-        reference: panel.reference,
-        label: (v) => written(v, panel.scale.unit),
-        chosen: panel.chosen?.map((array) => picked(array, seen)([])()) ?? (axis(name).select ? [index(name)] : []),
-        each: (bar, i, text) => {
-          bar.onclick = () => choose([[name, i]]);
-          bar.onpointermove = (event) => point(event, text + (ghosts ? `; clean ${written(ghosts[i], panel.scale.unit)}` : ""));
-          bar.onpointerenter = () => shine(i);
-          bar.onpointerleave = () => (point(), shine());
-        },
+      const y = (v) => 166 - (v / top) * 142;
+      const rule = chart(svg, figure, 200, [0, 1, 2, 3, 4].map((quarter) => (quarter * top) / 4), y, spoken);
+      if (panel.reference) rule(panel.reference, "l4-reference");
+      const pitch = (figure.wide - LEFT - RIGHT) / size;
+      heights.forEach((v, i) => {
+        const bar = draw("g", svg, { class: chosen.includes(i) ? "l4-chosen" : "" });
+        const [middle, wide] = [LEFT + pitch * (i + 0.5), pitch * 0.76];
+        const box = { x: middle - wide / 2, width: wide };
+        draw("rect", bar, { ...box, y: 0, height: 200, fill: "transparent" }); // easy to point at
+        draw("rect", bar, { ...box, y: y(v), height: y(0) - y(v), fill: panel.colours?.[i] ?? "#6c9cfc", class: "l4-bar-box" });
+        if (ghosts) draw("line", bar, { x1: box.x, x2: box.x + wide, y1: y(ghosts[i]), y2: y(ghosts[i]), class: "l4-ghost" });
+        if (pitch >= 34) draw("text", bar, { x: middle, y: y(v) - 5, "text-anchor": "middle" }, spoken(v));
+        if (size <= 32 || i % 8 === 0) draw("text", bar, { x: middle, y: 181, "text-anchor": "middle" }, i);
+        bar.onclick = () => choose([[name, i]]);
+        bar.onpointermove = (event) => point(event, `${title} ${i}: ${spoken(v)}${ghosts ? `; clean ${spoken(ghosts[i])}` : ""}`);
+        bar.onpointerenter = () => shine(i);
+        bar.onpointerleave = () => (point(), shine());
       });
+      draw("text", svg, { x: (LEFT + figure.wide) / 2, y: 197, "text-anchor": "middle" }, title);
+      svg.setAttribute("aria-label", heights.map((v, i) => `${title} ${i}: ${spoken(v)}`).join(", "));
     };
   }
 
@@ -543,12 +540,7 @@ function render({ model, el }) {
       const [low, high] = [panel.scale.low ?? Math.min(...all), panel.scale.high ?? Math.max(...all)];
       const x = (i) => LEFT + ((i + 0.5) / count) * (width - LEFT - RIGHT);
       const y = (v) => 150 - ((v - low) / (high - low || 1)) * 130;
-      svg.replaceChildren();
-      svg.setAttribute("viewBox", `0 0 ${width} 180`);
-      for (const v of [low, (low + high) / 2, high]) {
-        draw("line", svg, { x1: LEFT, x2: width - RIGHT, y1: y(v), y2: y(v), class: "l4-rule" });
-        draw("text", svg, { x: LEFT - 6, y: y(v) + 4, "text-anchor": "end" }, written(v));
-      }
+      chart(svg, figure, 180, [low, (low + high) / 2, high], y, written);
       series.forEach(({ at, colour, label, dash }, k) => {
         const path = Array.from({ length: count }, (_, i) => (Number.isFinite(at(i)) ? `${x(i)},${y(at(i))}` : null)).filter(Boolean);
         draw("path", svg, { d: `M${path.join("L")}`, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash ?? "" });
@@ -571,25 +563,17 @@ function render({ model, el }) {
     const box = make("div", figure, { className: "l4-picture", tabIndex: 0 }, { ...OWN_KEYS, role: "img" });
     box.style.aspectRatio = `${panel.width} / ${panel.height}`;
     make("img", box, { src: panel.source, alt: "" });
-    const cells = positions.map((position) => {
-      const node = make("i", box, { onclick: () => choose([[name, position]]) });
-      node.onpointermove = (event) => point(event, describe(panel, [position]));
-      node.onpointerleave = () => point();
-      return node;
-    });
+    const cells = positions.map((position) => hover(make("i", box, { onclick: () => choose([[name, position]]) }), () => describe(panel, [position])));
     box.style.setProperty("--grid", `repeat(${rows}, 1fr) / repeat(${cols}, 1fr)`);
     for (const [left, top, right, bottom, label, className = ""] of boxes) {
       const part = (value, whole) => `${(100 * value) / whole}%`;
       const style = `left:${part(left, panel.width)};top:${part(top, panel.height)};width:${part(right - left, panel.width)};height:${part(bottom - top, panel.height)}`;
       make("b", box, { textContent: label, style, className });
     }
-    box.onkeydown = (event) => {
-      const step = STEPS[event.key];
-      if (!step) return;
-      event.preventDefault();
-      const at = Math.max(positions.indexOf(index(name)), 0) + step[0] + step[1] * cols;
+    onArrows(box, (right, down) => {
+      const at = Math.max(positions.indexOf(index(name)), 0) + right + down * cols;
       choose([[name, positions[clamp(at, 0, positions.length - 1)]]]);
-    };
+    });
     return () => {
       const value = picked(panel.array)(panel.axes);
       const colour = colourOf(panel.scale);
@@ -625,8 +609,7 @@ function render({ model, el }) {
           const cell = make("td", row, { textContent: panel.text[i][j], onclick: () => choose([[down, i], [across, j]]) });
           Object.assign(cell.style, { background: `rgb(${back.join(" ")})`, color: dark ? "#fff" : "#000" });
           cell.classList.toggle("l4-selected", j === index(across) && (!axis(down).select || i === index(down)));
-          cell.onpointermove = (event) => point(event, `${panel.text[i][j]} – ${describe(panel, [i, j])}`);
-          cell.onpointerleave = () => point();
+          hover(cell, () => `${panel.text[i][j]} – ${describe(panel, [i, j])}`);
         }
       }
     };
@@ -727,7 +710,6 @@ function render({ model, el }) {
   function retitle() {
     write(title, model.get("title"));
     write(explanation, model.get("help"));
-    help.title = help.ariaLabel = `What ${model.get("title")} shows`;
     say();
     write(problem, model.get("problem"));
     root.classList.toggle("l4-busy", Boolean(model.get("busy")));

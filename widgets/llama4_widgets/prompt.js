@@ -3,8 +3,9 @@
 function render({ model, el }) {
   const form = make("form", el, { className: "l4-prompt" });
   const hint = "Enter runs the text, Shift+Enter starts a new line";
-  const field = make("textarea", form, { rows: 1, spellcheck: false, title: hint }, { ...OWN_KEYS, "aria-label": "prompt" });
-  make("button", form, { textContent: "Run", title: "Run this text (Enter)" }, OWN_KEYS);
+  const label = model.get("label");
+  const field = make("textarea", form, { rows: 1, spellcheck: false, title: hint, placeholder: label }, { ...OWN_KEYS, "aria-label": label });
+  const button = make("button", form, { textContent: model.get("act"), title: "Run this text (Enter)" }, OWN_KEYS);
   const fit = () => {
     field.style.height = "auto";
     field.style.height = `${Math.min(field.scrollHeight + 2, 150)}px`;
@@ -26,13 +27,11 @@ function render({ model, el }) {
     model.save_changes();
   };
   model.on("change:value", show);
+  model.on("change:is_busy", () => (button.disabled = model.get("is_busy")));
   show();
   const watch = new ResizeObserver(fit); // a field that is not in the page yet has no height
   watch.observe(form);
-  return () => {
-    watch.disconnect();
-    model.off("change:value", show);
-  };
+  return () => watch.disconnect();
 }
 
 export default { render };
