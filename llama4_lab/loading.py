@@ -1,10 +1,12 @@
 """Less waiting: imports without garbage collection, and compiled code that a thread loads."""
 
 import gc
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _PATIENCE = 2.0  # seconds; to load compiled code takes less, to compile it takes more
 
@@ -28,10 +30,18 @@ def importing() -> Iterator[None]:
 
 
 class Loading:
-    """Work that begins when it is first asked for; a failure is told to whoever waits."""
+    """Work that begins when it is first asked for; a failure is told to whoever waits.
 
-    def __init__(self, what: str, work: Callable[[], None]):
+    While Python compiles, everything else in a process is slower, a page in a notebook ten times.
+    So what `is_kept` says has not been compiled is compiled, and written to disk, by a process of
+    its own, which asks the `LOADING` of the module that `work` comes from.
+    """
+
+    def __init__(
+        self, what: str, work: Callable[[], None], is_kept: Callable[[], bool] | None = None
+    ):
         self._work = work
+        self._is_kept = is_kept
         self._thread = threading.Thread(target=self._run, name=what, daemon=True)
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -77,10 +87,31 @@ class Loading:
             self._thread.start()
             return True
 
+    def work(self) -> None:
+        """Do the work here and now, as a process that was started for it does, behind others."""
+        with suppress(AttributeError, OSError):  # no such thing on Windows
+            os.nice(10)
+        self._work()
+
     def _run(self) -> None:
         try:
+            if self._is_kept is not None and not self._is_kept():
+                self._compile_elsewhere()
             self._work()
         except BaseException as error:  # a daemon's traceback would only puzzle
             self._error = error
         else:
             self._is_done.set()
+
+    def _compile_elsewhere(self) -> None:
+        """Let another process do it; what that cannot do, or keep, is done here."""
+        code = f"from {self._work.__module__} import LOADING; LOADING.work()"
+        with suppress(OSError):
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # an interrupted cell, or script, does not interrupt it
+            )

@@ -1,9 +1,13 @@
 """The compiled experts of the CPU: one call for few tokens, rows or a library for more."""
 
+import importlib
+import inspect
 import json
+import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -301,6 +305,35 @@ def test_what_is_put_off_begins_later_and_nobody_waits_for_it(monkeypatch):
     done.set()
     late.wait()
     assert experts.choose_backend(torch.ones(1, 4)) == "numba"
+
+
+def test_another_process_compiles_what_is_not_on_disk(monkeypatch, tmp_path):
+    (tmp_path / "slow_part.py").write_text(
+        "import os, pathlib\n"
+        "from llama4_lab.loading import Loading\n"
+        "kept = pathlib.Path(__file__).with_name('kept')\n"
+        "def work():\n"
+        "    with kept.open('a') as file: print(os.getpid(), file=file)\n"
+        "LOADING = Loading('a part', work, kept.exists)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    part = importlib.import_module("slow_part")
+    part.LOADING.wait()
+    other, own = part.kept.read_text().split()
+    assert (int(own), other != own) == (os.getpid(), True)
+    part.kept.write_text("")
+    loading.Loading("a part", part.work, part.kept.exists).wait()
+    assert part.kept.read_text().split() == [own]  # nobody else has to
+
+
+def test_a_compiled_kernel_is_kept_until_its_source_is_newer(monkeypatch, tmp_path):
+    numba.prepare()
+    assert numba.is_kept(numba.block)
+    newer = tmp_path / "numba.py"
+    newer.write_text("# changed\n")
+    os.utime(newer, (time.time() + 10, time.time() + 10))
+    monkeypatch.setattr(inspect, "getfile", lambda function: str(newer))
+    assert not numba.is_kept(numba.block)
 
 
 def test_imports_leave_the_garbage_collector_as_it_was():

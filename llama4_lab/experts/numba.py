@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -374,6 +375,13 @@ def prepare() -> None:
         moe(x, router, (gate_up, down), shared, 1)
         run(x, *sort(torch.zeros(1, 1, dtype=torch.long), e), x[:, :1], gate_up, down,
             probe.Best(1, "linear"))  # fmt: skip
+
+
+def is_kept(kernel: Any) -> bool:
+    """Whether a kernel was compiled from this source before, and is on disk."""
+    source, folder = Path(inspect.getfile(kernel.py_func)), Path(kernel.stats.cache_path)
+    files = folder.glob(f"{source.stem}.{kernel.py_func.__qualname__}-*.nbi")
+    return any(file.stat().st_mtime >= source.stat().st_mtime for file in files)
 
 
 def takes(x: Tensor, *weights: "Tensor | Packed") -> bool:

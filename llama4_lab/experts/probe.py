@@ -3,8 +3,8 @@
 The `numba` backend asks `best`. What is found lies in the user's cache folder, one file for each
 CPU, number of torch's threads and version of torch and numba; without a file that can be read or
 written, every process measures for itself, and where `LLAMA4_LAB_BACKEND` names a backend, nothing
-is measured at all. Kernels are compiled and measured in the background: until they are there,
-"auto" is the loop.
+is measured at all. Kernels are compiled and measured in the background, the first time on a machine
+by another process: until they are there, "auto" is the loop.
 """
 
 import json
@@ -144,7 +144,13 @@ def _prepare() -> None:
     best(torch.float32)
 
 
-LOADING = Loading("compiling the experts", _prepare)
+def _is_kept() -> bool:
+    from llama4_lab.experts import numba
+
+    return numba.is_kept(numba.block)
+
+
+LOADING = Loading("compiling the experts", _prepare, _is_kept)
 
 
 def _exists(name: str, dtype: torch.dtype) -> bool:

@@ -273,4 +273,11 @@ def _load() -> None:
     one_token_kernel.compile(MODEL, LAYER)
 
 
-LOADING = Loading("compiling the decode step", _load)
+def _is_kept() -> bool:
+    from llama4_lab.experts.numba import is_kept
+    from llama4_lab.model.one_token_kernel import forward
+
+    return is_kept(forward)
+
+
+LOADING = Loading("compiling the decode step", _load, _is_kept)

@@ -170,7 +170,8 @@ def served(home: Path, module: str, app: str, **options: str) -> Iterator[LabSer
         port = probe.getsockname()[1]
     folder = Path(shutil.copytree(ROOT / "notebooks", home / "notebooks"))
     server = LabServer(f"http://127.0.0.1:{port}/", secrets.token_hex(16), folder, **options)
-    environment = os.environ | {
+    theirs = {key: value for key, value in os.environ.items() if key != "LLAMA4_LAB_BACKEND"}
+    environment = theirs | {  # kernels choose it as anyone's do
         "JUPYTERLAB_SETTINGS_DIR": str(home / "lab"),
         "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
         "JUPYTER_CONFIG_DIR": str(home / "config"),
