@@ -16,6 +16,7 @@ from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_of
 from llama4_lab.replay import Replay
 from llama4_widgets.app import LabApp
+from llama4_widgets.bar import ALONE, ANOTHER, CLEAN
 from llama4_widgets.moment import Moment
 from llama4_widgets.recording import open_lab
 from llama4_widgets.selection import Mirror, Selection
@@ -181,16 +182,33 @@ def test_models_of_other_makes_say_what_cannot_be_compared(app):
 
 def test_the_bar_chooses_what_stands_beside(app):
     app.edits = (E.SkipLayer(1),)
-    app.bar.sides.value = ()
+    assert app.bar.sides.value == ALONE
+    app.bar.sides.value = CLEAN
     assert difference(app).other.edits == () and app.beside["router"].moment.edits == ()
-    app.bar.sides.value = ""
+    app.bar.sides.value = ANOTHER
+    assert difference(app).other.tokens == app.moment.tokens
     app.bar.beside.value = "two"
     assert difference(app).other.tokens[1:] == ["two"]
     assert difference(app).other.edits == app.edits
     app.bar.beside.value = "x" * 9000
     assert "the lab shows at most 4096" in app.bar.problem.value
-    app.bar.sides.value = None
+    app.bar.sides.value = ALONE
     assert app.difference is None and app._grid.children == (app.views["router"],)
+
+
+def test_the_bar_shows_what_code_puts_beside(app):
+    app.compare("two")
+    assert (app.bar.sides.value, app.bar.beside.value) == (ANOTHER, "two")
+    assert app.bar.beside.layout.display == ""
+    app.compare([E.SkipLayer(0)])
+    assert app.bar.sides.value.startswith('beside [{"edit": "SkipLayer"')
+    before = difference(app)
+    app.edits = [E.SkipLayer(1)]
+    assert app.bar.sides.value.startswith("beside [") and difference(app) is before
+    app.bar.sides.value = CLEAN
+    assert difference(app).other.edits == () and app.bar.beside.layout.display == "none"
+    app.compare(None)
+    assert app.bar.sides.value == ALONE
 
 
 def test_a_comparison_is_kept(app, tmp_path):

@@ -123,11 +123,13 @@ class LabApp(ipywidgets.VBox):
             self.difference = None
         elif self.difference is None:
             self.difference = DifferenceView(self.moment, self.selection, moment)
+            self.difference.add_class("l4-app-wide")
         else:
             self.difference.other, self.difference.moment = moment, self.moment
             self.difference.refresh()
         for view in self.beside.values():
             view.moment = moment or view.moment
+        self.bar.show_beside(other, self._told() if moment else "")
         self._show_views()
 
     def _moment_beside(self, other: Any) -> Moment | None:

@@ -16,6 +16,8 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.prompt import Prompt
 from llama4_widgets.view import button
 
+ALONE, CLEAN, ANOTHER = _SIDES = ("alone", "beside the clean run", "beside another text")
+
 
 class Bar(ipywidgets.VBox):
     """Asks for runs, ``run(text, pictures, boxes)``, and comparisons; says why one cannot be."""
@@ -27,20 +29,18 @@ class Bar(ipywidgets.VBox):
         self._rng = np.random.default_rng()
         super().__init__()
         self._ran = text
-        self.text = Prompt(value=text)
+        self.text = Prompt(value=text, layout={"width": "100%"})
         self.text.observe(self._type, "value")
-        self.beside = Prompt(label="text to compare with", act="Compare")
+        self.beside = Prompt(label="text to compare with", act="Compare", layout={"width": "100%"})
         self.beside.layout.display = "none"
-        self.beside.observe(lambda change: self.guard(lambda: compare(change["new"])), "value")
+        self.beside.observe(self._choose_sides, "value")
         self.upload = ipywidgets.FileUpload(
             accept=".png,.jpg,.jpeg", multiple=True, description="Picture", layout={"width": "auto"}
         )
         self.upload.observe(self._take_files, "value")
         self.scene = button("Scene", "a random picture of shapes, and a question", self._draw_scene)
-        self.sides = ipywidgets.Dropdown(
-            options=[("alone", None), ("beside the clean run", ()), ("beside another text", "")],
-            layout={"width": "170px"},
-        )
+        self._is_led = False  # while code, and nobody on the page, chooses what stands beside
+        self.sides = ipywidgets.Dropdown(options=_SIDES, layout={"width": "auto"})
         self.sides.observe(self._choose_sides, "value")
         self.shown = ipywidgets.HBox()
         self.shown.add_class("l4-app-pictures")
@@ -60,6 +60,18 @@ class Bar(ipywidgets.VBox):
         if shown:
             shown.append(button("No picture", "run the text alone", self._run_alone))
         self.shown.children = shown
+
+    def show_beside(self, other: Any, told: str) -> None:
+        """Show what stands beside; what only code can ask for, as it is `told`."""
+        self._is_led = True
+        chosen = ALONE if other is None else f"beside {told:.60}"
+        if isinstance(other, str):
+            chosen, self.beside.value = ANOTHER, other
+        if chosen not in self.sides.options:
+            self.sides.options = (*_SIDES, chosen)
+        self.sides.value = chosen
+        self.beside.layout.display = "" if chosen == ANOTHER else "none"
+        self._is_led = False
 
     def guard(self, work: Callable[[], Any]) -> None:
         """Do work, or say what is wrong with it."""
@@ -105,12 +117,11 @@ class Bar(ipywidgets.VBox):
 
         self.guard(ask)
 
-    def _choose_sides(self, change: Any) -> None:
-        other = change["new"]
-        self.beside.layout.display = "" if other == "" else "none"
-        if other == "":
-            other = self.beside.value or self.text.value
-        self.guard(lambda: self._ask_beside(other))
+    def _choose_sides(self, _change: Any) -> None:
+        chosen = str(self.sides.value)
+        others = {ALONE: None, CLEAN: (), ANOTHER: self.beside.value or self.text.value}
+        if not self._is_led and chosen in others:
+            self.guard(lambda: self._ask_beside(others[chosen]))
 
 
 def _picture(file: Any) -> Image.Image:
