@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -46,26 +47,21 @@ class Loading:
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._is_done = threading.Event()
-        self._timer: threading.Timer | None = None
+        self._rest = self._due = 0.0  # seconds
 
     def put_off(self, seconds: float) -> None:
-        """Begin after so many seconds, unless it is put off again; until then nobody waits."""
-        with self._lock:
-            if self._thread.ident is not None:
-                return
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = threading.Timer(seconds, self._begins)
-            self._timer.daemon = True
-            self._timer.start()
+        """Begin when nobody has asked for so many seconds, and let nobody wait."""
+        self._rest = seconds
 
     def is_done(self) -> bool:
         """Whether the code can be called.
 
         The first who asks waits a little for it, unless it was put off.
         """
-        if not self._is_done.is_set() and self._timer is None and self._begins():
-            self._thread.join(_PATIENCE)
+        if not self._is_done.is_set():
+            self._due = time.monotonic() + self._rest
+            if self._begins() and not self._rest:
+                self._thread.join(_PATIENCE)
         return self._is_done.is_set()
 
     def wait(self) -> None:
@@ -74,6 +70,8 @@ class Loading:
         Raises:
             RuntimeError: it could not be made.
         """
+        self.put_off(0)
+        self._due = 0.0
         self._begins()
         self._thread.join()
         if self._error is not None:
@@ -94,6 +92,8 @@ class Loading:
         self._work()
 
     def _run(self) -> None:
+        while (left := self._due - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
         try:
             if self._is_kept is not None and not self._is_kept():
                 self._compile_elsewhere()

@@ -294,11 +294,14 @@ def test_what_is_put_off_begins_later_and_nobody_waits_for_it(monkeypatch):
 
     late = loading.Loading("a late one", work)
     late.put_off(3600)
+    assert not begun.is_set()  # nobody has asked for it
     monkeypatch.setattr(probe, "CHOSEN", "auto")
+    monkeypatch.setattr(loading, "_PATIENCE", 3600)  # whoever waited would wait that long
     monkeypatch.setattr(probe, "LOADING", late)
-    assert experts.choose_backend(torch.ones(1, 4)) == "loop"  # at once: it would wait for seconds
+    assert experts.choose_backend(torch.ones(1, 4)) == "loop"
     assert not begun.is_set()
-    late.put_off(0)  # the last one counts
+    late.put_off(0.01)
+    assert experts.choose_backend(torch.ones(1, 4)) == "loop"
     assert begun.wait(60)
     late.put_off(3600)  # too late
     assert experts.choose_backend(torch.ones(1, 4)) == "loop"

@@ -26,7 +26,7 @@ from llama4_widgets.words import visible
 T = TypeVar("T")
 _TURN = threading.RLock()
 _SHORT = 512  # tokens; runs of fewer gain less from a second thread than the browser loses
-_REST = 1.0  # seconds in which no view computed anything
+_REST = 1.0  # seconds in which nobody asked for compiled experts
 _READ: dict[Any, Any] = {routing_of: routing_in}  # what the runs that are there know already
 
 
