@@ -1,6 +1,7 @@
 """``llama4-lab open --app``: the lab as a page of its own, by Voila."""
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ TOKEN = 7
 
 @pytest.fixture
 def address(tmp_path) -> Iterator[str]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     command = [sys.executable, "-m", "llama4_lab.cli", "open", "--app"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     try:
