@@ -28,7 +28,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from llama4_lab.experts import loop, probe, tile
-from llama4_lab.experts.tile import LANES, PANEL, ROWS
+from llama4_lab.experts.tile import LANES, LINE, PANEL, ROWS
 from llama4_lab.packed import Packed
 from llama4_lab.points import INSIDE, NO_TAP, Tap
 
@@ -102,11 +102,12 @@ def product(weights, x, read, out, write, how):
     wide()
     n, k = weights.shape
     m = len(read)
+    lines = 4 * k * weights.itemsize // LINE // max((m + 1) // 2, 1) + 1  # of the next four rows
     for a in range(0, n, 4):
-        tile.fetch(weights, a + 4)
         # The last row stands in for those that are missing.
         b, c, d = min(a + 1, n - 1), min(a + 2, n - 1), min(a + 3, n - 1)
         for i in range(0, m - 1, 2):
+            tile.fetch(weights, a + 4, i // 2 * lines, lines)
             y, z = read[i], read[i + 1]
             ay = by = cy = dy = az = bz = cz = dz = f32(0)
             for s in range(k):
@@ -121,6 +122,7 @@ def product(weights, x, read, out, write, how):
             store(out, write[i], (a, b, c, d), (ay, by, cy, dy), how)
             store(out, write[i + 1], (a, b, c, d), (az, bz, cz, dz), how)
         if m % 2:
+            tile.fetch(weights, a + 4, m // 2 * lines, lines)
             y = read[m - 1]
             ay = by = cy = dy = f32(0)
             for s in range(k):

@@ -19,6 +19,8 @@ _IS_WIDE = get_host_cpu_features().get("avx512f", False)
 LANES, ROWS = (16, 8) if _IS_WIDE else (8, 6)
 """Tokens of a vector, and rows of weights whose sums with two vectors fit into the registers; with
 one vector twice as many do, and are needed, for each addition to a sum waits for the one before."""
+LINE = 64
+"""Bytes of a line of the cache."""
 PANEL = 2 * LANES
 """Tokens that lie beside each other: a column of them is read from few lines of the cache."""
 
@@ -71,7 +73,11 @@ def _tile(vectors: int) -> Callable[..., Any]:
             x_begin, out_begin = builder.mul(panel, k), builder.mul(panel, n)
             zeros = ir.Constant(vector, [0.0] * LANES)
             sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(vectors)] for _ in at]
+            ahead = builder.mul(builder.mul(builder.add(row, index(2 * ROWS)), k), w.itemsize)
             with cgutils.for_range(builder, k) as loop:
+                # Rows of the next tile, which lie one after the other, a little with each column.
+                byte = builder.mul(loop.index, builder.mul(w.itemsize, index(rows)))
+                _begin_to_read(builder, w, builder.add(ahead, byte))
                 tokens = [builder.load(place(x, x_begin, loop.index, v)) for v in range(vectors)]
                 for each in tokens:
                     each.align = 4
@@ -92,28 +98,34 @@ def _tile(vectors: int) -> Callable[..., Any]:
     return intrinsic(tile)
 
 
-def _fetch(_typing, weights, row):
-    """Begin to read ``weights[row:row + 4]``, of ``[n, k]``, into the cache; rows may be missing.
+def _begin_to_read(builder, array, byte):
+    """Ask for the line of the cache that a byte of an array lies in."""
+    pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+    place = builder.gep(builder.bitcast(array.data, pointer), [byte])
+    builder.call(fetch, [place, flag(0), flag(3), flag(1)])  # to read, to stay, data
 
-    Processors foresee what is read next within a page of memory, and few rows fill one.
+
+def _fetch(_typing, weights, row, line, lines):
+    """Begin to read so many lines of the cache, from number `line` of ``weights[row:]`` on.
+
+    Processors foresee what is read next within a page of memory, and few rows fill one. They can
+    wait for some dozens of lines at a time; who asks for more waits, so a few are asked for between
+    products. Rows may be missing.
     """
 
     def code(context, builder, signature, arguments):
         array, size = signature.args[0], arguments[1].type
         w = context.make_array(array)(context, builder, arguments[0])
         bytes_of_row = builder.mul(builder.extract_value(w.shape, 1), w.itemsize)
-        byte, flag = ir.IntType(8), ir.IntType(32)
-        start = builder.bitcast(w.data, byte.as_pointer())
-        start = builder.gep(start, [builder.mul(arguments[1], bytes_of_row)])
-        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), flag, flag, flag])
-        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], kind)
-        lines = builder.udiv(builder.mul(bytes_of_row, ir.Constant(size, 4)), ir.Constant(size, 64))
-        with cgutils.for_range(builder, lines) as loop:
-            line = builder.gep(start, [builder.mul(loop.index, ir.Constant(size, 64))])
-            builder.call(fetch, [line, flag(0), flag(3), flag(1)])  # to read, to stay, data
+        start = builder.mul(arguments[1], bytes_of_row)
+        with cgutils.for_range(builder, arguments[3]) as loop:
+            line = builder.mul(builder.add(arguments[2], loop.index), ir.Constant(size, LINE))
+            _begin_to_read(builder, w, builder.add(start, line))
         return context.get_dummy_value()
 
-    return types.void(weights, types.intp), code
+    return types.void(weights, types.intp, types.intp, types.intp), code
 
 
 one: Any = _tile(1)
