@@ -28,7 +28,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from llama4_lab.experts import loop, probe, tile
-from llama4_lab.experts.tile import LANES, LINE, PANEL, ROWS
+from llama4_lab.experts.tile import AHEAD, LINE, PANEL, ROWS
 from llama4_lab.packed import Packed
 from llama4_lab.points import INSIDE, NO_TAP, Tap
 
@@ -49,7 +49,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 inlined = partial(compiled, forceinline=True)
 f32 = numba.float32
 SET, ADD, TIMES = 0, 1, 2  # what a product does to its output
-FEW, MOST = 8, 4 * PANEL  # tokens: from how many on panels are used, and at a time
+FEW, MOST = 5 * PANEL // 8, 4 * PANEL  # tokens: that a panel is used for at least, and at a time
 _ONE = np.zeros(1, np.int64)
 
 
@@ -82,6 +82,16 @@ def _lift(weight):
 
 
 @inlined
+def put(out, i, j, total, how):
+    """Set, add to or multiply one number."""
+    if how == ADD:
+        total += out[i, j]
+    elif how == TIMES:
+        total *= out[i, j]
+    out[i, j] = total
+
+
+@inlined
 def store(out, i, j, sums, how):
     """Put sums into a row's places j; where places coincide, so do sums, and all are read first."""
     a, b, c, d = sums
@@ -96,18 +106,35 @@ def store(out, i, j, sums, how):
 def product(weights, x, read, out, write, how):
     """Set, add to or multiply ``out[write[i]]`` by ``weights @ x[read[i]]``.
 
-    Four rows of weights meet two tokens at a time: they are read once for all tokens. Rows are
-    indexed, not sliced, because views are counted, in atomic operations.
+    Four rows of weights meet two tokens at a time, and are read once for all tokens; of one or two
+    tokens in all, each row by itself, so that few lines are asked for at once. Rows are indexed,
+    not sliced, because views are counted, in atomic operations.
     """
     wide()
     n, k = weights.shape
     m = len(read)
-    lines = 4 * k * weights.itemsize // LINE // max((m + 1) // 2, 1) + 1  # of the next four rows
+    of_row = k * weights.itemsize // LINE
+    if m < 3:
+        y, z = read[0], read[m - 1]
+        for a in range(n):
+            tile.fetch(weights, a, AHEAD, of_row)
+            ay = az = f32(0)
+            if m == 1:
+                for s in range(k):
+                    ay += lift(weights[a, s]) * x[y, s]
+            else:
+                for s in range(k):
+                    ay += lift(weights[a, s]) * x[y, s]
+                    az += lift(weights[a, s]) * x[z, s]
+                put(out, write[1], a, az, how)
+            put(out, write[0], a, ay, how)
+        return
+    lines = 4 * of_row // ((m + 1) // 2) + 1
     for a in range(0, n, 4):
         # The last row stands in for those that are missing.
         b, c, d = min(a + 1, n - 1), min(a + 2, n - 1), min(a + 3, n - 1)
         for i in range(0, m - 1, 2):
-            tile.fetch(weights, a + 4, i // 2 * lines, lines)
+            tile.fetch(weights, a, AHEAD + i // 2 * lines, lines)
             y, z = read[i], read[i + 1]
             ay = by = cy = dy = az = bz = cz = dz = f32(0)
             for s in range(k):
@@ -122,7 +149,7 @@ def product(weights, x, read, out, write, how):
             store(out, write[i], (a, b, c, d), (ay, by, cy, dy), how)
             store(out, write[i + 1], (a, b, c, d), (az, bz, cz, dz), how)
         if m % 2:
-            tile.fetch(weights, a + 4, m // 2 * lines, lines)
+            tile.fetch(weights, a, AHEAD + m // 2 * lines, lines)
             y = read[m - 1]
             ay = by = cy = dy = f32(0)
             for s in range(k):
@@ -168,24 +195,20 @@ def neurons_of(gate, up, x, tokens, score, hidden):
 
 
 @compiled
-def panels(weights, x, out, tokens):
-    """Set ``out[p] = weights @ x[p]`` for the panels p of so many tokens."""
-    n = len(weights)
-    for row in range(0, n, 2 * ROWS):
+def panels(weights, x, out):
+    """Set ``out[p] = weights @ x[p]`` for each panel p."""
+    for row in range(0, len(weights), ROWS):
         for p in range(len(x)):
-            if tokens - p * PANEL > LANES:
-                tile.two(weights, row, x, p, out)
-                tile.two(weights, min(row + ROWS, n - 1), x, p, out)
-            else:
-                tile.one(weights, row, x, p, out)
+            tile.tile(weights, row, x, p, out)
 
 
 @compiled
 def expert(gate, up, down, x, tokens, score, scratch, out, write, how, kept):
     """Set, or add to, ``out[write[i]]`` what an expert makes of ``score[i] · x[tokens[i]]``.
 
-    Few tokens are taken row by row, more in panels, `MOST` at a time, so that they stay in the
-    cache. The score multiplies the products of rows instead of their input, which is the same.
+    Tokens are taken in panels, `MOST` at a time, so that they stay in the cache; those that would
+    leave much of a panel empty are taken row by row, where the score multiplies the products
+    instead of their input, which is the same.
 
     Args:
         scratch: at least what `room` returns.
@@ -193,15 +216,12 @@ def expert(gate, up, down, x, tokens, score, scratch, out, write, how, kept):
     """
     wide()
     f, d = gate.shape
-    if len(tokens) < FEW:
-        hidden = scratch[: len(tokens) * f].reshape(len(tokens), f)
-        neurons_of(gate, up, x, tokens, score, hidden)
-        for i in range(len(tokens) if len(kept) else 0):
-            kept[write[i]] = hidden[i]
-        product(down, hidden, np.arange(len(tokens)), out, write, how)
-        return
-    for start in range(0, len(tokens), MOST):
-        m = min(len(tokens) - start, MOST)
+    few = len(tokens) % PANEL
+    if few >= FEW:
+        few = 0
+    end = len(tokens) - few
+    for start in range(0, end, MOST):
+        m = min(end - start, MOST)
         count = -(-m // PANEL)
         y = scratch[: count * d * PANEL].reshape(count, d, PANEL)
         neurons = scratch[y.size : y.size + 2 * count * f * PANEL].reshape(2, count, f, PANEL)
@@ -209,8 +229,8 @@ def expert(gate, up, down, x, tokens, score, scratch, out, write, how, kept):
             p, lane = divmod(i, PANEL)
             for s in range(d):
                 y[p, s, lane] = score[start + i] * x[tokens[start + i], s] if i < m else f32(0)
-        panels(gate, y, neurons[0], m)
-        panels(up, y, neurons[1], m)
+        panels(gate, y, neurons[0])
+        panels(up, y, neurons[1])
         a, b = neurons[0].ravel(), neurons[1].ravel()
         for i in range(len(a)):
             a[i] = a[i] * sigmoid(a[i]) * b[i]
@@ -219,12 +239,18 @@ def expert(gate, up, down, x, tokens, score, scratch, out, write, how, kept):
             row = kept[write[start + i]]
             for s in range(f):
                 row[s] = neurons[0, p, s, lane]
-        panels(down, neurons[0], y, m)
+        panels(down, neurons[0], y)
         for i in range(m):
             p, lane = divmod(i, PANEL)
             row = out[write[start + i]]
             for s in range(d):
                 row[s] = y[p, s, lane] + (row[s] if how == ADD else f32(0))
+    if few:
+        hidden, own = scratch[: few * f].reshape(few, f), write[end:]
+        neurons_of(gate, up, x, tokens[end:], score[end:], hidden)
+        for i in range(few if len(kept) else 0):
+            kept[own[i]] = hidden[i]
+        product(down, hidden, np.arange(few), out, own, how)
 
 
 @compiled
