@@ -1,7 +1,6 @@
 """The compiled experts of the CPU: one call for few tokens, rows or a library for more."""
 
 import importlib
-import inspect
 import json
 import os
 import subprocess
@@ -329,14 +328,30 @@ def test_another_process_compiles_what_is_not_on_disk(monkeypatch, tmp_path):
     assert part.kept.read_text().split() == [own]  # nobody else has to
 
 
-def test_a_compiled_kernel_is_kept_until_its_source_is_newer(monkeypatch, tmp_path):
-    numba.prepare()
-    assert numba.is_kept(numba.block)
-    newer = tmp_path / "numba.py"
-    newer.write_text("# changed\n")
-    os.utime(newer, (time.time() + 10, time.time() + 10))
-    monkeypatch.setattr(inspect, "getfile", lambda function: str(newer))
-    assert not numba.is_kept(numba.block)
+def test_compiled_kernels_are_kept_until_one_that_they_call_changes(tmp_path):
+    call = "import caller; from llama4_lab.experts import numba; "
+    call += "print(numba.is_kept(caller.twice), caller.twice(3))"
+    head = "from llama4_lab.experts.numba import compiled\n"
+
+    def write(name, text, age):
+        (tmp_path / name).write_text(head + text)
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+
+    def said():
+        own = {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+        command = [sys.executable, "-c", call]
+        return subprocess.check_output(command, env=os.environ | own, text=True).split()
+
+    write("callee.py", "@compiled\ndef once(x):\n    return x + 1\n", age=100)
+    twice = "from callee import once\n@compiled\ndef twice(x):\n    return once(once(x))\n"
+    write("caller.py", twice, age=100)
+    assert said() == ["False", "5"]
+    assert said() == ["True", "5"]
+    write("callee.py", "@compiled\ndef once(x):\n    return x + 10\n", age=0)
+    assert said() == ["False", "23"]
+    assert said() == ["True", "23"]
+    write("callee.py", "@compiled\ndef once(x):\n    return x + 10\n", age=-1000)  # a wrong clock
+    assert said()[1] == "23"
 
 
 def test_imports_leave_the_garbage_collector_as_it_was():

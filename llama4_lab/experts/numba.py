@@ -13,7 +13,9 @@ Inside compiled code, of contiguous float32 arrays with all outputs and scratch 
 """
 
 import inspect
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -41,9 +43,36 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+_SOURCES = {Path(tile.__file__)}  # of all kernels so far, which those that follow may call
+
+
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Compile a function at its first call; a wrapper that checks shapes is taken off first."""
-    return numba.njit(inspect.unwrap(function), **_OPTIONS, **options)
+    """Compile a function at its first call; a wrapper that checks shapes is taken off first.
+
+    Of a kernel on disk numba knows whether the file has changed in which the kernel stands; whether
+    one has that it calls, we find out.
+    """
+    function = inspect.unwrap(function)
+    _SOURCES.add(Path(inspect.getfile(function)))
+    kernel = numba.njit(function, **_OPTIONS, **options)
+    changes = (source.stat().st_mtime for source in _SOURCES)
+    changed = max((when for when in changes if when <= time.time()), default=0)  # clocks err
+    for file in _kept(kernel):
+        with suppress(OSError):  # another process was faster
+            if file.stat().st_mtime < changed:
+                file.unlink()
+    return kernel
+
+
+def is_kept(kernel: Any) -> bool:
+    """Whether a kernel was compiled from these sources before, and is on disk."""
+    return any(_kept(kernel))
+
+
+def _kept(kernel: Any) -> Iterable[Path]:
+    source = Path(inspect.getfile(kernel.py_func))
+    name = f"{source.stem}.{kernel.py_func.__qualname__}"
+    return Path(kernel.stats.cache_path).glob(f"{name}-*.nbi")
 
 
 inlined = partial(compiled, forceinline=True)
@@ -403,13 +432,6 @@ def prepare() -> None:
         moe(x, router, (gate_up, down), shared, 1)
         run(x, *sort(torch.zeros(1, 1, dtype=torch.long), e), x[:, :1], gate_up, down,
             probe.Best(1, "linear"))  # fmt: skip
-
-
-def is_kept(kernel: Any) -> bool:
-    """Whether a kernel was compiled from this source before, and is on disk."""
-    source, folder = Path(inspect.getfile(kernel.py_func)), Path(kernel.stats.cache_path)
-    files = folder.glob(f"{source.stem}.{kernel.py_func.__qualname__}-*.nbi")
-    return any(file.stat().st_mtime >= source.stat().st_mtime for file in files)
 
 
 def takes(x: Tensor, *weights: "Tensor | Packed") -> bool:
