@@ -66,6 +66,60 @@ class Watcher(Tap):
         return value
 
 
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("n, e", [(40, 5), (65, 1), (95, 5), (300, 2), (700, 16)])
+@torch.no_grad()
+def test_several_threads_give_what_one_gives_to_the_bit(n, e, threads, monkeypatch):
+    x, weights = torch.randn(n, D), layer(e)
+    given = x, *experts.sort(torch.randint(e, (n, 1)), e), torch.rand(n, 1), *weights[1]
+
+    def results():
+        taps = Watcher(), Watcher(())
+        whole = [experts.moe(x, *weights, backend="numba", record=tap) for tap in taps]
+        seen = [value for tap in taps for value in tap.seen.values()]
+        return [*whole, *seen, numba.run(*given, probe.Best(9, "linear")), numba.apply(*given)]
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    expected, used = results(), set()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(numba, "_PRODUCTS_A_MILLISECOND", 1)
+    beside = numba._beside
+
+    def note(calls):
+        calls = list(calls)
+        used.add(len(calls))
+        beside(calls)
+
+    monkeypatch.setattr(numba, "_beside", note)
+    assert all(map(torch.equal, results(), expected))
+    assert max(used) >= threads
+
+
+@torch.no_grad()
+def test_several_choices_of_a_token_are_added_up_on_one_thread(monkeypatch):
+    x, weights = torch.randn(300, D), layer()
+    expected = experts.moe(x, *weights, topk=2, backend="numba")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(numba, "_PRODUCTS_A_MILLISECOND", 1)
+    assert torch.equal(experts.moe(x, *weights, topk=2, backend="numba"), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system copies no processes")
+def test_a_copy_of_the_process_has_threads_of_its_own(tmp_path):
+    code = """
+import os, sys, torch
+from llama4_lab.experts import numba
+numba._beside([lambda: None, lambda: None])
+if (child := os.fork()) == 0:
+    done = []
+    numba._beside([lambda: done.append(1), lambda: done.append(2)])
+    os._exit(len(done))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=120)
+    assert said.split() == ["2"]
+
+
 @pytest.mark.parametrize("topk", [1, 2])
 @pytest.mark.parametrize("n", [1, 7, 16, 41, 300])
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Backend of compiled kernels for the CPU: rows for few tokens an expert, tiles for more.
 
 `moe` runs a whole MoE block in one call, up to as many tokens as `probe` found that to be fastest
-for; `apply` is the backend for more. Kernels run on the caller's thread and compile at their first
-call; the result is kept on disk.
+for; `apply` is the backend for more. Kernels compile at their first call; the result is kept on
+disk. They run on the caller's thread, and with more than a millisecond of work on as many as torch
+uses, whose results are those of one thread, to the bit.
 
 Inside compiled code, of contiguous float32 arrays with all outputs and scratch preallocated:
 
@@ -13,10 +14,12 @@ Inside compiled code, of contiguous float32 arrays with all outputs and scratch 
 """
 
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,7 @@ f32 = numba.float32
 SET, ADD, TIMES = 0, 1, 2  # what a product does to its output
 FEW, MOST = 5 * PANEL // 8, 4 * PANEL  # tokens: that a panel is used for at least, and at a time
 _ONE = np.zeros(1, np.int64)
+_PRODUCTS_A_MILLISECOND, _PRODUCTS_A_READ = 50_000_000, 8  # and while a weight comes from memory
 
 
 # ---- kernels
@@ -323,16 +327,21 @@ def ordered(slots, num_experts):
 
 
 @compiled
-def routed(x, order, offsets, score, gate_up, down, most, scratch, kept, made, out):
+def routed(
+    begin, end, scratch, x, order, offsets, score, gate_up, down, most, kept, made, out
+):  # fmt: skip
     """Add to out what the experts of up to `most` tokens make of them; score is flat.
 
     Neurons and outputs of each slot are also put into ``kept [m, f]`` and ``made [m, d]``, if
     those are not empty.
+
+    Args:
+        begin, end: of the slots, in the order of their experts, that are taken.
     """
     f, topk = down.shape[2], len(score) // len(x)
     for e in range(len(down)):
-        slots = order[offsets[e] : offsets[e + 1]]
-        if not 0 < len(slots) <= most:
+        slots = order[max(offsets[e], begin) : min(offsets[e + 1], end)]
+        if not len(slots) or offsets[e + 1] - offsets[e] > most:
             continue
         gate, up, own, tokens = gate_up[e, :f], gate_up[e, f:], score[slots], slots // topk
         if not len(kept):
@@ -345,14 +354,13 @@ def routed(x, order, offsets, score, gate_up, down, most, scratch, kept, made, o
 
 
 @compiled
-def block(
-    x, router, gate_up, down, shared_gate, shared_up, shared_down,
-    scratch, kept, made, logits, scores, indices, shared, out, known,
+def begun(
+    x, router, shared_gate, shared_up, shared_down, scratch, logits, indices, scores, shared, out,
+    known,
 ):  # fmt: skip
-    """Fill in what a MoE block makes of n tokens, from logits to out, but for the first `known`.
+    """Choose n tokens' experts, and set shared and out to what the shared expert makes of them.
 
     Args:
-        kept, made: of `routed`.
         known: how many of logits, indices, scores and shared are given.
     """
     n, topk = indices.shape
@@ -367,23 +375,29 @@ def block(
             for j in range(topk):
                 scores[i, j] = sigmoid(logits[i, indices[i, j]])
     if known < 4:
-        alike = np.ones(n, np.float32)
+        alike, nothing = np.ones(n, np.float32), scratch[:0].reshape(0, 0)
         expert(
-            shared_gate,
-            shared_up,
-            shared_down,
-            x,
-            every,
-            alike,
-            scratch,
-            shared,
-            every,
-            SET,
-            kept[:0],
-        )
+            shared_gate, shared_up, shared_down, x, every, alike, scratch, shared, every, SET,
+            nothing,
+        )  # fmt: skip
     out[:] = shared
+
+
+@compiled
+def block(
+    x, router, gate_up, down, shared_gate, shared_up, shared_down,
+    scratch, kept, made, logits, indices, scores, shared, out, known,
+):  # fmt: skip
+    """Fill in what a MoE block makes of n tokens, from logits to out: `begun` and `routed`."""
+    begun(
+        x, router, shared_gate, shared_up, shared_down, scratch, logits, indices, scores, shared,
+        out, known,
+    )  # fmt: skip
     order, offsets = ordered(indices.ravel(), len(router))
-    routed(x, order, offsets, scores.ravel(), gate_up, down, n * topk, scratch, kept, made, out)
+    m = len(order)
+    routed(
+        0, m, scratch, x, order, offsets, scores.ravel(), gate_up, down, m, kept, made, out
+    )  # fmt: skip
 
 
 @compiled
@@ -490,10 +504,9 @@ def run(
     ends, nothing = offsets.tolist(), np.empty((0, 0), np.float32)
     loads = [end - start for start, end in pairwise(ends)]
     if any(0 < load <= best.rows for load in loads):
-        routed(
+        _routed(
             array(x.float()), array(order), array(offsets), array(score.float().flatten()),
-            array(gate_up), array(down), best.rows, room(best.rows, *down.shape[1:]),
-            nothing, nothing, array(out),
+            array(gate_up), array(down), best.rows, nothing, nothing, array(out),
         )  # fmt: skip
     token, score = order // score.shape[1], score.flatten()[order, None]
     for e, load in enumerate(loads):
@@ -503,6 +516,49 @@ def run(
             hidden = F.silu(gate, inplace=True).mul_(up)
             out.index_add_(0, token[own], multiply(hidden, down[e]).float())
     return out.to(x.dtype)
+
+
+def _routed(x, order, offsets, score, gate_up, down, *others: Any) -> None:
+    """Call `routed` for all slots, on several threads if each token has one of them."""
+    threads = _threads(len(order), down) if len(score) == len(x) else 1
+    starts = [0]
+    for i in range(1, threads):  # whole panels of an expert, so that nothing rounds differently
+        slot = len(order) * i // threads
+        first = int(offsets[np.searchsorted(offsets, slot, side="right") - 1])
+        starts.append(first + (slot - first) // PANEL * PANEL)
+    most = int(np.diff(offsets).max())
+    _beside(
+        partial(
+            routed, a, b, room(min(b - a, most), *down.shape[1:]),
+            x, order, offsets, score, gate_up, down, *others,
+        )
+        for a, b in pairwise([*starts, len(order)])
+    )  # fmt: skip
+
+
+def _threads(slots: int, down: Any) -> int:
+    """Return over how many threads to spread so many tokens' experts: a millisecond for each."""
+    e, d, f = down.shape
+    products = 3 * d * f * max(slots, _PRODUCTS_A_READ * min(e, slots))
+    return max(1, min(torch.get_num_threads(), products // _PRODUCTS_A_MILLISECOND))
+
+
+def _beside(calls: Iterable[Callable[[], None]]) -> None:
+    """Make calls at the same time, the first on this thread; kernels do not hold up Python's."""
+    first, *others = calls
+    waiting = [_pool().submit(call) for call in others]
+    first()
+    for each in waiting:
+        each.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "experts")
+
+
+if hasattr(os, "register_at_fork"):  # threads are not there in a copy of the process
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def moe(
@@ -523,13 +579,31 @@ def moe(
     logits, scores = torch.empty(n, e), torch.empty(n, topk)
     indices = torch.empty(n, topk, dtype=torch.long)
     alone, out = torch.empty(n, d), torch.empty(n, d)
-    weights = [array(w) for w in (x, router, *experts, *shared)]
-    made = [array(y) for y in (logits, scores, indices, alone, out)]
-    scratch = room(n * topk, d, f)
     slots = n * topk if any(map(record.watches, INSIDE)) else 0
     hidden, each = torch.empty(slots, experts[1].shape[2]), torch.empty(slots, d)
-    scratches = scratch, array(hidden), array(each)
-    block(*weights, *scratches, *made, 0)
+    weights = [array(w) for w in (x, router, *experts, *shared)]
+    made = [array(y) for y in (logits, indices, scores, alone, out)]
+    within = array(hidden), array(each)
+
+    def fill(known: int) -> None:
+        threads = _threads(n * (topk + 1), experts[1])
+        if threads == 1 or topk > 1:  # else each token is of one expert, and of one thread
+            block(*weights, room(n * topk, d, f), *within, *made, known)
+            return
+        x, router, gate_up, down, *alone = weights
+        step = max(n // threads // PANEL, 1) * PANEL
+        starts = [*range(0, max(n - step, 0) + 1, step), n]
+        _beside(
+            partial(
+                begun, x[a:b], router, *alone, room(b - a, d, f), *(y[a:b] for y in made), known
+            )
+            for a, b in pairwise(starts)
+        )
+        _routed(
+            x, *ordered(made[1].ravel(), e), made[2].ravel(), gate_up, down, n, *within, made[4]
+        )
+
+    fill(0)
     noting, routed = loop.Noting(record), None  # by the loop
 
     def show(known: int, name: str, value: Tensor) -> None:
@@ -538,7 +612,7 @@ def moe(
             if name == "router.indices":
                 logits.gather(-1, given)  # refuses experts that do not exist
             value.copy_(given)
-            block(*weights, *scratches, *made, known)
+            fill(known)
 
     show(1, "router.logits", logits)
     show(2, "router.indices", indices)
