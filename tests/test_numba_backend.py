@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny
 
-from llama4_lab import experts, intervene, loading, trace
+from llama4_lab import compiled, experts, intervene, loading, trace
 from llama4_lab.experts import numba, probe
 from llama4_lab.points import Tap
 
@@ -82,15 +82,15 @@ def test_several_threads_give_what_one_gives_to_the_bit(n, e, threads, monkeypat
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     expected, used = results(), set()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(numba, "_PRODUCTS_A_MILLISECOND", 1)
-    beside = numba._beside
+    monkeypatch.setattr(compiled, "_PRODUCTS_A_THREAD", 1)
+    beside = numba.beside
 
     def note(calls):
         calls = list(calls)
         used.add(len(calls))
         beside(calls)
 
-    monkeypatch.setattr(numba, "_beside", note)
+    monkeypatch.setattr(numba, "beside", note)
     assert all(map(torch.equal, results(), expected))
     assert max(used) >= threads
 
@@ -100,19 +100,19 @@ def test_several_choices_of_a_token_are_added_up_on_one_thread(monkeypatch):
     x, weights = torch.randn(300, D), layer()
     expected = experts.moe(x, *weights, topk=2, backend="numba")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(numba, "_PRODUCTS_A_MILLISECOND", 1)
+    monkeypatch.setattr(compiled, "_PRODUCTS_A_THREAD", 1)
     assert torch.equal(experts.moe(x, *weights, topk=2, backend="numba"), expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system copies no processes")
 def test_a_copy_of_the_process_has_threads_of_its_own(tmp_path):
     code = """
-import os, sys, torch
-from llama4_lab.experts import numba
-numba._beside([lambda: None, lambda: None])
+import os
+from llama4_lab.compiled import beside
+beside([lambda: None, lambda: None])
 if (child := os.fork()) == 0:
     done = []
-    numba._beside([lambda: done.append(1), lambda: done.append(2)])
+    beside([lambda: done.append(1), lambda: done.append(2)])
     os._exit(len(done))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -383,9 +383,9 @@ def test_another_process_compiles_what_is_not_on_disk(monkeypatch, tmp_path):
 
 
 def test_compiled_kernels_are_kept_until_one_that_they_call_changes(tmp_path):
-    call = "import caller; from llama4_lab.experts import numba; "
-    call += "print(numba.is_kept(caller.twice), caller.twice(3))"
-    head = "from llama4_lab.experts.numba import compiled\n"
+    call = "import caller; from llama4_lab import compiled; "
+    call += "print(compiled.is_kept(caller.twice), caller.twice(3))"
+    head = "from llama4_lab.compiled import compiled\n"
 
     def write(name, text, age):
         (tmp_path / name).write_text(head + text)

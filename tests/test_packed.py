@@ -5,6 +5,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import llama4_lab.packed
+from llama4_lab import compiled
 from llama4_lab.packed import KINDS, Packed, linear, pack, pack_nibbles, unpack_nibbles
 
 
@@ -77,7 +78,7 @@ def test_what_cannot_be_packed_is_explained():
 # ---- products
 
 
-@pytest.mark.parametrize("rows", [(), (1,), (2, 3), (20,)])
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (2, 3), (20,), (50,)])
 @pytest.mark.parametrize("k", [384, 96, 40])  # groups of 128, 32 and 8
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_is_that_of_the_unpacked_weight(kind, k, rows):
@@ -89,6 +90,24 @@ def test_a_product_is_that_of_the_unpacked_weight(kind, k, rows):
     exact, most = (f(x) @ f(packed.unpack(torch.float64)).mT for f in (lambda y: y, torch.abs))
     assert found.dtype == torch.bfloat16 and found.shape == (*rows, 7)
     assert ((found.double() - exact).abs() <= 2**-9 * (exact.abs() + most) * 1.01).all()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 9])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_several_threads_give_what_one_gives_to_the_bit(kind, threads, monkeypatch):
+    packed, x, used = pack(weight(21, 96), kind), inputs(5, 96), []
+    alone, beside = linear(x, packed), compiled.beside
+
+    def note(calls):
+        calls = list(calls)
+        used.append(len(calls))
+        beside(calls)
+
+    monkeypatch.setattr(compiled, "beside", note)
+    monkeypatch.setattr(compiled, "_PRODUCTS_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(linear(x, packed), alone)
+    assert used == [min(threads, 6)]  # four outputs at a time
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.008), ("int4", 0.14), ("fp8", 0.04)])

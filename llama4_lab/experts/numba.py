@@ -13,15 +13,8 @@ Inside compiled code, of contiguous float32 arrays with all outputs and scratch 
   indices [topk] int64, out [d])``: the whole MoE block of one token; ``hidden`` is scratch.
 """
 
-import inspect
-import os
-import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -29,77 +22,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from torch import Tensor
 
+from llama4_lab.compiled import AHEAD, LINE, beside, compiled, threads, wide
 from llama4_lab.experts import loop, probe, tile
-from llama4_lab.experts.tile import AHEAD, LINE, PANEL, ROWS
+from llama4_lab.experts.tile import PANEL, ROWS
 from llama4_lab.packed import Packed
 from llama4_lab.points import INSIDE, NO_TAP, Tap
-
-_OPTIONS: dict[str, Any] = {
-    "cache": True,
-    "nogil": True,
-    "error_model": "numpy",
-    # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
-    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
-}
-
-
-_SOURCES = {Path(tile.__file__)}  # of all kernels so far, which those that follow may call
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """Compile a function at its first call; a wrapper that checks shapes is taken off first.
-
-    Of a kernel on disk numba knows whether the file has changed in which the kernel stands; whether
-    one has that it calls, we find out.
-    """
-    function = inspect.unwrap(function)
-    _SOURCES.add(Path(inspect.getfile(function)))
-    kernel = numba.njit(function, **_OPTIONS, **options)
-    changes = (source.stat().st_mtime for source in _SOURCES)
-    changed = max((when for when in changes if when <= time.time()), default=0)  # clocks err
-    for file in _kept(kernel):
-        with suppress(OSError):  # another process was faster
-            if file.stat().st_mtime < changed:
-                file.unlink()
-    return kernel
-
-
-def is_kept(kernel: Any) -> bool:
-    """Whether a kernel was compiled from these sources before, and is on disk."""
-    return any(_kept(kernel))
-
-
-def _kept(kernel: Any) -> Iterable[Path]:
-    source = Path(inspect.getfile(kernel.py_func))
-    name = f"{source.stem}.{kernel.py_func.__qualname__}"
-    return Path(kernel.stats.cache_path).glob(f"{name}-*.nbi")
-
 
 inlined = partial(compiled, forceinline=True)
 f32 = numba.float32
 SET, ADD, TIMES = 0, 1, 2  # what a product does to its output
 FEW, MOST = 5 * PANEL // 8, 4 * PANEL  # tokens: that a panel is used for at least, and at a time
 _ONE = np.zeros(1, np.int64)
-_PRODUCTS_A_MILLISECOND, _PRODUCTS_A_READ = 50_000_000, 8  # and while a weight comes from memory
+_PRODUCTS_A_READ = 8  # made while a weight comes from memory
 
 
 # ---- kernels
-
-
-def _wide(_):
-    """Let this function use vectors of 512 bits; LLVM stops at 256 on most CPUs that have them."""
-
-    def code(context, builder, signature, arguments):
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-        return context.get_dummy_value()
-
-    return numba.void(), code
-
-
-wide: Any = intrinsic(_wide)
 
 
 def lift(weight):
@@ -520,14 +460,14 @@ def run(
 
 def _routed(x, order, offsets, score, gate_up, down, *others: Any) -> None:
     """Call `routed` for all slots, on several threads if each token has one of them."""
-    threads = _threads(len(order), down) if len(score) == len(x) else 1
+    shares = _spread(len(order), down) if len(score) == len(x) else 1
     starts = [0]
-    for i in range(1, threads):  # whole panels of an expert, so that nothing rounds differently
-        slot = len(order) * i // threads
+    for i in range(1, shares):  # whole panels of an expert, so that nothing rounds differently
+        slot = len(order) * i // shares
         first = int(offsets[np.searchsorted(offsets, slot, side="right") - 1])
         starts.append(first + (slot - first) // PANEL * PANEL)
     most = int(np.diff(offsets).max())
-    _beside(
+    beside(
         partial(
             routed, a, b, room(min(b - a, most), *down.shape[1:]),
             x, order, offsets, score, gate_up, down, *others,
@@ -536,29 +476,10 @@ def _routed(x, order, offsets, score, gate_up, down, *others: Any) -> None:
     )  # fmt: skip
 
 
-def _threads(slots: int, down: Any) -> int:
-    """Return over how many threads to spread so many tokens' experts: a millisecond for each."""
+def _spread(slots: int, down: Any) -> int:
+    """Return over how many threads to spread the experts of so many slots."""
     e, d, f = down.shape
-    products = 3 * d * f * max(slots, _PRODUCTS_A_READ * min(e, slots))
-    return max(1, min(torch.get_num_threads(), products // _PRODUCTS_A_MILLISECOND))
-
-
-def _beside(calls: Iterable[Callable[[], None]]) -> None:
-    """Make calls at the same time, the first on this thread; kernels do not hold up Python's."""
-    first, *others = calls
-    waiting = [_pool().submit(call) for call in others]
-    first()
-    for each in waiting:
-        each.result()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "experts")
-
-
-if hasattr(os, "register_at_fork"):  # threads are not there in a copy of the process
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    return threads(3 * d * f * max(slots, _PRODUCTS_A_READ * min(e, slots)))
 
 
 def moe(
@@ -586,14 +507,14 @@ def moe(
     within = array(hidden), array(each)
 
     def fill(known: int) -> None:
-        threads = _threads(n * (topk + 1), experts[1])
-        if threads == 1 or topk > 1:  # else each token is of one expert, and of one thread
+        shares = _spread(n * (topk + 1), experts[1])
+        if shares == 1 or topk > 1:  # else each token is of one expert, and of one thread
             block(*weights, room(n * topk, d, f), *within, *made, known)
             return
         x, router, gate_up, down, *alone = weights
-        step = max(n // threads // PANEL, 1) * PANEL
+        step = max(n // shares // PANEL, 1) * PANEL
         starts = [*range(0, max(n - step, 0) + 1, step), n]
-        _beside(
+        beside(
             partial(
                 begun, x[a:b], router, *alone, room(b - a, d, f), *(y[a:b] for y in made), known
             )

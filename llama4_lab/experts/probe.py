@@ -146,9 +146,10 @@ def _prepare() -> None:
 
 
 def _is_kept() -> bool:
+    from llama4_lab.compiled import is_kept
     from llama4_lab.experts import numba
 
-    return numba.is_kept(numba.block)
+    return is_kept(numba.block)
 
 
 LOADING = Loading("compiling the experts", _prepare, _is_kept)

@@ -274,7 +274,7 @@ def _load() -> None:
 
 
 def _is_kept() -> bool:
-    from llama4_lab.experts.numba import is_kept
+    from llama4_lab.compiled import is_kept
     from llama4_lab.model.one_token_kernel import forward
 
     return is_kept(forward)

@@ -13,7 +13,8 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
-from llama4_lab.experts.numba import compiled, exp, neurons, rows, token
+from llama4_lab.compiled import compiled
+from llama4_lab.experts.numba import exp, neurons, rows, token
 
 f32 = np.float32
 SIZE = 4  # bytes

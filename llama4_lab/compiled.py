@@ -1,0 +1,157 @@
+"""Compiled code for the CPU: how it is made, kept on disk, and spread over threads.
+
+Kernels are numba's, or, where its loops do not become the instructions that are wanted, written in
+LLVM's terms (`in_llvm`), out of the few words at the end of this file.
+"""
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba.extending import intrinsic
+
+LANES = 16 if get_host_cpu_features().get("avx512f", False) else 8
+"""Numbers of a vector."""
+LINE, AHEAD = 64, 256
+"""Bytes of a line of the cache, and how many lines before it is needed one is asked for."""
+
+_OPTIONS: dict[str, Any] = {
+    "cache": True,
+    "nogil": True,
+    "error_model": "numpy",
+    # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
+    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+}
+_SOURCES = {Path(__file__)}  # of all kernels so far, which those that follow may call
+_PRODUCTS_A_THREAD = 25_000_000  # half a millisecond's: less is not worth to wake one up
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """Compile a function at its first call; a wrapper that checks shapes is taken off first.
+
+    Of a kernel on disk numba knows whether the file has changed in which the kernel stands; whether
+    one has that it calls, we find out.
+    """
+    function = inspect.unwrap(function)
+    _SOURCES.add(Path(inspect.getfile(function)))
+    kernel = numba.njit(function, **(_OPTIONS | options))
+    changes = (source.stat().st_mtime for source in _SOURCES)
+    changed = max((when for when in changes if when <= time.time()), default=0)  # clocks err
+    for file in _kept(kernel):
+        with suppress(OSError):  # another process was faster
+            if file.stat().st_mtime < changed:
+                file.unlink()
+    return kernel
+
+
+def in_llvm(function: Callable[..., Any]) -> Any:
+    """Make a function that writes LLVM's code callable in kernels; see numba's `intrinsic`."""
+    _SOURCES.add(Path(inspect.getfile(function)))
+    return intrinsic(function)
+
+
+def is_kept(kernel: Any) -> bool:
+    """Whether a kernel was compiled from these sources before, and is on disk."""
+    return any(_kept(kernel))
+
+
+def _kept(kernel: Any) -> Iterable[Path]:
+    source = Path(inspect.getfile(kernel.py_func))
+    name = f"{source.stem}.{kernel.py_func.__qualname__}"
+    return Path(kernel.stats.cache_path).glob(f"{name}-*.nbi")
+
+
+# ---- threads
+
+
+def threads(products: int) -> int:
+    """Return over how many of torch's threads to spread so many products."""
+    return max(1, min(torch.get_num_threads(), products // _PRODUCTS_A_THREAD))
+
+
+def beside(calls: Iterable[Callable[[], None]]) -> None:
+    """Make calls at the same time, the first on this thread; kernels do not hold up Python's."""
+    first, *others = calls
+    waiting = [_pool().submit(call) for call in others]
+    first()
+    for each in waiting:
+        each.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "kernels")
+
+
+if hasattr(os, "register_at_fork"):  # threads are not there in a copy of the process
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+# ---- in LLVM's terms
+
+NUMBER, WHOLE = ir.FloatType(), ir.IntType(32)
+
+
+def vector(of: ir.Type) -> ir.VectorType:
+    return ir.VectorType(of, LANES)
+
+
+def vector_at(builder, array_data, i, of: ir.Type):
+    """Return where the vector lies that begins with number i of an array."""
+    return builder.bitcast(builder.gep(array_data, [i]), vector(of).as_pointer())
+
+
+def in_all_lanes(builder, value):
+    nothing = ir.Constant(vector(value.type), ir.Undefined)
+    first = builder.insert_element(nothing, value, ir.Constant(WHOLE, 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(vector(WHOLE), [0] * LANES))
+
+
+def widened(builder, bits):
+    """Make a float32 of a bfloat16 that comes as its 16 bits: they are the upper half."""
+    wide = builder.shl(builder.zext(bits, WHOLE), ir.Constant(WHOLE, 16))
+    return builder.bitcast(wide, NUMBER)
+
+
+def add_product(builder, a, b, place):
+    """Add ``a * b`` to what lies in a place, in one instruction where there is one."""
+    product = builder.fmul(a, b, flags=["contract"])
+    builder.store(builder.fadd(product, builder.load(place), flags=["contract"]), place)
+
+
+def at_most(builder, i, last):
+    return builder.select(builder.icmp_signed("<", i, last), i, last)
+
+
+def begin_to_read(builder, array, byte):
+    """Ask for the line of the cache that a byte of an array lies in."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, WHOLE, WHOLE, WHOLE])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+    place = builder.gep(builder.bitcast(array.data, pointer), [byte])
+    # Of data, to read, into the second cache: few lines can be on their way into the first, and a
+    # core that has asked for as many waits.
+    builder.call(fetch, [place, WHOLE(0), WHOLE(2), WHOLE(1)])
+
+
+def _wide(_):
+    """Let this function use vectors of 512 bits; LLVM stops at 256 on most CPUs that have them."""
+
+    def code(context, builder, signature, arguments):
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return numba.void(), code
+
+
+wide: Any = in_llvm(_wide)
