@@ -16,6 +16,7 @@ import clock
 import experts as layers
 import instruments
 import model as whole_model
+import packed as packed_weights
 import peers
 
 TINY = instruments.CONFIG.replace(
@@ -227,3 +228,19 @@ def test_a_layer_that_is_not_equal_is_not_timed(moe_layer, monkeypatch):
     monkeypatch.setattr(layers, "ratios", None)
     with pytest.raises(ValueError, match=r"loop, 2 tokens: differs by .* it is not timed"):
         layers.row(moe_layer, tokens=2, repeats=1)
+
+
+def test_the_table_of_packed_weights_has_a_row_for_each_number_of_tokens():
+    head, _, *rows = packed_weights.table(24, 32, [1, 3], repeats=1).splitlines()
+    assert [part.strip() for part in head.split("|")] == [
+        *("tokens", "float32", "bfloat16", "int8", "int4")
+    ]
+    assert [row.split()[0] for row in rows] == ["1", "3"]
+    assert all(row.count("×") == 3 for row in rows)
+
+
+def test_a_packed_product_that_is_not_equal_is_not_timed(monkeypatch):
+    monkeypatch.setattr(packed_weights, "linear", lambda x, w: x @ w.unpack().mT * 1.001)
+    monkeypatch.setattr(packed_weights, "ratios", None)
+    with pytest.raises(ValueError, match=r"int8, 2 tokens: differs by .* it is not timed"):
+        packed_weights.table(24, 32, [2], repeats=1)
