@@ -71,6 +71,10 @@ def test_a_click_moves_all_views_and_a_switch_changes_them(lab_page, model):
     expect(router.locator("[data-panel=chosen] figcaption")).to_contain_text(
         f"rings: {flips} flips"
     )
+    if SCREENSHOTS:
+        page.set_viewport_size({"width": 1600, "height": 1100})
+        page.wait_for_timeout(2000)  # until views have found their new width
+        save(page, "lab-live")
     ablate.get_by_role("button", name="skip layer").click()
     expect(router.locator("[data-panel=chosen] figcaption")).not_to_contain_text("rings")
 
@@ -117,8 +121,15 @@ def views_of(model: l4.Llama4) -> dict[str, Any]:
     return found | {"lab": app}
 
 
+def save(shown: Page | Locator, name: str) -> None:
+    """Write a small picture for the README."""
+    file = Path(SCREENSHOTS, f"{name}.png")
+    shown.screenshot(path=file)
+    Image.open(file).convert("RGB").quantize(256, kmeans=3).save(file, optimize=True)
+
+
 def photograph(browser: Browser, model: l4.Llama4, folder: Path) -> None:
-    """Write small pictures of every view, light and dark, for the README."""
+    """Save pictures of every view, light and dark."""
     with ThreadPoolExecutor() as pool:  # the browser's event loop is no notebook's
         files = pool.submit(views_of, model).result()
     for name, page_maker in files.items():
@@ -131,9 +142,7 @@ def photograph(browser: Browser, model: l4.Llama4, folder: Path) -> None:
             page = context.new_page()
             page.goto((folder / f"{name}.html").as_uri(), wait_until="commit")
             page.wait_for_timeout(1000)
-            file = Path(SCREENSHOTS, f"{name}-{scheme}.png")
-            page.locator("main").screenshot(path=file)
-            Image.open(file).convert("RGB").quantize(256, kmeans=3).save(file, optimize=True)
+            save(page.locator("main"), f"{name}-{scheme}")
             context.close()
 
 
