@@ -150,10 +150,8 @@ def _dots(tokens: int) -> Callable[..., Any]:
                         for half, number in enumerate(held.vectors(row, group, byte)):
                             for y, part in zip(ys, own, strict=True):
                                 add_product(builder, number, y[half], part)
-                with cgutils.for_range_slice(builder, held.whole, held.size, held.index(1)) as (
-                    byte,
-                    _,
-                ):
+                left = held.whole, held.size, held.index(1)  # bytes of the group
+                with cgutils.for_range_slice(builder, *left) as (byte, _):
                     columns = held.columns(group, byte)
                     for row, own in zip(rows, rests, strict=True):
                         scale = held.scale(row, group)
@@ -197,12 +195,12 @@ def _unpack(_typing, codes, scales, row, out):
             scale = held.scale(row, loop.index)
             spread = in_all_lanes(builder, scale)
 
-            def put(start, end, step, read, factor, place, align):
+            def put(start, end, step, read, factor, place):
                 with cgutils.for_range_slice(builder, start, end, held.index(step)) as (byte, _):
                     numbers = read(row, loop.index, byte)
                     for i, number in zip(held.columns(loop.index, byte), numbers, strict=True):
                         to = place(builder.add(begin, i))
-                        builder.store(builder.fmul(number, factor), to).align = align
+                        builder.store(builder.fmul(number, factor), to).align = 4
 
             def vector_place(i):
                 return vector_at(builder, out.data, i, NUMBER)
@@ -210,8 +208,8 @@ def _unpack(_typing, codes, scales, row, out):
             def place(i):
                 return builder.gep(out.data, [i])
 
-            put(held.index(0), held.whole, LANES, held.vectors, spread, vector_place, 4)
-            put(held.whole, held.size, 1, held.numbers, scale, place, 4)
+            put(held.index(0), held.whole, LANES, held.vectors, spread, vector_place)
+            put(held.whole, held.size, 1, held.numbers, scale, place)
         return context.get_dummy_value()
 
     return signature, code

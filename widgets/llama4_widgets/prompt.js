@@ -2,10 +2,10 @@
 
 function render({ model, el }) {
   const form = make("form", el, { className: "l4-prompt" });
-  const hint = "Enter runs the text, Shift+Enter starts a new line";
-  const label = model.get("label");
+  const [act, label] = [model.get("act"), model.get("label")];
+  const hint = `Enter: ${act}; Shift+Enter: a new line`;
   const field = make("textarea", form, { rows: 1, spellcheck: false, title: hint, placeholder: label }, { ...OWN_KEYS, "aria-label": label });
-  const button = make("button", form, { textContent: model.get("act"), title: "Run this text (Enter)" }, OWN_KEYS);
+  const button = make("button", form, { textContent: act, title: `${act} (Enter)` }, OWN_KEYS);
   const fit = () => {
     field.style.height = "auto";
     field.style.height = `${Math.min(field.scrollHeight + 2, 150)}px`;
