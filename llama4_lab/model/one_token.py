@@ -83,9 +83,9 @@ def forward(model: Any, input_ids: Int[Tensor, "1 1"], cache: KVCache) -> Float[
     layers["cache"] = [layer.buffer.data_ptr() for layer in cache.layers]
     layers["capacity"] = [layer.buffer.shape[3] for layer in cache.layers]
     whole["longest"] = position + 1
-    most = len(layers), layers["topk"].max()
+    most = len(layers), table.topk
     routing = (
-        np.empty((len(layers), layers["e"].max()), np.float32),
+        np.empty((len(layers), table.num_experts), np.float32),
         np.empty(most, np.float32),
         np.empty(most, np.int64),
     )
@@ -147,7 +147,7 @@ class _Table:
         self._dicts, self._names = zip(*held, strict=True)
         self._values = [each[name] for each, name in held]
         self._weights = [x for x in self._values if isinstance(x, nn.Parameter)]
-        self._places = [(x.data_ptr(), x.shape) for x in self._weights]
+        self._places, self._shapes = self._now()
         self._hooks = [x for part in parts for x in (part._forward_hooks, part._forward_pre_hooks)]
         self._num_hooks = sum(map(len, self._hooks))
         self._attributes = [vars(part) for part in parts]
@@ -163,10 +163,13 @@ class _Table:
     def is_current(self) -> bool:
         return (
             all(map(is_, map(dict.get, self._dicts, self._names), self._values))
-            and [(x.data_ptr(), x.shape) for x in self._weights] == self._places
+            and self._now() == (self._places, self._shapes)
             and sum(map(len, self._attributes)) == self._num_attributes
             and sum(map(len, self._hooks)) == self._num_hooks
         )
+
+    def _now(self) -> tuple[list[int], list[torch.Size]]:
+        return list(map(Tensor.data_ptr, self._weights)), list(map(Tensor.size, self._weights))
 
     def _read(self, model: Any) -> bool:
         """Fill in the records; False where a weight is not a plain one of the config's shape."""
@@ -179,9 +182,9 @@ class _Table:
             fits &= layer.self_attn.head_dim == config.head_dim
             fits &= _put(record, _layer_fields(layer, config))
         self.whole["widest"] = self.layers["f"].max()
-        most = self.layers["topk"].max()  # of each stack, a token reads so many matrices
-        self.bytes = sum(
-            x.nbytes // len(x) * most if x.ndim > 2 else x.nbytes for x in self._weights
+        self.num_experts, self.topk = self.layers["e"].max(), self.layers["topk"].max()
+        self.bytes = sum(  # of each stack, a token reads as many matrices as it has experts
+            x.nbytes // len(x) * self.topk if x.ndim > 2 else x.nbytes for x in self._weights
         )
         return fits
 
