@@ -33,7 +33,7 @@ _OPTIONS: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "arcp", "nsz"},
 }
 _SOURCES = {Path(__file__)}  # of all kernels so far, which those that follow may call
-_PRODUCTS_A_THREAD = 25_000_000  # half a millisecond's: less is not worth to wake one up
+_PRODUCTS_A_THREAD = 25_000_000  # half a millisecond's: for less, none is woken up
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:

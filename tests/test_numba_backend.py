@@ -105,7 +105,7 @@ def test_several_choices_of_a_token_are_added_up_on_one_thread(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system copies no processes")
-def test_a_copy_of_the_process_has_threads_of_its_own(tmp_path):
+def test_a_copy_of_the_process_has_threads_of_its_own():
     code = """
 import os
 from llama4_lab.compiled import beside

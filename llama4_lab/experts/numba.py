@@ -459,7 +459,7 @@ def run(
 
 
 def _routed(x, order, offsets, score, gate_up, down, *others: Any) -> None:
-    """Call `routed` for all slots, on several threads if each token has one of them."""
+    """Call `routed` for all slots, on several threads if no two of them add to one token."""
     shares = _spread(len(order), down) if len(score) == len(x) else 1
     starts = [0]
     for i in range(1, shares):  # whole panels of an expert, so that nothing rounds differently
@@ -508,7 +508,7 @@ def moe(
 
     def fill(known: int) -> None:
         shares = _spread(n * (topk + 1), experts[1])
-        if shares == 1 or topk > 1:  # else each token is of one expert, and of one thread
+        if shares == 1:
             block(*weights, room(n * topk, d, f), *within, *made, known)
             return
         x, router, gate_up, down, *alone = weights
