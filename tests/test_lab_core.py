@@ -113,6 +113,15 @@ def test_an_edited_moment_is_the_edited_model_beside_the_clean_one(moment, model
     assert flips and notes[0].startswith(f"rings: {flips} flips") and "rings" not in notes[1]
 
 
+def test_the_router_view_says_which_scores_an_edit_made(moment):
+    edits = [E.SkipLayer(1, tokens=(0, 2)), E.RouterTemperature(2, 0.5)]
+    views = [RouterView(each).board.content for each in (moment, moment.with_edits(edits))]
+    notes = [next(p["note"] for p in view.panels if p["name"] == "score") for view in views]
+    assert "differ" not in notes[0]
+    assert notes[1].endswith("; 2 differ from the probability, by an edit")
+    assert (unpack(views[1].arrays["score"])[1, [0, 2]] == 0).all()
+
+
 @pytest.mark.parametrize("k", [2, 8])
 def test_views_show_a_layer_that_chooses_more_experts(moment, k):
     other = moment.with_edits([E.TopK(1, k)])

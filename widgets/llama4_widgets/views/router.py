@@ -10,6 +10,8 @@ from llama4_widgets.words import describe
 _BOTH = ("moe layer", "token")
 _RULES = (1, 2, 2.5, 5, 10, 15, 20, 25)  # % from one rule to the next
 
+_ROUNDING = 0.01  # of scores in bfloat16, and more
+
 
 class RouterView(View):
     """Tokens by layers: chosen expert, every expert's probability and load, score, margin."""
@@ -50,7 +52,10 @@ class RouterView(View):
             note="sigmoid of the logit, each alone: no sum to 1" + ("; marks: clean" * is_edited),
         )  # fmt: skip
         add_load(content, edited, clean if is_edited else None, "the layer", chosen)
-        content.add("score", "Score", edited.score[..., 0], _BOTH, sequential(0, 1), wide=False)
+        content.add(
+            "score", "Score", edited.score[..., 0], _BOTH, sequential(0, 1), wide=False,
+            note=_told_of_scores(edited),
+        )  # fmt: skip
         content.add(
             "margin", "Margin", edited.margin, _BOTH, sequential(0, 4, "logits", "or more"),
             wide=False, note="over the runner-up",
@@ -122,6 +127,14 @@ def _add_choices(content: Content, routing: Routing) -> list[str]:
     )
     content.otherwise = "{layer} is dense: it has no router"
     return names
+
+
+def _told_of_scores(routing: Routing) -> str:
+    """Say what a score is, and of how many an edit made something else: a skipped layer's are 0."""
+    probability = np.take_along_axis(_sigmoid(routing), routing.expert[..., :1], axis=-1)
+    differ = np.abs(probability - routing.score[..., :1]) > _ROUNDING
+    told = f"; {differ.sum()} differ from the probability, by an edit" * bool(differ.any())
+    return "multiplies what the expert reads" + told
 
 
 def _sigmoid(routing: Routing) -> np.ndarray:
