@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,11 +21,13 @@ class Cell(NamedTuple):
 def ratios(
     plain: Callable[[], Any], calls: Mapping[str, Callable[[], Any]], repeats: int, per: float = 1.0
 ) -> dict[str, Cell]:
-    """Return the CPU time of calls in units of `per` plain ones: of minima, and (of medians).
+    """Return the time of calls in units of `per` plain ones: of minima, and (of medians).
 
-    The cell "plain" is what one plain call takes, its value in seconds. All take turns, in an order
-    that is reversed each round, after a round that does not count.
+    It is CPU time, or where torch uses several threads, that of the clock on the wall. The cell
+    "plain" is what one plain call takes, its value in seconds. All take turns, in an order that is
+    reversed each round, after a round that does not count.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     everyone = {"": plain, **calls}
     times: dict[str, list[float]] = {name: [] for name in everyone}
     for call in everyone.values():
@@ -34,9 +37,9 @@ def ratios(
     try:
         for i in range(repeats):
             for name in list(everyone)[:: -1 if i % 2 else 1]:
-                start = time.process_time()
+                start = clock()
                 everyone[name]()
-                times[name].append(time.process_time() - start)
+                times[name].append(clock() - start)
     finally:
         gc.enable()
     least = min(times[""])

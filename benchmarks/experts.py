@@ -221,9 +221,10 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=100, help="of the smallest; others take less"
     )
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     counts, lengths = ([int(x) for x in y.split(",")] for y in (given.experts, given.tokens))
-    torch.set_num_threads(1)
+    torch.set_num_threads(given.threads)
     torch.set_grad_enabled(False)
     if given.what:
         layer = Layer(counts[0])
@@ -238,9 +239,9 @@ def main() -> None:
             rows.append(row(layer, tokens, max(4, given.repeats // max(1, tokens // 16))))
     print(
         f"{date.today()}: torch {version('torch')}, transformers {version('transformers')}, "
-        f"numba {version('numba')}, Python {platform.python_version()}; one thread, float32, "
-        f"load {os.getloadavg()[0]:.1f}\nwidth {WIDTH}, {HIDDEN} neurons an expert; "
-        f"{probe.best(torch.float32)}\nratios are of minima (of medians) of CPU time\n"
+        f"numba {version('numba')}, Python {platform.python_version()}; {given.threads} thread(s), "
+        f"float32, load {os.getloadavg()[0]:.1f}\nwidth {WIDTH}, {HIDDEN} neurons an expert; "
+        f"{probe.best(torch.float32)}\nratios are of minima (of medians)\n"
     )
     print(table(rows), "\n")
     for count in counts:

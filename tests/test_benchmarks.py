@@ -239,6 +239,19 @@ def test_the_table_of_packed_weights_has_a_row_for_each_number_of_tokens():
     assert all(row.count("×") == 3 for row in rows)
 
 
+def test_a_packed_model_decodes_what_the_rounded_one_does():
+    head, _, row = packed_weights.steps(TINY, repeats=1).splitlines()
+    assert head.split()[0] == "tokens" and row.split()[0] == "1"
+    assert row.count("ms") == 4 and row.count("×") == 3
+
+
+def test_a_packed_model_that_is_not_equal_is_not_timed(monkeypatch):
+    monkeypatch.setattr(packed_weights, "decoder", lambda model, ids: lambda: torch.rand(3))
+    monkeypatch.setattr(packed_weights, "ratios", None)
+    with pytest.raises(ValueError, match=r"int8, decoded: differs by .* it is not timed"):
+        packed_weights.steps(TINY, repeats=1)
+
+
 def test_a_packed_product_that_is_not_equal_is_not_timed(monkeypatch):
     monkeypatch.setattr(packed_weights, "linear", lambda x, w: x @ w.unpack().mT * 1.001)
     monkeypatch.setattr(packed_weights, "ratios", None)
