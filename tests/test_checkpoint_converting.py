@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,42 @@ def test_files_of_another_source_or_kind_are_not_taken_over(folder, tmp_path, mo
     for name, tensor in found.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name
     assert len(list(target.glob("*.safetensors"))) == len(contents_of_index(target))
+
+
+@pytest.mark.parametrize("moved", [1, 2, 1000])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_a_conversion_interrupted_while_files_are_moved_ends_whole(
+    folder, tmp_path, monkeypatch, moved, kind
+):
+    convert(folder, tmp_path / "whole", quantize=kind, max_shard_bytes=40_000)
+    target = tmp_path / "target"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_moving(patch, target, moved)
+        convert(folder, target, quantize="int4", max_shard_bytes=40_000)
+    assert min(moved, 4) <= len(list(target.glob("model*"))) <= moved
+    with monkeypatch.context() as patch:
+        read = stop_after(patch, 10**6)
+        convert(folder, target, quantize=kind, max_shard_bytes=40_000)
+        assert (read[0] == 10**6) == (kind == "int4")  # what is there is not made again
+    found, whole = (
+        {file.name: file.read_bytes() for file in made.iterdir()}
+        for made in (target, tmp_path / "whole")
+    )
+    assert found == whole
+
+
+def stop_moving(monkeypatch, target, most):
+    """Let moving fail after so many files, and at the last one."""
+    moved, replace = [], Path.replace
+
+    def moving(self, to):
+        if to.parent == target:
+            if len(moved) == most or to.name == "config.json":
+                raise KeyboardInterrupt
+            moved.append(to)
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", moving)
 
 
 def contents_of_index(folder):

@@ -275,6 +275,17 @@ def test_a_saved_model_carries_its_tokenizer_and_what_lies_beside_it(tmp_path):
     assert load(tmp_path / "second").tokenizer.encode("Hello") != []
 
 
+def test_the_tokenizer_of_an_earlier_checkpoint_goes_with_it(tmp_path):
+    save(small(), tmp_path)
+    small_tokenizer(tmp_path)
+    (tmp_path / "notes.txt").write_text("stay")
+    save(small(vocab_size=97, image_token_index=90), tmp_path)
+    assert load(tmp_path).tokenizer is None
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("config.json", "model.safetensors", "notes.txt")
+    }
+
+
 def test_a_shipped_model_is_loaded_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "MODELS", tmp_path)
     model = small()

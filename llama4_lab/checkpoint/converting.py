@@ -52,10 +52,9 @@ def convert_folder(
         ValueError: the source does not fit its config, or its rows cannot be packed.
     """
     new = target / f"{UNFINISHED}conversion"
-    if (new / CONFIG).is_file():  # interrupted while its files were moved
-        publish(new, target)
-        return
-    check_vacant(target)
+    is_moving = (new / CONFIG).is_file()  # it was interrupted while its files were moved
+    if not is_moving:
+        check_vacant(target)
     with torch.device("meta"):
         model = Llama4(source.config)
     weights = dict(model.named_parameters())
@@ -77,18 +76,18 @@ def convert_folder(
         for file, names in in_shards(sizes, max_shard_bytes).items():
             layout = _Layout.of([becomes[name] for name in names], source.config, origin)
             weight_map |= dict.fromkeys(layout.begins, file)
-            if not layout.is_in(new / file):
+            if layout.is_in(new / file) or (is_moving and layout.is_in(target / file)):
+                bar.update(sum(sizes[name] for name in names))
+            else:
                 _check_room(new, layout.size)
                 layout.write(new / file, _pieces(source, names, shapes, pack), bar)
-            else:
-                bar.update(sum(sizes[name] for name in names))
-    for file in {each.name for each in new.iterdir()} - set(weight_map.values()):
+    for file in {each.name for each in new.iterdir()} - {*weight_map.values(), CONFIG}:
         (new / file).unlink()  # left by a conversion into other shards
     copy_companions(tokenizer, new)
     ours = quantisation.to_dict() if quantisation else PLAIN
     config = config_as_json(source.config, dtype, ours)
     write_listings(new, sum(sizes.values()), weight_map, config)
-    publish(new, target)
+    publish(new, target, weight_map.values())
 
 
 def _pieces(

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
 
     Weights keep their dtype; packed ones stay packed, and only `load` opens such a folder.
     Everything is written under another name first, so that a full disk or an interruption leaves
-    what was there; an earlier checkpoint in the folder is replaced, other files of the folder stay.
+    what was there; an earlier checkpoint in the folder is replaced, with its tokenizer, and other
+    files of the folder stay.
 
     Args:
         max_shard_bytes: more than that goes into several files with an index. Experts are
@@ -107,15 +108,19 @@ def _replaced(folder: Path) -> Iterator[Path]:
     publish(new, folder)
 
 
-def publish(new: Path, folder: Path) -> None:
-    """Move files to where they belong, config.json last, and remove those that they replace."""
+def publish(new: Path, folder: Path, moved: Iterable[str] = ()) -> None:
+    """Move files to where they belong, config.json last, and remove those that they replace.
+
+    Args:
+        moved: files that may be there already, and belong to the new ones.
+    """
     written = {file.name for file in new.iterdir()}
     for name in sorted(written, key=lambda name: name == CONFIG):
         (new / name).replace(folder / name)
     new.rmdir()
-    for old in (SINGLE, INDEX, *(file.name for file in folder.glob("model-*-of-*.safetensors"))):
-        if old not in written:
-            (folder / old).unlink(missing_ok=True)
+    shards = (file.name for file in folder.glob("model-*-of-*.safetensors"))
+    for old in {SINGLE, INDEX, *_COMPANIONS, *shards} - written - set(moved):
+        (folder / old).unlink(missing_ok=True)
 
 
 def in_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
