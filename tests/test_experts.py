@@ -1,5 +1,7 @@
 """Every backend equals the readable loop, whatever the routing."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,6 +130,45 @@ def test_an_unknown_backend_is_refused():
         experts.moe(
             torch.zeros(1, D), torch.zeros(2, D), weights(2), shared_weights(), backend="fast"
         )
+
+
+@pytest.mark.parametrize("backend", experts.BACKENDS)
+@torch.no_grad()
+def test_no_tokens_make_no_output(backend):
+    router, pair = torch.randn(3, D), weights(3)
+    out = experts.moe(torch.randn(0, D), router, pair, shared_weights(), topk=2, backend=backend)
+    assert out.shape == (0, D)
+
+
+@pytest.mark.parametrize("backend", experts.BACKENDS)
+@torch.no_grad()
+def test_packed_experts_equal_unpacked_ones(backend):
+    pair = tuple(pack(w, "int4", 2) for w in weights(3))
+    x, router, shared = torch.randn(9, D), torch.randn(3, D), shared_weights()
+    found = experts.moe(x, router, pair, shared, topk=2, backend=backend)
+    unpacked = tuple(w.unpack() for w in pair)
+    torch.testing.assert_close(
+        found, experts.moe(x, router, unpacked, shared, topk=2, backend="loop"), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("backend", ["auto", *experts.BACKENDS])
+@torch.no_grad()
+def test_sizes_that_do_not_fit_are_refused(backend):
+    x, router, (gate_up, down) = torch.randn(4, D), torch.randn(3, D), weights(3)
+    gate, up, out = shared_weights()
+
+    def refused(sentence, router=router, pair=(gate_up, down), shared=(gate, up, out), topk=1):
+        moe = inspect.unwrap(experts.moe)  # as it is outside of tests, where annotations are not
+        with pytest.raises(ValueError, match=sentence):  # checked
+            moe(x, router, pair, shared, topk=topk, backend=backend)
+
+    theirs = gate_up.mT.contiguous(), down.mT.contiguous()
+    refused(rf"gate_up of shape \(3, {D}, {2 * FF}\) does not fit 3 experts", pair=theirs)
+    refused(rf"router of shape \(3, 4\) .* of width {D}: it must be", router=torch.randn(3, 4))
+    refused("shared down of shape", shared=(gate, up, gate))
+    refused("topk=4 is impossible with 3 experts: choose 1 to 3", topk=4)
+    refused("topk=0 is impossible", topk=0)
 
 
 def test_few_tokens_on_a_gpu_read_packed_experts_as_they_are(monkeypatch):

@@ -95,6 +95,13 @@ def test_several_threads_give_what_one_gives_to_the_bit(n, e, threads, monkeypat
     assert max(used) >= threads
 
 
+def test_sorting_refuses_experts_that_do_not_exist():
+    assert numba.sort(torch.tensor([[1], [0]]), 2)[0].tolist() == [1, 0]
+    for expert in (9, -1):
+        with pytest.raises(ValueError, match=rf"expert {expert} is out of range: .* 5 \(0 to 4\)"):
+            numba.sort(torch.tensor([[1], [expert]]), 5)
+
+
 @torch.no_grad()
 def test_several_choices_of_a_token_are_added_up_on_one_thread(monkeypatch):
     x, weights = torch.randn(300, D), layer()

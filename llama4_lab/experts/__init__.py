@@ -142,9 +142,13 @@ def moe(
             ``shared.out``, with the tokens flattened to n.
 
     Raises:
-        ValueError: a backend that does not exist.
+        ValueError: a backend that does not exist, weights that do not fit, or a topk that cannot
+            be.
     """
+    _check_sizes(x, router, experts, shared, topk)
     backend = backend_for(x, backend, experts[0])
+    if not len(x):
+        backend = "loop"  # kernels expect a token
     on_disk = isinstance(experts[0], Mapped)
     inside = on_disk or any(record.watches(name) for name in INSIDE)
     if backend == "numba" and not on_disk and _numba().takes(x, router, *experts, *shared):
@@ -161,3 +165,25 @@ def moe(
     gate, up, down = shared
     hidden = F.silu(linear(x, gate)) * linear(x, up)
     return record("shared.out", linear(hidden, down)) + routed
+
+
+def _check_sizes(
+    x: Tensor,
+    router: Tensor,
+    experts: tuple[Tensor | Packed | Mapped, Tensor | Packed | Mapped],
+    shared: tuple[Tensor | Packed, Tensor | Packed, Tensor | Packed],
+    topk: int,
+) -> None:
+    """Refuse what compiled kernels would read beyond its end."""
+    (_, d), e, f = x.shape, len(router), experts[1].shape[-1]
+    found = [tuple(w.shape) for w in (router, *experts, *shared)]
+    fitting = [(e, d), (e, 2 * f, d), (e, d, f), (f, d), (f, d), (d, f)]
+    if found != fitting:
+        names = ("router", "gate_up", "down", "shared gate", "shared up", "shared down")
+        wrong = next(i for i in range(6) if found[i] != fitting[i])
+        raise ValueError(
+            f"{names[wrong]} of shape {found[wrong]} does not fit {e} experts of width {f} and "
+            f"tokens of width {d}: it must be {fitting[wrong]}"
+        )
+    if not 1 <= topk <= e:
+        raise ValueError(f"topk={topk} is impossible with {e} experts: choose 1 to {e}")

@@ -32,6 +32,7 @@ def apply(
         # A tensor is cut at once, so that its gradient is put together once.
         each = weights.unbind(0) if isinstance(weights, Tensor) else weights
         done = [linear(block, each[e]) for e, block in enumerate(blocks) if len(block)]
+        done = done or [rows.new_empty(0, weights.shape[1])]
         return torch.cat(done)[inverse].unflatten(0, score.shape)
 
     inputs = record("experts.in", x[:, None] * score[..., None])

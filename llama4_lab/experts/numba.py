@@ -240,7 +240,10 @@ def rows(weights, x, out):
 
 @compiled
 def choose(logits, indices):
-    """Fill in the experts with the highest logits, strongest first; NaN counts as the highest."""
+    """Fill in the experts with the highest logits, strongest first; NaN counts as the highest.
+
+    Of equal ones it is the first, where torch's topk promises no order.
+    """
     for j in range(len(indices)):
         best = -1
         for e in range(len(logits)):
@@ -408,7 +411,16 @@ def room(tokens: int, d: int, f: int) -> np.ndarray:
 def sort(
     expert: Int[Tensor, "n topk"], num_experts: int
 ) -> tuple[Int[Tensor, " m"], Int[Tensor, " ends"]]:
-    """Equal `llama4_lab.experts.sort`, by counting."""
+    """Equal `llama4_lab.experts.sort`, by counting.
+
+    Raises:
+        ValueError: an expert that does not exist.
+    """
+    wrong = expert[(expert < 0) | (expert >= num_experts)]
+    if len(wrong):
+        raise ValueError(
+            f"expert {wrong[0]} is out of range: there are {num_experts} (0 to {num_experts - 1})"
+        )
     order, offsets = ordered(array(expert.flatten()), num_experts)
     return torch.from_numpy(order), torch.from_numpy(offsets)
 

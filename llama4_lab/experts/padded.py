@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llama4_lab.experts import loop
+from llama4_lab.packed import Packed
+
 _ROUND = 128  # rows
 
 
@@ -18,10 +21,12 @@ def apply(
     order: Int[Tensor, " m"],
     offsets: Int[Tensor, " ends"],
     score: Float[Tensor, "n topk"],
-    gate_up: Float[Tensor, "e f2 d"],
-    down: Float[Tensor, "e d f"],
+    gate_up: Float[Tensor, "e f2 d"] | Packed,
+    down: Float[Tensor, "e d f"] | Packed,
 ) -> Float[Tensor, "n d"]:
-    """Equal `loop.apply`."""
+    """Equal `loop.apply`, which runs packed weights."""
+    if isinstance(gate_up, Packed) or isinstance(down, Packed):
+        return loop.apply(x, order, offsets, score, gate_up, down)
     e, load = len(gate_up), offsets.diff()
     size = -(-int(load.max()) // _ROUND) * _ROUND
     token = order // score.shape[1]
