@@ -157,6 +157,18 @@ def test_generating_with_a_static_decoder_gives_the_models_tokens():
         assert torch.equal(ours, expected)
 
 
+def test_an_emptied_static_cache_begins_at_the_first_position():
+    model, ids = tiny(), torch.randint(90, (2, 9))
+    decoder = StaticDecoder(model, 2, max_len=12)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    decoder.prefill(ids, attention_mask=mask)
+    decoder.new_cache(2)
+    with torch.no_grad():
+        expected = model(ids[:, :1])[:, 0]
+    torch.testing.assert_close(decoder.step(ids[:, 0]), expected, atol=2e-5, rtol=1e-4)
+
+
 def test_a_static_step_inside_a_trace_or_a_change_is_refused():
     model, ids = tiny(), torch.zeros(1, 2, dtype=torch.long)
     decoder = StaticDecoder(model, 1, max_len=8)
@@ -182,5 +194,7 @@ def test_a_static_decoder_says_what_does_not_fit():
     with pytest.raises(ValueError, match="0 \\+ 5 tokens exceed max_len 4: make the decoder"):
         decoder.prefill(torch.zeros(1, 5, dtype=torch.long))
     decoder.prefill(torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"ids of shape \(2,\): give one for each of the 1 rows"):
+        decoder.step(torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="4 \\+ 1 tokens exceed max_len 4"):
         decoder.step(torch.zeros(1, dtype=torch.long))

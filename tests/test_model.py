@@ -174,6 +174,12 @@ def test_arguments_that_do_not_fit_are_refused(arguments, sentence):
         tiny()(*arguments())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_ids_of_any_whole_numbers_will_do(dtype):
+    ids, model = some_ids(1), tiny()
+    assert torch.equal(model(ids), model(ids.to(dtype)))
+
+
 def test_a_text_model_refuses_pictures_and_a_model_without_tokenizer_refuses_texts():
     with pytest.raises(ValueError, match="no vision encoder; leave pixel_values out"):
         tiny(vision_config=None)(some_ids(1), torch.zeros(1, 3, 24, 24))

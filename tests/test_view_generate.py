@@ -65,6 +65,14 @@ def test_edits_change_what_is_written(view, model):
     assert view.text() == expected
 
 
+def test_an_edit_of_chunks_holds_from_the_prompt_on(view, model):
+    view.moment = Moment(model, model.prompt(TEXT)).with_edits([E.Chunk(i, 3) for i in range(3)])
+    write(view, 5)
+    with E.edited(model, view.moment.edits):
+        expected = l4.generate(model, model.prompt(TEXT), max_new_tokens=5, temperature=0)
+    assert view.board.problem == "" and view.text() == expected
+
+
 def test_a_branch_keeps_what_stands_before_it(view):
     write(view, 5)
     before, text = list(view.written), view.text()

@@ -16,6 +16,8 @@ from llama4_lab.model.text import DecoderLayer, Embedding, Linear, RMSNorm, Step
 from llama4_lab.model.vision import VisionModel
 from llama4_lab.points import NO_TAP, Tap
 
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class Alone:
     """The processes that share a model: one. `llama4_lab.parallel` puts several in its place."""
@@ -157,8 +159,9 @@ class Llama4(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Return the final norm's output; `forward` without the read-out."""
-        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in _WHOLE:
             raise TypeError(f"input_ids={input_ids!r:.80}: give a tensor of whole numbers [b, t]")
+        input_ids = input_ids if input_ids.dtype in _WHOLE[:2] else input_ids.long()
         if input_ids.ndim != 2:
             shape = tuple(input_ids.shape)
             raise ValueError(f"input_ids have the shape {shape}: give [b, t], rows of tokens")
@@ -167,6 +170,11 @@ class Llama4(nn.Module):
             raise ValueError("input_ids holds no token")
         if cache is not None and cache.batch_size != b:
             raise ValueError(f"a cache for {cache.batch_size} rows was given {b} rows of input_ids")
+        if cache is not None and (kept := [layer.chunk for layer in cache.layers]) != self.chunks:
+            raise ValueError(
+                f"this cache keeps chunks of {kept}, and the layers attend in {self.chunks}: make "
+                "the cache with this model's new_cache(), inside the block of an edit of chunks"
+            )
         if attention_mask is not None or cache is None:
             pad = left_padding(attention_mask, b, t, cache)
         else:

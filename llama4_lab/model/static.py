@@ -121,6 +121,8 @@ class StaticDecoder:
                 f"this decoder is for {self.cache.batch_size} rows, not {batch_size}: make another"
             )
         self.cache.slots, self.cache.pad = 0, [0] * batch_size
+        self.slot.zero_()
+        self.pad.zero_()
         return self.cache
 
     @torch.no_grad()
@@ -139,6 +141,10 @@ class StaticDecoder:
             raise ValueError(
                 "a static step is one fixed graph, whose values are neither watched nor changed: "
                 "leave the block of trace, intervene or edited, or decode with the model itself"
+            )
+        if ids.shape != self.ids.shape:
+            raise ValueError(
+                f"ids of shape {tuple(ids.shape)}: give one for each of the {len(self.ids)} rows"
             )
         self._make_room(1)
         self.ids.copy_(ids)

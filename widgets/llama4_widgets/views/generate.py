@@ -93,7 +93,6 @@ class GenerateView(View):
         moment = self.moment
         model, layers = moment.model, moe_layers(moment.model)
         if self._cache is None:
-            self._cache = model.new_cache()
             ids = moment.prompt.input_ids
             new = torch.tensor([[one.id for one in self.written]], dtype=ids.dtype)
             given: dict[str, Any] = {"input_ids": torch.cat([ids, new], dim=1)}
@@ -102,6 +101,8 @@ class GenerateView(View):
             given = {"input_ids": torch.tensor([[self.written[-1].id]])}
         names = [f"layers.{i}.router.indices" for i in layers]
         with moment.running_edited(), trace(model, names) as seen:
+            if self._cache is None:
+                self._cache = model.new_cache()  # with the edits' chunks
             logits = model(**given, cache=self._cache, keep_last=1)[0, -1]
         logprob = logits.float().log_softmax(-1)
         self.following = logprob.exp()
