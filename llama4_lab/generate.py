@@ -100,7 +100,7 @@ def tokens(
 
     Raises:
         ValueError: a temperature below zero, a top_p outside (0, 1], or no tokens to make.
-        TypeError: a seed or stop tokens that are no whole numbers.
+        TypeError: a number of tokens, a seed or stop tokens that are no whole numbers.
     """
     if not temperature >= 0:
         raise ValueError(
@@ -109,7 +109,7 @@ def tokens(
         )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} is outside (0, 1]: 1 keeps every token")
-    if max_new_tokens < 1:
+    if _whole("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} makes no token: ask for at least 1")
     stops = _stops(model, stop)
     seed = None if seed is None else _whole("seed", seed)
@@ -162,12 +162,11 @@ def sample(
     >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), temperature=0, top_p=1).tolist()
     [1]
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
-    probability, token = (
-        (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    )
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # no division overflows upwards
+    probability, token = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     before = probability.cumsum(dim=-1) - probability
-    kept = probability.masked_fill(before >= top_p, 0.0)
+    kept = probability.masked_fill((before >= top_p) & (before > 0), 0.0)
     place = torch.multinomial(kept, 1, generator=generator)
     return token.gather(-1, place)[:, 0]

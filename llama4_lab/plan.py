@@ -150,8 +150,8 @@ def attention_flops(config: Llama4Config, tokens: int) -> float:
     """Return the FLOPs of attention over keys in a prompt: 4·h·dh for each pair that is seen."""
     pairs = 0
     for chunk in _chunks(config):
-        whole, tail = divmod(tokens, chunk or tokens)
-        size = chunk or tokens
+        size = chunk or max(tokens, 1)
+        whole, tail = divmod(tokens, size)
         pairs += whole * size * (size + 1) // 2 + tail * (tail + 1) // 2
     return 4.0 * config.num_attention_heads * config.head_dim * pairs
 

@@ -26,7 +26,7 @@ from llama4_lab.edits.base import CLEAN, See, Touch
 from llama4_lab.model import Llama4
 from llama4_lab.model.text import DecoderLayer, Step
 from llama4_lab.points import PICTURE, Tap
-from llama4_lab.trace import inputs_of, intervene, trace
+from llama4_lab.trace import inputs_of, intervene, trace, unobserved
 from llama4_lab.witness import Witness
 
 _KEPT = ("resid_pre", "attn.rot_k", "attn.v", "attn.z", "resid_mid", "resid_post")
@@ -235,7 +235,7 @@ class Replay:
                 embed = self._kept["embed"]
                 if seen := [point for point in variant.changes if point.startswith(PICTURE)]:
                     watched = {point: rows.watched(row, point) for point in seen}
-                    with intervene(self.model, watched):
+                    with unobserved(self.model), intervene(self.model, watched):
                         pixels = self.inputs.get("pixel_values")
                         embed = self.model.embed(self.inputs["input_ids"], pixels)
                 found.append(embed[:, first:])
@@ -341,7 +341,7 @@ class Edited:
         loss_change = (clean[:-1].gather(-1, following) - mine[:-1].gather(-1, following))[:, 0]
         return Effect(
             positions=torch.arange(self.first, len(self.replay)),
-            kl=F.kl_div(mine, clean, reduction="none", log_target=True).nansum(dim=-1).clamp(min=0),
+            kl=_kl(mine, clean),
             loss_change=F.pad(loss_change, (0, 1), value=float("nan")),
             top_changed=clean.argmax(dim=-1) != mine.argmax(dim=-1),
             flips={i: self._flips(i) for i in self.replay.experts},
@@ -472,6 +472,12 @@ class _Rows(Tap):
             point: Evidence(changed, self.witness.used_by.get(point))
             for point, changed in self._changed[row].items()
         }
+
+
+def _kl(mine: Float[Tensor, "n v"], clean: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
+    """Return KL(clean ‖ mine) in nats; what is impossible in the clean run adds nothing."""
+    parts = F.kl_div(mine, clean, reduction="none", log_target=True)
+    return parts.masked_fill_(clean == -math.inf, 0).sum(dim=-1).clamp(min=0)
 
 
 def _distance(new: Tensor, old: Tensor) -> float:

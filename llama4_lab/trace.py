@@ -22,7 +22,7 @@ from llama4_lab import spill as disk
 from llama4_lab.aliases import aliases, match, resolve
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
-from llama4_lab.points import Tap, points
+from llama4_lab.points import NO_TAP, Tap, points
 
 Change = Callable[[Tensor], Tensor]
 Choice = int | slice | Sequence[int] | np.integer | np.ndarray | Tensor
@@ -99,6 +99,17 @@ def trace(
         model.tap = outer
 
 
+@contextmanager
+def unobserved(model: Llama4) -> Iterator[None]:
+    """Hide the forward passes inside the block from a trace around it; what changes them stays."""
+    outer = model.tap
+    try:
+        model.tap = outer if outer.records() is None else NO_TAP
+        yield
+    finally:
+        model.tap = outer
+
+
 def run_with_cache(
     model: Llama4,
     prompt: Any,
@@ -136,11 +147,19 @@ def inputs_of(model: Any, prompt: Any) -> dict[str, Any]:
 
     `prompt` is what ``model.prompt`` returns, a text or chat messages for it, or token ids
     (``[b t]`` or ``[t]``).
+
+    Raises:
+        ValueError: a mapping without token ids, such as a single chat message.
     """
     if isinstance(prompt, Tensor):
         prompt = {"input_ids": prompt if prompt.ndim > 1 else prompt[None]}
     elif not hasattr(prompt, "keys"):
         prompt = model.prompt(prompt)
+    if "input_ids" not in prompt.keys():  # noqa: SIM118  a Prompt is a mapping by its keys alone
+        raise ValueError(
+            f"{', '.join(map(repr, prompt.keys()))} make no prompt: give input_ids, or chat "
+            'messages as a list, [{"role": "user", "content": …}]'
+        )
     return {key: value.to(model.device) for key, value in {**prompt}.items() if value is not None}
 
 

@@ -61,6 +61,12 @@ def test_positions_that_make_no_sense_are_refused(replay, token, read, sentence)
         counterfactual(replay, token, read=read)
 
 
+def test_a_model_that_routes_nothing_is_refused():
+    dense = l4.Replay(tiny(moe_layers=()), {"input_ids": torch.arange(4, 9)[None]})
+    with pytest.raises(ValueError, match="this model routes nothing: all its 6 layers are dense"):
+        counterfactual(dense, 0)
+
+
 def test_a_map_tells_its_progress_and_can_be_stopped(model, replay):
     heard = []
     counterfactual(replay, -1, on_run=lambda done, count: heard.append((done, count)))

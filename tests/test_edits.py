@@ -125,6 +125,17 @@ def test_an_edit_moves_the_logits_and_leaves_nothing_behind(model, prompt, sourc
 
 
 @pytest.mark.parametrize("edit", ALL, ids=repr)
+def test_an_edit_holds_token_by_token(model, prompt, sources, edit):
+    expected = in_full(model, prompt, sources, [edit])
+    ids, pixels = prompt.values()
+    with E.edited(model, [edit], sources):
+        cache = model.new_cache()
+        parts = [model(ids[:, :12], pixels, cache=cache)]
+        parts += [model(part, cache=cache) for part in ids[:, 12:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1)[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("edit", ALL, ids=repr)
 def test_a_replayed_edit_equals_the_whole_run(model, prompt, sources, replay, edit):
     again = replay.edited([edit])
     expected = in_full(model, prompt, sources, [edit])
@@ -342,6 +353,27 @@ def test_a_blanked_patch_becomes_the_mean_patch_and_a_blanked_word_the_mean_word
     is_image = prompt["input_ids"][0] == CONFIG.image_token_index
     torch.testing.assert_close(found[4], plain[is_image].mean(0))
     torch.testing.assert_close(found[20], plain[~is_image].mean(0))
+
+
+def test_text_behind_the_clean_run_is_blanked_as_text(model, prompt, sources):
+    ids, pixels = prompt.values()
+    longer = {"input_ids": torch.cat([ids, ids[:, -2:]], dim=1), "pixel_values": pixels}
+    edits = [E.AblateEmbedding((4, 30), "mean")]
+    found = rows_of(model, "embed", longer, edits, sources)["embed"][0]
+    plain = rows_of(model, "embed", prompt)["embed"][0]
+    torch.testing.assert_close(found[30], plain[ids[0] != CONFIG.image_token_index].mean(0))
+
+
+def test_a_cache_made_before_an_edit_of_chunks_is_refused(model, prompt):
+    ids, pixels = prompt.values()
+    cache = model.new_cache()
+    model(ids[:, :14], pixels, cache=cache)
+    with (
+        E.edited(model, [E.Chunk(1, None)]),
+        pytest.raises(ValueError, match=r"keeps chunks of \[8, 8, 8, None.* new_cache\(\), inside"),
+    ):
+        model(ids[:, 14:], cache=cache)
+    model(ids[:, 14:], cache=cache)
 
 
 def test_a_run_patched_in_whole_becomes_the_other_run(model, prompt, sources):

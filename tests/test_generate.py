@@ -1,5 +1,7 @@
 """Sampling, stop tokens, streaming, interruption."""
 
+import inspect
+
 import pytest
 import torch
 from tiny import tiny
@@ -86,7 +88,10 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     drawn = sample(logits, 1.0, 0.75, torch.Generator().manual_seed(0)).bincount(minlength=4) / 4000
     torch.testing.assert_close(drawn, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
-    assert sample(logits, 1.0, 1e-9).unique().tolist() == [0]
+    for top_p in (1e-9, 1e-300):
+        assert sample(logits, 1.0, top_p).unique().tolist() == [0]
+    for temperature in (1e-30, 1e-38, 1e-300):
+        assert sample(logits - 30, temperature, 1.0).unique().tolist() == [0]
     hot = sample(logits, 100.0, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 4000
     torch.testing.assert_close(hot, torch.full((4,), 0.25), atol=0.03, rtol=0)
 
@@ -105,6 +110,13 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p():
 def test_settings_outside_their_range_are_refused(model, prompt, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         l4.generate(model, prompt, **options)
+
+
+def test_what_is_no_number_and_what_is_no_prompt_is_refused(model, prompt):
+    with pytest.raises(TypeError, match=r"max_new_tokens=1\.5: give whole numbers"):
+        inspect.unwrap(tokens)(model, prompt, 1.5)
+    with pytest.raises(ValueError, match="'role', 'content' make no prompt: give input_ids, or"):
+        l4.generate(model, {"role": "user", "content": "hello"})
 
 
 def test_a_model_without_tokenizer_writes_no_text(prompt):

@@ -226,7 +226,7 @@ def test_cache_bytes_are_those_of_a_cache():
     assert 2 * cache_bytes(CONFIG, 64, 2) == cache.bytes()  # in float32
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 21])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 21])
 def test_attention_flops_count_every_visible_pair(tokens):
     position = torch.arange(tokens)[None]
     pairs = sum(

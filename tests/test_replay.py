@@ -172,6 +172,13 @@ def test_the_effect_is_what_its_formulas_say(model, prompt, replay):
     assert torch.equal(effect.top_changed, (clean.argmax(-1) != mine.argmax(-1))[15:])
 
 
+def test_logits_that_are_no_numbers_have_no_divergence(replay):
+    effect = replay.edited([E.Scale("layers.1.attn.out", float("nan"), tokens=(15,))]).effect
+    assert effect.kl.isnan().all()
+    certain = replay.edited([E.Scale("logits", float("inf"), tokens=(15,))]).effect
+    assert not certain.kl[0] < 1
+
+
 @torch.no_grad()
 def test_routing_flips_are_counted_layer_by_layer(model, prompt, replay):
     edit = E.SkipLayer(2)
@@ -279,8 +286,18 @@ def test_replays_inside_a_block_that_changes_the_model_are_refused(model, prompt
             with pytest.raises(ValueError, match=sentence):
                 replay.edited([E.AblateHead(3, 1)])
             model(**prompt)
-    with l4.trace(model, "logits"):
+
+
+def test_a_trace_around_replayed_runs_sees_nothing(model, prompt):
+    replay = Replay(model, prompt, {"other": {"input_ids": some_prompt(1)["input_ids"][:, 12:]}})
+    with l4.trace(model, "*") as cache:
+        model(input_ids=prompt["input_ids"][:, 12:])
+        before = {name: value.clone() for name, value in cache.items()}
         replay.edited([E.AblateHead(3, 1)])
+        replay.edited([E.Patch("layers.0.attn.z", "other", (14,), (1,))])
+        replay.edited([E.Scale("vision.out", 0.5)])
+        assert cache.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in cache.items())
 
 
 @pytest.mark.parametrize(

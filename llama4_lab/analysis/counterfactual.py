@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.edits import Edit, Route
 from llama4_lab.replay import Edited, Replay
 
@@ -65,7 +66,8 @@ def counterfactual(
     `on_run` hears after each run how many of how many are done, and may raise to stop the rest.
 
     Raises:
-        ValueError: a position outside the prompt, or one that the token cannot reach.
+        ValueError: a position outside the prompt, or one that the token cannot reach; a model
+            without MoE layers.
     """
     config, length = replay.model.config, len(replay)
     token, read = index(token), index(read)
@@ -78,7 +80,7 @@ def counterfactual(
     token, read = token % length, read % length
     if read < token:
         raise ValueError(f"position {read} comes before token {token} and cannot change with it")
-    layers = tuple(replay.experts)
+    layers = moe_layers(replay.model)
     runs = [
         [*edits, Route(layer, token, expert, gate)]
         for layer in layers

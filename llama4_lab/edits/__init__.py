@@ -42,7 +42,7 @@ from llama4_lab.edits.layers import (
 from llama4_lab.edits.values import AblateEmbedding, Patch, ReplaceToken, Scale, Steer
 from llama4_lab.model import Llama4
 from llama4_lab.points import points
-from llama4_lab.trace import inputs_of, intervene, trace
+from llama4_lab.trace import inputs_of, intervene, trace, unobserved
 
 KINDS: dict[str, type[Edit]] = {
     kind.__name__: kind
@@ -210,7 +210,7 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
             )
         inputs = inputs_of(model, sources[source])
         values[source, IDS] = inputs["input_ids"]
-        with trace(model, names & points(model.config).keys()) as cache:
+        with unobserved(model), trace(model, names & points(model.config).keys()) as cache:
             if all(layer_of(model.config, name) < 0 for name in names - {IDS}):
                 model.tap("embed", model.embed(inputs["input_ids"], inputs.get("pixel_values")))
             else:

@@ -52,7 +52,7 @@ class AblateExpert(Edit):
             chosen = run.seen[indices]
             columns, positions = run.columns(chosen.shape[1], self.tokens)
             position = torch.full_like(chosen, -1)
-            position[:, columns] = torch.tensor(positions, device=chosen.device)[:, None]
+            position[:, columns] = chosen.new_tensor(positions)[:, None]
             return (chosen == self.expert) & (position >= 0), position
 
         def silence(value: Tensor, run: Run) -> Tensor:

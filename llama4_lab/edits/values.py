@@ -43,8 +43,9 @@ class AblateEmbedding(Edit):
         def alike(old: Tensor, positions: list[int], run: Run) -> Tensor:
             theirs, ids = run.values[self.source, "embed"], run.values[self.source, IDS]
             is_image = ids[0] == config.image_token_index
-            own = run.values[CLEAN, IDS][0, positions] == config.image_token_index
-            means = [theirs[0, is_image == kind].mean(dim=0) for kind in own.tolist()]
+            clean = (run.values[CLEAN, IDS][0] == config.image_token_index).tolist()
+            own = [place < len(clean) and clean[place] for place in positions]  # text goes on
+            means = [theirs[0, is_image == kind].mean(dim=0) for kind in own]
             return torch.stack(means).to(old) if means else old
 
         def blank(value: Tensor, run: Run) -> Tensor:

@@ -39,6 +39,8 @@ class Tiling:
                 f"patches of {self.patch_size} pixels and a pixel-shuffle ratio of "
                 f"{self.shuffle_ratio}"
             )
+        if self.max_tiles < 1:
+            raise ValueError(f"max_tiles {self.max_tiles} leaves no tile: give 1 or more")
         if self.num_channels not in MODES:
             raise ValueError(f"{self.num_channels} channels: pictures have 1 (grey) or 3 (RGB)")
 
