@@ -12,7 +12,7 @@ from llama4_lab.analysis.lens import logit_lens
 from llama4_widgets.moment import Moment
 from llama4_widgets.still import unpack
 from llama4_widgets.views.lens import LensView
-from llama4_widgets.words import visible
+from llama4_widgets.words import number, visible, word_of
 
 TEXT = "def add(a, b):\n    return a + b"
 EDITS = (E.SkipLayer(2), E.DropExpert(1, expert=3))
@@ -64,7 +64,7 @@ def test_bars_are_the_decomposition_and_its_rest(moment, model):
     router = decompose_router(model, moment.prompt, 2, 6)
     assert panel(view, "router")["title"] == f"Why expert {router.target} in layer 2?"
     assert tuple(panel(view, "router")["rows"][0]) == router.strongest(1)[0]
-    assert f"{parts.residual:.1e} away" in view.board.summary
+    assert f"{number(parts.residual, '.1e')} away" in view.board.summary
     head = next(i for i, row in enumerate(rows) if "head" in row[0])
     _, layer, _, index = rows[head][0].split()
     assert panel(view, "parts")["choices"][head] == {"layer": int(layer), "head": int(index)}
@@ -96,6 +96,8 @@ def test_a_word_can_be_followed(moment, model):
     lens = logit_lens(model, moment.prompt, target=idx)
     assert np.array_equal(shown(view, "answer"), lens.target_logprob[2::2])
     assert panel(view, "parts")["title"] == "What wrote the logit of ‘·return’?"
+    total = number(decompose_logit(model, moment.prompt, 4, idx).values.sum(), ".4f")
+    assert f"parts of the logit of ‘·return’ add up to {total} logits" in view.board.summary
     view.colour = "final answer"
     assert np.array_equal(shown(view, "words"), lens.target_logprob)
     view.word = "return add"
@@ -109,6 +111,12 @@ def test_the_lead_over_the_runner_up_is_explained(moment, model):
     assert tuple(panel(view, "parts")["rows"][0]) == parts.strongest(1)[0]
     assert "Its lead over ‘" in panel(view, "parts")["title"]
     assert "Its lead over expert" in panel(view, "router")["title"]
+    router = decompose_router(model, moment.prompt, 0, 0, versus="runner_up")
+    assert parts.versus is not None
+    word, other = (word_of(model.tokenizer, idx) for idx in (parts.target, parts.versus))
+    assert f"parts of the lead of ‘{word}’ over ‘{other}’ add up to" in view.board.summary
+    lead = f"the lead of expert {router.target} over expert {router.versus} add up to"
+    assert lead in view.board.summary
 
 
 def test_edited_words_and_parts_stand_beside_the_clean_ones(moment, model):
@@ -131,8 +139,11 @@ def test_edited_words_and_parts_stand_beside_the_clean_ones(moment, model):
         assert mine == pytest.approx(values.get(label, 0.0), abs=1e-6)
         assert theirs == pytest.approx(old.get(label, 0.0), abs=1e-6)
     extra = parts.total - parts.values.sum()
-    assert f"edits of the stream itself wrote {extra:+.4f} more" in view.board.summary
+    wrote = number(extra, "+.4f")
+    assert f"edits of the stream itself wrote {wrote} more" in view.board.summary
     view.colour = "change by the edits"
+    note = "colour: log-probability of the final answer, edited minus clean;"
+    assert panel(view, "words")["note"].startswith(note)
     assert np.array_equal(shown(view, "words"), change)
 
 

@@ -35,6 +35,21 @@ def token_id(tokenizer: Any, word: str) -> int:
     return ids[0]
 
 
+def word_of(tokenizer: Any, idx: int) -> str:
+    """Show the token of an id; without a tokenizer, the id."""
+    return str(idx) if tokenizer is None else visible(tokenizer.token_text(idx))
+
+
+def number(value: float, form: str) -> str:
+    """Format a number with a minus sign, not a hyphen, and no sign before zero.
+
+    >>> number(-0.25, ".2f"), number(-0.0001, ".3f"), number(0.25, "+.2f")
+    ('−0.25', '0.000', '+0.25')
+    """
+    text = format(value, form).replace("-", "−")
+    return text if any(digit in text for digit in "123456789") else text.lstrip("+−")
+
+
 def decimals(value: float) -> str:
     """Write two decimals as a browser does: ties, which bfloat16 makes often, go away from zero.
 

@@ -18,7 +18,7 @@ from llama4_widgets.panels import Axis, Content, diverging
 from llama4_widgets.slices import Work, sliced
 from llama4_widgets.view import View
 from llama4_widgets.views.image import data_url, drawn_pictures
-from llama4_widgets.words import token_id, visible
+from llama4_widgets.words import number, token_id, word_of
 
 METHODS = ("integrated_gradients", "feature_ablation", "shapley_sampling")
 FEATURES: dict[str, Callable[..., Features]] = {
@@ -185,14 +185,15 @@ class AttributionView(View):
 
     def summary(self) -> str:
         target = self._target()
-        tokenizer = self.moment.model.tokenizer
-        word = str(target.token) if tokenizer is None else tokenizer.token_text(target.token)
-        asked = f"‘{visible(word)}’ after token {target.position}"
+        assert target.token is not None
+        word = word_of(self.moment.model.tokenizer, target.token)
+        asked = f"‘{word}’ after token {target.position}"
         found = self._results()
         if not found:
             return f"{asked}, by {self.features} and {self.method}: press Run, it takes seconds."
         told = [
-            f"{name}: {one.all_off:.3f} nats with all parts off, {one.all_on:.3f} with all on; "
+            f"{name}: {number(one.all_off, '.3f')} nats with all parts off, "
+            f"{number(one.all_on, '.3f')} with all on; "
             f"the values miss the change by {one.completeness_error:.2%}"
             for one, name in zip(found, ("clean", "edited"), strict=False)
         ]

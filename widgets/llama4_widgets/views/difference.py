@@ -12,7 +12,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Content, sequential
 from llama4_widgets.selection import Selection
 from llama4_widgets.view import View
-from llama4_widgets.words import visible
+from llama4_widgets.words import word_of
 
 _TOP = 6  # words that could follow
 _AT_ONCE = 256  # tokens
@@ -93,7 +93,10 @@ class DifferenceView(View):
         if _is_same_vocabulary(self.moment, self.other):
             ids = sides[0].maximum(sides[1].to(sides[0].device)).topk(_TOP).indices.tolist()
             rows = [
-                [_word(self.moment, i), *(round(100 * float(side[i]), 1) for side in sides)]
+                [
+                    word_of(self.moment.model.tokenizer, i),
+                    *(round(100 * float(side[i]), 1) for side in sides),
+                ]
                 for i in sorted(ids, key=lambda i: -float(sides[0][i]))
             ]
             heads = ["next token", "this (%)", "beside (%)"]
@@ -131,7 +134,8 @@ def _is_same_vocabulary(mine: Moment, other: Moment) -> bool:
         return True
     sizes = {side.model.config.vocab_size for side in (mine, other)}
     sample = range(0, min(sizes), max(1, min(sizes) // 512))
-    return len(sizes) == 1 and all(_word(mine, i) == _word(other, i) for i in sample)
+    one, two = (side.model.tokenizer for side in (mine, other))
+    return len(sizes) == 1 and all(word_of(one, i) == word_of(two, i) for i in sample)
 
 
 def _is_same_routing(mine: Moment, other: Moment) -> bool:
@@ -159,11 +163,6 @@ def _kl(mine: Moment, other: Moment) -> Float[np.ndarray, " n"]:
     return torch.cat(found).cpu().numpy()
 
 
-def _word(moment: Moment, idx: int) -> str:
-    tokenizer = moment.model.tokenizer
-    return str(idx) if tokenizer is None else visible(tokenizer.token_text(idx))
-
-
 def _top(moment: Moment, probability: Float[Tensor, " v"], rank: int) -> list[Any]:
     idx = int(probability.topk(rank + 1).indices[-1])
-    return [_word(moment, idx), round(100 * float(probability[idx]), 1)]
+    return [word_of(moment.model.tokenizer, idx), round(100 * float(probability[idx]), 1)]

@@ -1,5 +1,6 @@
 """What would the model say if it stopped early, and which of its parts wrote what it says?"""
 
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
@@ -16,7 +17,7 @@ from llama4_lab.analysis.lens import Lens, logit_lens
 from llama4_lab.config import Llama4Config
 from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View
-from llama4_widgets.words import token_id, visible
+from llama4_widgets.words import number, token_id, word_of
 
 COLOURS = ("top word", "final answer", "change by the edits")
 _CELLS = 8192  # words of one update
@@ -75,16 +76,15 @@ class LensView(View):
             "token", high - low, "token", self.moment.words[low:high], list(range(low, high))
         )
         part = "" if high - low == count else f"; tokens {low} to {high - 1} of {count}"
-        colours = {
-            COLOURS[0]: (edited.top_logprob[..., 0], sequential(-8, 0, "nats", "sure")),
-            COLOURS[1]: (edited.target_logprob, sequential(-8, 0, "nats", "sure")),
-            COLOURS[2]: (
-                edited.target_logprob - clean.target_logprob, diverging(2, "nats", "or more")
-            ),
-        }  # fmt: skip
-        values, scale = colours[self.colour]
         goal = f"‘{self.word}’" if self.word else "the final answer"
-        what = "the word shown" if self.colour == COLOURS[0] else goal
+        sure, change = sequential(-8, 0, "nats", "(sure)"), diverging(2, "nats", "or more")
+        before, after = clean.target_logprob, edited.target_logprob
+        colours = {
+            COLOURS[0]: (edited.top_logprob[..., 0], sure, "the word shown"),
+            COLOURS[1]: (after, sure, goal),
+            COLOURS[2]: (after - before, change, f"{goal}, edited minus clean"),
+        }
+        values, scale, what = colours[self.colour]
         content.add(
             "words", "What the model would say here", values, ("point", "near"), scale,
             kind="words", text=self._texts(clean, edited), cell=84 if self.moment.edits else 56,
@@ -92,15 +92,12 @@ class LensView(View):
         )  # fmt: skip
         rows = [i for i, name in enumerate(edited.points) if name.endswith("resid_post")]
         content.add(
-            "answer", f"How sure is {goal} after each layer?", edited.target_logprob[rows],
-            ("layer", "near"), sequential(-8, 0, "nats", "sure"),
-            note=f"log-probability{part}",
+            "answer", f"How sure is {goal} after each layer?", after[rows],
+            ("layer", "near"), sure, note=f"log-probability{part}",
         )  # fmt: skip
         if self.moment.edits:
-            before, after = clean.target_logprob, edited.target_logprob
             content.add(
-                "change", "Change by the edits", (after - before)[rows],
-                ("layer", "near"), diverging(2, "nats", "or more"),
+                "change", "Change by the edits", (after - before)[rows], ("layer", "near"), change,
                 note="of the same log-probability, edited minus clean",
             )  # fmt: skip
         self._add_parts(content, "parts", *self._of_word(edited))
@@ -112,26 +109,31 @@ class LensView(View):
         _, edited = self._lenses()
         token, column = self.selection.token, self._column(edited)
         _, (*_, mine) = self._of_word(edited)
-        answer = visible(self._decode(int(edited.top_token[-1, column, 0])))
+        answer = self._word(int(edited.top_token[-1, column, 0]))
         same = edited.top_token[:, column, 0] == edited.top_token[-1, column, 0]
         since = len(same) - int(np.argmin(same[::-1])) if not same.all() else 0
         text = (
             f"After token {token} ‘{self.moment.words[token]}’ the model says ‘{answer}’ "
             f"({np.exp(edited.top_logprob[-1, column, 0]):.0%}), without a break since "
-            f"‘{self._names(edited)[since]}’. {self._sum(mine)}"
+            f"‘{self._names(edited)[since]}’. {self._sum(mine, self._quoted)}"
         )
         layer = self.selection.layer
         if not self._is_moe():
             return f"{text} Layer {layer} is dense: it has no router."
         _, (*_, router) = self._of_expert()
-        return f"{text} Router of layer {layer}, expert {router.target}: {self._sum(router)}"
+        return f"{text} Router of layer {layer}: {self._sum(router, _expert)}"
 
-    def _sum(self, parts: Decomposition) -> str:
-        """State how complete a sum is."""
-        text = f"{len(parts.values)} parts add up to {parts.values.sum():.4f} logits"
+    def _sum(self, parts: Decomposition, name: Callable[[int], str]) -> str:
+        """State of what a sum is, and how complete."""
+        over = "" if parts.versus is None else f" over {name(parts.versus)}"
+        text = (
+            f"{len(parts.values)} parts of the {'lead' if over else 'logit'} of "
+            f"{name(parts.target)}{over} add up to {number(parts.values.sum(), '.4f')} logits"
+        )
         if self.moment.edits and parts.residual > _ROUNDING:
-            return f"{text}, edits of the stream itself wrote {_by_edits(parts):+.4f} more."
-        return f"{text}, the model's own number is {parts.residual:.1e} away."
+            more = number(_by_edits(parts), "+.4f")
+            return f"{text}, edits of the stream itself wrote {more} more."
+        return f"{text}, the model's own number is {number(parts.residual, '.1e')} away."
 
     def _lenses(self) -> tuple[Lens, Lens]:
         """Return the clean and the edited lens around the token, both asked about one word."""
@@ -158,7 +160,7 @@ class LensView(View):
     def _texts(self, clean: Lens, edited: Lens) -> list[list[str]]:
         """Say the top words, marked where they are the last row's, with the clean one if other."""
         ids = {int(i) for lens in (clean, edited) for i in np.unique(lens.top_token[..., 0])}
-        words = {i: visible(self._decode(i)) for i in ids}
+        words = {i: self._word(i) for i in ids}
 
         def text(mine: int, last: int, theirs: int) -> str:
             said = ("● " if mine == last else "") + words[mine]
@@ -170,9 +172,11 @@ class LensView(View):
             for row, others in zip(mine, theirs, strict=True)
         ]
 
-    def _decode(self, idx: int) -> str:
-        tokenizer = self.moment.model.tokenizer
-        return str(idx) if tokenizer is None else tokenizer.token_text(int(idx))
+    def _word(self, idx: int) -> str:
+        return word_of(self.moment.model.tokenizer, idx)
+
+    def _quoted(self, idx: int) -> str:
+        return f"‘{self._word(idx)}’"
 
     # ---- sums
 
@@ -185,14 +189,14 @@ class LensView(View):
         column = self._column(edited)
         target = int(edited.top_token[-1, column, 0]) if goal is None else goal
         found = self._both(decompose_logit, self.selection.token, target)
-        title = f"What wrote the logit of ‘{visible(self._decode(target))}’?"
-        return self._titled(title, found, lambda i: f"‘{visible(self._decode(i))}’"), found
+        title = f"What wrote the logit of {self._quoted(target)}?"
+        return self._titled(title, found, self._quoted), found
 
     def _of_expert(self) -> tuple[str, list[Decomposition]]:
         layer, token = self.selection.layer, self.selection.token
         found = self._both(decompose_router, layer, token)
         title = f"Why expert {found[-1].target} in layer {layer}?"
-        return self._titled(title, found, lambda i: f"expert {i}"), found
+        return self._titled(title, found, _expert), found
 
     def _both(self, compute: Any, *question: Any) -> list[Decomposition]:
         """Return the clean and the edited sum of one number; without edits, the clean one."""
@@ -206,7 +210,7 @@ class LensView(View):
         kept, same = moment.clean(written), (mine.target, mine.versus)
         return [compute(moment.model, moment.prompt, *where, *same, kept=kept), mine]
 
-    def _titled(self, title: str, found: list[Decomposition], name: Any) -> str:
+    def _titled(self, title: str, found: list[Decomposition], name: Callable[[int], str]) -> str:
         versus = found[-1].versus
         return title if versus is None else f"{title} Its lead over {name(versus)}:"
 
@@ -232,7 +236,7 @@ class LensView(View):
         rows.append(
             [
                 "all: the model's own number",
-                *(f"{one.total:.4f}".replace("-", "−") for one in found),
+                *(number(one.total, ".4f") for one in found),
             ]
         )
         choices += [None] * (len(rows) - len(choices))
@@ -241,6 +245,10 @@ class LensView(View):
             name, title, ["part", *heads], rows, choices, wide=len(found) > 1,
             bars=[None, *(bound for _ in heads)], note="red: for it; blue: against it",
         )  # fmt: skip
+
+
+def _expert(idx: int) -> str:
+    return f"expert {idx}"
 
 
 def _by_edits(found: Decomposition) -> float:
