@@ -131,6 +131,21 @@ def test_views_show_a_layer_that_chooses_more_experts(moment, k):
         assert view.summary()
     flips = views[2].flips()
     assert flips[1].all() and not flips[0].any()
+    note = next(p["note"] for p in views[0].board.content.panels if p["name"] == "chosen")
+    count = sum(other.edited_run.effect.flips.values())
+    assert note.startswith(f"rings: {count} flips") and count == flips.sum()
+    assert np.array_equal(unpack(views[0].board.content.arrays["flips"]), flips)
+    scale = next(p["scale"] for p in views[2].board.content.panels if p["name"] == "flips")
+    assert scale["high"] % 4 == 0 and 0 <= scale["high"] - flips.sum(axis=1).max() < 4
+
+
+def test_the_difference_from_the_clean_run_is_what_an_edit_does(moment):
+    edited = moment.with_edits([E.SkipLayer(1)])
+    expected = edited.edited_run.effect.kl.numpy()
+    for pair, source in (((edited, moment), "the run beside"), ((moment, edited), "this run")):
+        view = DifferenceView(pair[0], Selection(), pair[1])
+        np.testing.assert_allclose(view.kl(), expected, atol=1e-5)
+        assert f"KL from {source} {expected.mean():.3g} nats per token" in view.summary()
 
 
 def test_a_hidden_view_computes_when_it_is_shown(moment, model):

@@ -12,6 +12,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Content, sequential
 from llama4_widgets.selection import Selection
 from llama4_widgets.view import View
+from llama4_widgets.views.router import add_flips, flips
 from llama4_widgets.words import word_of
 
 _TOP = 6  # words that could follow
@@ -42,41 +43,36 @@ class DifferenceView(View):
                 kl = self.kl()
                 where = int(kl.argmax())
                 strongest = f"{kl[where]:.3g} nats at token {where}"
-                self._said.insert(0, f"KL {kl.mean():.3g} nats per token, most {strongest}")
+                source = "the run beside" if self._is_other_first() else "this run"
+                said = f"KL from {source} {kl.mean():.3g} nats per token, most {strongest}"
+                self._said.insert(0, said)
                 content.add(
                     "kl", "How far apart the predictions are", kl, ("token",),
                     sequential(0, max(float(kl.max()), 1e-3), "nats"), kind="strip",
-                    note=f"KL(this || beside); strongest: {strongest}",
+                    note=f"KL from {source}; strongest: {strongest}",
                 )  # fmt: skip
             if _is_same_routing(self.moment, self.other):
-                flips = self.flips()
-                self._said.insert(0, f"{flips.sum()} routing flips")
-                content.add(
-                    "flips", "Routing flips", flips.sum(axis=1), ("moe layer",),
-                    sequential(0, max(4, *flips.sum(axis=1).tolist())), kind="bars", wide=False,
-                    note=f"of {flips.shape[1]} tokens, those with other experts",
-                )  # fmt: skip
+                found = self.flips()
+                self._said.insert(0, f"{found.sum()} routing flips")
+                note = f"of {found.shape[1]} tokens, those with other experts"
+                add_flips(content, found.sum(axis=1).tolist(), note)
         self._add_answers(content)
         return content
 
     def kl(self) -> Float[np.ndarray, " n"]:
-        """Return the KL divergence of the other's prediction from this one's, in nats."""
+        """Return the KL divergence of the second run's predictions from the first's, in nats."""
         pair = (self.moment, self.other)
         if self._kl[0] != pair:
-            self._kl = (pair, _kl(*pair))
+            self._kl = (pair, _kl(*(pair[::-1] if self._is_other_first() else pair)))
         return self._kl[1]
+
+    def _is_other_first(self) -> bool:
+        """Whether the run beside is the clean one of the two; else this one comes first."""
+        return bool(self.moment.edits) and not self.other.edits
 
     def flips(self) -> Int[np.ndarray, "l n"]:
         """Return 1 where the two runs chose other experts, by MoE layer and token."""
-        sides = [side.edited(routing_of).expert for side in (self.moment, self.other)]
-        topk = max(expert.shape[-1] for expert in sides)  # edits can give a layer more choices
-        mine, theirs = (
-            np.sort(
-                np.pad(expert, ((0, 0), (0, 0), (0, topk - expert.shape[-1])), constant_values=-1)
-            )
-            for expert in sides
-        )
-        return (mine != theirs).any(axis=-1).astype(int)
+        return flips(*(side.edited(routing_of) for side in (self.moment, self.other)))
 
     def _add_answers(self, content: Content) -> None:
         """Add the likeliest next words after the selected token, of both."""
@@ -154,9 +150,9 @@ def _logits(moment: Moment) -> Float[Tensor, "n v"]:
 
 
 @torch.no_grad()
-def _kl(mine: Moment, other: Moment) -> Float[np.ndarray, " n"]:
+def _kl(first: Moment, second: Moment) -> Float[np.ndarray, " n"]:
     found = []
-    pairs = (_logits(side).split(_AT_ONCE) for side in (mine, other))
+    pairs = (_logits(side).split(_AT_ONCE) for side in (first, second))
     for ours, theirs in zip(*pairs, strict=True):
         p, q = (part.float().log_softmax(-1) for part in (ours, theirs.to(ours.device)))
         found.append((p.exp() * (p - q)).sum(-1).clamp(min=0))

@@ -1,6 +1,9 @@
 """Which expert does each token choose, how surely, and what do edits change?"""
 
+from collections.abc import Sequence
+
 import numpy as np
+from jaxtyping import Int
 
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_widgets.panels import Content, diverging, experts, sequential
@@ -33,13 +36,14 @@ class RouterView(View):
             "strip", "The text, by expert of the layer", None, _BOTH, scale,
             kind="strip", shown=("token",), array="chosen", chosen=chosen, walk="moe layer",
         )  # fmt: skip
-        flips = clean.expert[..., 0] != edited.expert[..., 0]
+        changed = flips(clean, edited)
         if is_edited:
             content.array("clean chosen", clean.expert[..., 0], _BOTH)
+            content.array("flips", changed, _BOTH)
         content.add(
             "chosen", "Chosen expert", edited.expert[..., 0], _BOTH, scale,
-            clean="clean chosen" if is_edited else None,
-            note=f"rings: {flips.sum()} flips, where the clean run chose another"
+            clean="clean chosen" if is_edited else None, marks="flips" if is_edited else None,
+            note=f"rings: {changed.sum()} flips, where the clean run chose other experts"
             if is_edited else "by layer (down) and token (across)",
         )  # fmt: skip
         each = (*_BOTH, "expert")
@@ -74,6 +78,25 @@ class RouterView(View):
         if layer not in routing.layers:
             return f"layer {layer} is dense: it has no router"
         return describe(routing, layer, token)
+
+
+def flips(one: Routing, other: Routing) -> Int[np.ndarray, "l n"]:
+    """Return 1 where two runs chose other experts, in any order, by MoE layer and token."""
+    sides = [one.expert, other.expert]
+    topk = max(expert.shape[-1] for expert in sides)  # edits can give a layer more choices
+    mine, theirs = (
+        np.sort(np.pad(expert, ((0, 0), (0, 0), (0, topk - expert.shape[-1])), constant_values=-1))
+        for expert in sides
+    )
+    return (mine != theirs).any(axis=-1).astype(int)
+
+
+def add_flips(content: Content, counts: Sequence[int], note: str) -> None:
+    """Add the flips of each MoE layer as bars, on a scale of four whole steps."""
+    content.add(
+        "flips", "Routing flips", np.array(counts), ("moe layer",),
+        sequential(0, 4 * max(1, -(-max(counts) // 4))), kind="bars", wide=False, note=note,
+    )  # fmt: skip
 
 
 def add_load(
