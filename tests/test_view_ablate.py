@@ -59,6 +59,59 @@ def test_only_what_a_layer_can_have_is_offered(view, model):
             control(view, missing)
 
 
+def test_no_mlp_is_offered_where_there_is_one(model):
+    config = model.config.replace(interleave_moe_layer_step=2, moe_layers=None)
+    mixed = l4.random(config)
+    mixed.build_prompt, mixed.tokenizer = model.build_prompt, model.tokenizer
+    view = AblateView(Moment(mixed, mixed.prompt(TEXT)))
+    for layer in range(config.num_hidden_layers):
+        view.selection.layer = layer
+        if config.is_moe(layer):
+            with pytest.raises(StopIteration):
+                control(view, "no MLP")
+            control(view, "routed experts ×").value = 0.0
+        else:
+            control(view, "no MLP").value = True
+    assert len(view.edits) == config.num_hidden_layers and view.board.problem == ""
+
+
+def test_a_slider_shows_a_value_between_its_steps(view, model):
+    view._set([E.Scale("layers.0.attn.out", 0.55), E.RouterTemperature(0, 7.0)])
+    for name, value in (("attention ×", 0.55), ("router temperature", 7.0)):
+        assert control(view, name).value == value and control(view, name).label == f"{value:g}"
+    control(view, "attention ×").value = 0.6
+    assert view.edits == (E.RouterTemperature(0, 7.0), E.Scale("layers.0.attn.out", 0.6))
+    view.selection.layer = next(i for i in range(4) if not model.config.uses_rope(i))
+    view._set([E.AttentionTemperature(view.selection.layer, floor_scale=64)])  # scale as it is
+    assert control(view, "temperature tuning").value == model.config.attn_scale
+
+
+def test_every_control_has_a_tip(view):
+    assert all(control.widget.tooltip for control in view._controls)
+
+
+def test_edits_that_change_nothing_say_so(model):
+    view = AblateView(Moment(model, model.prompt("two times two")))
+    config = model.config
+    nope = next(i for i in range(4) if not config.uses_rope(i))
+    view._set([E.Chunk(nope, 128)])
+    assert view.board.summary.endswith(
+        "change nothing in this prompt: it is no longer than a chunk."
+    )
+    view._set([E.AttentionTemperature(nope, 1.0)])
+    assert view.board.summary == "These edits change nothing in this prompt."
+    view._set([E.SkipLayer(nope)])
+    assert view.board.summary.startswith("KL to the clean run")
+
+
+def test_bytes_of_a_character_are_shown_as_bytes(model):
+    moment = Moment(model, model.prompt(TEXT))
+    broken = next(i for i in range(512) if model.tokenizer.token_text(i).startswith("\\x"))
+    moment.replay.logits[:, broken] = 99.0
+    rows = AblateView(moment).board.content.panels[-1]["rows"]
+    assert model.tokenizer.token_text(broken) in [row[0] for row in rows]
+
+
 def test_what_is_shown_is_the_edited_model(view, model):
     view.edits = (E.AblateAttention(1), E.RemoveTokens((2,)))
     with E.edited(model, view.edits), torch.no_grad():
@@ -90,16 +143,34 @@ def test_a_dragged_slider_stays_the_same_widget(view):
 def test_undo_clear_and_text(view):
     control(view, "skip layer").value = True
     control(view, "no attention").value = True
-    view.undo()
+    top, *_ = view.children[1].children[1:]  # undo, beside the name of the layer
+    top.click()
     assert view.edits == (E.SkipLayer(0),)
     assert not control(view, "no attention").value
     view._text.value = E.dumps([E.Chunk(2, 8)])
     view.apply_text()
     assert view.edits == (E.Chunk(2, 8),)
-    assert "l4.edits.Chunk(layer=2, size=8)" in view._code.value
-    view._text.value = '[{"edit": "Skip"}]'
-    view.apply_text()
-    assert "unknown edit 'Skip'" in view.board.problem and view.edits == (E.Chunk(2, 8),)
+    assert "[l4.edits.Chunk(layer=2, size=8)]):\n    model(**prompt)</pre>" in view._code.value
+    for typed, wrong in (
+        ('[{"edit": "Skip"}]', "unknown edit 'Skip'"),
+        (E.dumps([E.SkipLayer(40)]), "layer 40 is out of range"),
+    ):
+        view._text.value = typed
+        view.apply_text()
+        view.selection.token += 1
+        assert view._text.value == typed and view.edits == (E.Chunk(2, 8),)
+        view.apply_text()
+        assert wrong in view.board.problem
+
+
+def test_what_a_shorter_prompt_cannot_have_is_not_undone(view, model):
+    view._set([E.RemoveTokens((9,))])
+    view._set([])
+    view.moment = Moment(model, model.prompt("two"))
+    for _ in range(2):  # it stays to be taken back
+        view.board.problem = ""
+        view.undo()
+        assert "there is no token 9" in view.board.problem and view.edits == ()
 
 
 def test_an_impossible_edit_changes_nothing_and_is_explained(view):

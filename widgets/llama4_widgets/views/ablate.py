@@ -1,6 +1,6 @@
 """Switches and sliders that change the model, and what each change does to its answer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ from llama4_lab.config import Llama4Config
 from llama4_lab.edits import Edit
 from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View, button
-from llama4_widgets.words import visible
+from llama4_widgets.views.router import add_flips
+from llama4_widgets.words import word_of
 
 _TOP = 6  # words that could follow
 _STRENGTH = [round(0.1 * i, 1) for i in range(31)]
 _WARMTH = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]
 _SCALES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0]
+_ROUNDING = 1e-6  # nats; what is computed anew in float32 differs by less
 
 Fits = Callable[[Llama4Config, int], bool]
 
@@ -29,6 +31,10 @@ def _always(_config: Llama4Config, _layer: int) -> bool:
 
 def _is_moe(config: Llama4Config, layer: int) -> bool:
     return config.is_moe(layer)
+
+
+def _is_dense(config: Llama4Config, layer: int) -> bool:
+    return not config.is_moe(layer)
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,12 @@ class Control:
         if self.field is None:
             self.widget.value = found is not None
         else:
-            value = self.usual if found is None else getattr(found, self.field)
-            options = [option for _, option in self.widget.options]
-            self.widget.value = min(options, key=lambda option: abs(option - value))
+            value = getattr(found, self.field, None)  # None: as in the model
+            value = self.usual if value is None else value
+            known = {option for _, option in self.widget.options}
+            if value not in known:
+                self.widget.options = _steps({*known, value})
+            self.widget.value = value
 
 
 def _switch(
@@ -77,18 +86,24 @@ def _switch(
     return Control(toggle, lambda layer, _: make(layer), fits=fits, is_in_row=is_in_row)
 
 
+def _steps(values: Iterable[float]) -> list[tuple[str, float]]:
+    return [(f"{value:g}", value) for value in sorted(values)]
+
+
 def _slider(
     text: str,
-    values: Sequence[float],
+    tip: str,
+    values: Iterable[float],
     usual: float,
     make: Callable[[int, Any], Edit],
     field: str,
     fits: Fits = _always,
 ) -> Control:
     slider = ipywidgets.SelectionSlider(
-        options=[(f"{value:g}", value) for value in values],
+        options=_steps(values),
         value=usual,
         description=text,
+        tooltip=tip,
         style={"description_width": "128px"},
         layout={"width": "290px"},
     )
@@ -99,7 +114,7 @@ def _switches(config: Llama4Config) -> Iterator[Control]:
     chunk = config.attention_chunk_size or 128
     yield _switch("skip layer", "leave the layer out", E.SkipLayer)
     yield _switch("no attention", "attention adds nothing", E.AblateAttention)
-    yield _switch("no MLP", "MLP or experts add nothing", E.AblateMLP)
+    yield _switch("no MLP", "the MLP adds nothing", E.AblateMLP, _is_dense)
     yield _switch("no shared expert", "it adds nothing", E.AblateShared, _is_moe)
     for on, text, tip in (
         (False, "NoPE", "turn rotary positions off"),
@@ -122,22 +137,28 @@ def _sliders(config: Llama4Config) -> Iterator[Control]:
         ("attention ×", "attn.out", _always),
         ("routed experts ×", "experts.out", _is_moe),
         ("shared expert ×", "shared.out", _is_moe),
-        ("MLP ×", "mlp.out", lambda c, i: not c.is_moe(i)),
+        ("MLP ×", "mlp.out", _is_dense),
     ):
         yield _slider(
             text,
+            "multiplies what this adds to the residual stream; 0: nothing",
             _STRENGTH,
             1.0,
             lambda i, factor, part=part: E.Scale(f"layers.{i}.{part}", factor),
             "factor",
             fits,
         )
-    yield _slider("router temperature", _WARMTH, 1.0, E.RouterTemperature, "temperature", _is_moe)
+    tip = "divides the router's logits: above 1, scores come closer to a half"
+    yield _slider(
+        "router temperature", tip, _WARMTH, 1.0, E.RouterTemperature, "temperature", _is_moe
+    )
     count, topk = config.num_local_experts, config.num_experts_per_tok
-    yield _slider("top-k", range(1, count + 1), topk, E.TopK, "k", _is_moe)
+    tip = "how many experts each token chooses"
+    yield _slider("top-k", tip, range(1, count + 1), topk, E.TopK, "k", _is_moe)
     yield _slider(
         "temperature tuning",
-        sorted({*_SCALES, config.attn_scale}),
+        "how much sharper queries become late in the text; 0: not at all",
+        {*_SCALES, config.attn_scale},
         config.attn_scale,
         E.AttentionTemperature,
         "scale",
@@ -165,6 +186,7 @@ class AblateView(View):
     def controls(self) -> list[ipywidgets.Widget]:
         self._history: list[tuple[Edit, ...]] = []
         self._is_showing = False
+        self._written: tuple[Edit, ...] | None = None  # the edits in the text field
         self._controls: list[Control] = []
         self._made_for: Llama4Config | None = None
         self._layer = ipywidgets.HTML()
@@ -173,21 +195,20 @@ class AblateView(View):
         self._hide.observe(self._hide_token, "value")
         self._text = ipywidgets.Textarea(layout={"width": "100%", "height": "48px"})
         self._code = ipywidgets.HTML()
-        buttons = [
-            button("Undo", "take back the last change", self.undo),
-            button("Clear", "go back to the clean model", lambda: self._set(())),
-            button("Apply text", "use the edits in the text field", self.apply_text),
-        ]
+        undo = button("Undo", "take back the last change", self.undo)
+        clear = button("Clear", "go back to the clean model", lambda: self._set(()))
+        apply = button("Apply text", "use the edits in the text field", self.apply_text)
         details = ipywidgets.Accordion(
-            [ipywidgets.VBox([self._text, ipywidgets.HBox(buttons), self._code])],
-            titles=["Edits as text and code"],
+            [ipywidgets.VBox([self._text, apply, self._code])], titles=["Edits as text and code"]
         )
-        return [self._layer, self._rows, details]
+        top = ipywidgets.HBox([self._layer, undo, clear])
+        top.add_class("l4-app-chips")
+        return [top, self._rows, details]
 
     def undo(self) -> None:
-        """Take back the last change."""
-        if self._history:
-            self.edits = self._history.pop()
+        """Take back the last change, if this prompt can have what was before it."""
+        if self._history and self._try(self._history[-1]):
+            self._history.pop()
 
     def apply_text(self) -> None:
         """Use the edits that stand in the text field, as JSON."""
@@ -197,17 +218,20 @@ class AblateView(View):
             self.board.problem = str(error)
 
     def _set(self, edits: Sequence[Edit]) -> None:
-        """Use other edits, or say what is wrong with them and keep those that are."""
+        """Use other edits and remember those that were, for `undo`."""
         edits, before = tuple(edits), self.edits
-        if edits == before:
-            return
+        if edits != before and self._try(edits):
+            self._history.append(before)
+
+    def _try(self, edits: tuple[Edit, ...]) -> bool:
+        """Use edits, or say what is wrong with them and keep those that are."""
         try:
             self.edits = edits
         except (ValueError, traitlets.TraitError) as error:
             self.board.problem = str(error)
             self._show_controls()
-        else:
-            self._history.append(before)
+            return False
+        return True
 
     def _build(self, config: Llama4Config) -> None:
         """Make the controls that a model can have, once: a slider under the mouse must stay."""
@@ -269,11 +293,14 @@ class AblateView(View):
             self._hide.description = f"hide token {token}"
             self._hide.tooltip = f"hide ‘{self.moment.words[token]}’ from all later tokens"
             self._hide.value = E.RemoveTokens((token,)) in self.edits
-            self._text.value = E.dumps(self.edits)
-            code = ", ".join(f"l4.edits.{edit!r}" for edit in self.edits)
-            self._code.value = (
-                f"<code>with l4.edits.edited(model, [{code}]):<br>    model(**prompt)</code>"
-            )
+            if self._written != self.edits:  # else what is being typed there stays
+                self._written = self.edits
+                self._text.value = E.dumps(self.edits)
+                code = ", ".join(f"l4.edits.{edit!r}" for edit in self.edits)
+                self._code.value = (
+                    "<pre style='white-space: pre-wrap'>"
+                    f"with l4.edits.edited(model, [{code}]):\n    model(**prompt)</pre>"
+                )
         finally:
             self._is_showing = False
 
@@ -317,16 +344,7 @@ class AblateView(View):
             note="red: worse than clean",
         )
         if run.effect.flips:
-            content.add(
-                "flips",
-                "Routing flips",
-                np.array(list(run.effect.flips.values())),
-                ("moe layer",),
-                sequential(0, max(4, *run.effect.flips.values())),
-                kind="bars",
-                wide=False,
-                note="tokens whose experts changed",
-            )
+            add_flips(content, [*run.effect.flips.values()], "tokens whose experts changed")
         token = self.selection.token
         title = f"What follows token {token} ‘{self.moment.words[token]}’"
         columns = ["next token", "clean (%)", "edited (%)"]
@@ -339,10 +357,10 @@ class AblateView(View):
         own = slice(token - run.first, token - run.first + 1)
         edited = run.logits_of(own)[0].softmax(-1) if token >= run.first else clean
         ids = clean.maximum(edited).topk(_TOP).indices
-        decode = self.moment.model.tokenizer.decode
+        tokenizer = self.moment.model.tokenizer
         return [
             [
-                visible(decode([i])),
+                word_of(tokenizer, i),
                 round(100 * float(clean[i]), 1),
                 round(100 * float(edited[i]), 1),
             ]
@@ -352,7 +370,14 @@ class AblateView(View):
     def summary(self) -> str:
         if not self.moment.edits:
             return "No edits: this is the model as it is."
-        return str(self.moment.edited_run.effect)
+        effect, count = self.moment.edited_run.effect, len(self.moment.words)
+        config = self.moment.model.config
+        if all(edit.first_token(config) >= count for edit in self.moment.edits):
+            return "These edits change nothing in this prompt: it is no longer than a chunk."
+        is_same = effect.kl.max() < _ROUNDING and not any(effect.flips.values())
+        if is_same and not effect.unseen:
+            return "These edits change nothing in this prompt."
+        return str(effect).replace("-", "−")
 
 
 def _row(text: str, controls: Sequence[Control], more: Sequence[Any] = ()) -> ipywidgets.Box:
