@@ -97,6 +97,67 @@ def test_a_model_without_eyes_says_so(app):
         assert "this model reads only text" in app.bar.problem.value and app.moment is before
 
 
+# ---- running
+
+
+def press_run(app):
+    """Press the button, or Enter, beside a text that was run before."""
+    app.bar.text._handle_custom_msg({"again": True}, [])
+
+
+def test_the_same_text_can_be_run_again(app):
+    before = app.moment
+    press_run(app)
+    assert app.moment is not before and app.moment.tokens == before.tokens
+
+
+def test_edits_that_do_not_fit_a_text_say_how_to_go_on(app):
+    app.edits = (E.RemoveTokens((9,)),)
+    before = app.moment
+    app.bar.text.value = "two"
+    assert "there is no token 9: the prompt has 2 (0 to 1)" in app.bar.problem.value
+    assert "Clear in Ablate takes all edits away" in app.bar.problem.value
+    assert app.moment is before and app.prompt == TEXT
+    app.edits = ()
+    press_run(app)
+    assert app.bar.problem.value == "" and app.prompt == "two"
+    app.edits = (E.RemoveTokens((1,)),)
+    app.bar.text.value = TEXT
+    assert app.bar.problem.value == "" and app.prompt == TEXT
+
+
+def test_the_bar_says_that_a_chat_is_shown(app):
+    app.run([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}])
+    assert app.bar.text.value == "" and app.bar.problem.value == ""
+    assert app.bar.shown.children[0].value == "a chat of 2 messages is shown"
+    app.bar.text.value = TEXT
+    assert app.prompt == TEXT and app.bar.shown.children == ()
+
+
+@pytest.mark.parametrize("prompt", ["\N{SLIGHTLY SMILING FACE} he", "picture", "chat"])
+def test_new_text_is_looked_at_as_it_was_written(mini, prompt):
+    app = LabApp(mini, "two", shown=["router", "generate"])
+    if prompt == "picture":
+        app.bar.scene.click()
+    else:
+        app.run([{"role": "user", "content": "12 + 7 = "}] if prompt == "chat" else prompt)
+    before, view = app.moment, app.views["generate"]
+    view.step()
+    view.step()
+    ids = [one.id for one in view.written if one.id not in mini.config.stop_token_ids]
+    view.keep()
+    assert ids and list(view.kept) == ids and view.written == []
+    assert app.bar.problem.value == ""
+    now = app.moment.prompt
+    assert now.input_ids[0].tolist() == [*before.prompt.input_ids[0].tolist(), *ids]
+    assert (now.spans.message[0, -2:] == before.prompt.spans.message[0, -1]).all()
+    assert app.moment.pictures == before.pictures and app.moment.boxes == before.boxes
+    logits = mini(now.input_ids, before.prompt.pixel_values)[0]
+    torch.testing.assert_close(app.moment.replay.logits, logits, atol=1e-4, rtol=0)
+    if prompt == "picture":
+        assert [message["role"] for message in app.prompt] == ["user", "assistant"]
+
+
 # ---- comparing
 
 
@@ -164,6 +225,7 @@ def test_prompts_of_one_length_are_compared_place_by_place(app):
 def test_another_model_runs_the_same_prompt(app):
     app.compare(l4.load("nano", quantize="int4"))
     view = difference(app)
+    assert app.bar.sides.value == "beside another model, nano (int4)"
     assert view.other.model is not app.model and view.other.tokens == app.moment.tokens
     assert view.kl().max() > 0
     app.run("two times two")
@@ -207,8 +269,10 @@ def test_the_bar_shows_what_code_puts_beside(app):
     assert app.bar.sides.value.startswith("beside [") and difference(app) is before
     app.bar.sides.value = CLEAN
     assert difference(app).other.edits == () and app.bar.beside.layout.display == "none"
+    app.compare([E.SkipLayer(0)])
     app.compare(None)
     assert app.bar.sides.value == ALONE
+    assert app.bar.sides.options == (ALONE, CLEAN, ANOTHER)  # the others only code can bring
 
 
 def test_a_comparison_is_kept(app, tmp_path):
@@ -216,7 +280,7 @@ def test_a_comparison_is_kept(app, tmp_path):
     app.save(tmp_path / "a.lab")
     kept = open_lab(tmp_path / "a.lab")
     assert list(kept.boards) == ["difference", "router", "router beside"]
-    assert kept.recording.about["beside"] == "the text 'two'"
+    assert kept.recording.about["beside"] == "the text ‘two’"
     assert len({board.group for board in kept.boards.values()}) == 1
 
 

@@ -105,4 +105,9 @@ def test_what_was_written_can_be_looked_at_in_all_views(model):
     text = TEXT + view.text()
     view.keep()
     assert app.moment.tokens == model.prompt(text).tokens
+    assert app.prompt == app.bar.text.value == text
     assert view.written == []
+    view.keep()  # nothing
+    assert app.prompt == text
+    view.branch(0)
+    assert view.branches == []

@@ -72,6 +72,29 @@ class Prompt:
             raise ValueError(f"this prompt has {len(self.texts)} rows: take one from prompt.texts")
         return self.texts[0]
 
+    def followed_by(self, ids: Sequence[int], texts: Sequence[str]) -> "Prompt":
+        """Return this prompt of one row with more tokens, which belong to its last message."""
+        count, spans = len(ids), self.spans
+
+        def longer(labels: Tensor, more: int | Tensor) -> Tensor:
+            return torch.cat(
+                [labels, torch.as_tensor(more, device=labels.device).expand(1, count)], 1
+            )
+
+        return replace(
+            self,
+            input_ids=longer(self.input_ids, torch.tensor(ids)),
+            attention_mask=longer(self.attention_mask, 1),
+            texts=[[*self.tokens, *texts]],
+            spans=replace(
+                spans,
+                message=longer(spans.message, spans.message[:, -1:]),
+                image=longer(spans.image, -1),
+                tile=longer(spans.tile, -1),
+                patch=longer(spans.patch, -1),
+            ),
+        )
+
     def to(self, device: str | torch.device) -> "Prompt":
         """Move the model's arguments to a device."""
         tensors = {

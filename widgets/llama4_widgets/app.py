@@ -1,6 +1,7 @@
 """The lab: one page of linked views of a prompt in a model."""
 
 import asyncio
+import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.view import View
 from llama4_widgets.views import VIEWS
 from llama4_widgets.views.difference import DifferenceView
+from llama4_widgets.words import visible
 
 MAX_TOKENS = 4096
 _ONCE = ("ablate", "generate", "planner")  # views that are no part of a comparison
@@ -75,6 +77,7 @@ class LabApp(ipywidgets.VBox):
         self.children = [top, self.bar, self._chips, self._grid]
         self.add_class("l4-app")
         self.run(prompt, pictures)
+        self.selection.token = min(1, len(self.moment.tokens) - 1)  # what stands behind the begin
         self.shown = (shown,) if isinstance(shown, str) else tuple(shown)
 
     # ---- running
@@ -85,18 +88,20 @@ class LabApp(ipywidgets.VBox):
         A text with pictures is a question about them. `boxes` (left, top, right, bottom, name) are
         what the picture shows, in its pixels.
         """
-        moment = self._moment_of(self.model, prompt, pictures, boxes)
-        self.prompt = prompt
-        self.moment = moment.with_edits(self.edits)
-        self.bar.show(prompt, self.moment)
+        self._show(prompt, self._moment_of(self.model, prompt, pictures, boxes))
+
+    def _show(self, asked: Any, moment: Moment) -> None:
+        try:
+            moment = moment.with_edits(self.edits)
+        except ValueError as error:
+            raise ValueError(f"{error}; Clear in Ablate takes all edits away") from error
+        self.prompt, self.moment = asked, moment
+        self.bar.show(asked, moment)
 
     def _moment_of(
         self, model: Llama4, prompt: Any, pictures: Sequence[Any], boxes: Sequence[Any]
     ) -> Moment:
-        if isinstance(prompt, str) and len(pictures):
-            parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
-            prompt = [{"role": "user", "content": parts}]
-        built = model.prompt(prompt, list(pictures))
+        built = model.prompt(_asked(prompt, pictures), list(pictures))
         if (count := len(built.tokens)) > MAX_TOKENS:
             raise ValueError(
                 f"this prompt has {count} tokens, the lab shows at most {MAX_TOKENS}: shorten it"
@@ -147,7 +152,7 @@ class LabApp(ipywidgets.VBox):
         if isinstance(self._other, Llama4):
             return f"another model, {model_facts(self._other)['name']}"
         if isinstance(self._other, str):
-            return f"the text {self._other[:200]!r}"
+            return f"the text ‘{visible(textwrap.shorten(self._other, 60, placeholder=' …'))}’"
         if all(isinstance(each, Edit) for each in self._other):
             return E.dumps(self._other) if self._other else "the clean run"
         return "other messages"
@@ -295,7 +300,19 @@ class LabApp(ipywidgets.VBox):
         return cells
 
     def _keep(self, change: Any) -> None:
-        self.bar.guard(lambda: self.run(change["new"]))
+        if change["new"]:
+            self.bar.guard(lambda: self._go_on(change["new"]))
+
+    def _go_on(self, ids: tuple[int, ...]) -> None:
+        """Show the prompt with what was written behind it, token by token as it was."""
+        now, tokenizer = self.moment, self.model.tokenizer
+        asked, text = _asked(self.prompt, now.pictures), tokenizer.decode(ids)
+        is_text = isinstance(asked, str)
+        prompt = now.prompt.followed_by(ids, [tokenizer.token_text(idx) for idx in ids])
+        self._show(
+            asked + text if is_text else [*asked, {"role": "assistant", "content": text}],
+            Moment(now.model, prompt, pictures=now.pictures, boxes=now.boxes),
+        )
 
     def _made_chips(self) -> list[ipywidgets.ToggleButton]:
         """Return a switch for each view; they share style and layout, each a message to a page."""
@@ -311,3 +328,11 @@ class LabApp(ipywidgets.VBox):
         if is_on != (name in self.shown):
             others = tuple(each for each in self.shown if each != name)
             self.shown = (*others, name) if is_on else others
+
+
+def _asked(prompt: Any, pictures: Sequence[Any]) -> Any:
+    """Return a text with pictures as the question that it is about them; all else as it is."""
+    if not isinstance(prompt, str) or not len(pictures):
+        return prompt
+    parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
+    return [{"role": "user", "content": parts}]

@@ -27,10 +27,11 @@ class Bar(ipywidgets.VBox):
         self._pictures: list[Any] = []
         self._boxes: list[Any] = []
         self._rng = np.random.default_rng()
+        self._is_led = False  # while code, and nobody on the page, chooses what is shown
         super().__init__()
-        self._ran = text
         self.text = Prompt(value=text, layout={"width": "100%"})
-        self.text.observe(self._type, "value")
+        self.text.observe(lambda _: self._is_led or self._run_text(), "value")
+        self.text.on_msg(lambda *_: self._run_text())  # the same once more
         self.beside = Prompt(label="text to compare with", act="Compare", layout={"width": "100%"})
         self.beside.layout.display = "none"
         self.beside.observe(self._choose_sides, "value")
@@ -39,7 +40,6 @@ class Bar(ipywidgets.VBox):
         )
         self.upload.observe(self._take_files, "value")
         self.scene = button("Scene", "a random picture of shapes, and a question", self._draw_scene)
-        self._is_led = False  # while code, and nobody on the page, chooses what stands beside
         self.sides = ipywidgets.Dropdown(options=_SIDES, layout={"width": "auto"})
         self.sides.observe(self._choose_sides, "value")
         self.shown = ipywidgets.HBox()
@@ -50,14 +50,19 @@ class Bar(ipywidgets.VBox):
         self.children = [ipywidgets.HBox([self.text, self.beside]), tools, self.problem]
 
     def show(self, prompt: Any, moment: Moment) -> None:
-        """Show what was run: the text, if it is one, and the pictures."""
-        if isinstance(prompt, str):
-            self._ran = self.text.value = prompt
-        self._pictures, self._boxes = moment.pictures, moment.boxes
+        """Show what was run: the text, or how many messages there were, and the pictures."""
         shown: list[ipywidgets.Widget] = [
             ipywidgets.Image(value=_png(open_picture(picture))) for picture in moment.pictures
         ]
-        if shown:
+        self._is_led = True
+        if isinstance(prompt, str):
+            self.text.value = prompt
+        else:
+            self.text.value = ""
+            shown.insert(0, ipywidgets.Label(f"a chat of {len(prompt)} messages is shown"))
+        self._is_led = False
+        self._pictures, self._boxes = moment.pictures, moment.boxes
+        if moment.pictures:
             shown.append(button("No picture", "run the text alone", self._run_alone))
         self.shown.children = shown
 
@@ -67,8 +72,7 @@ class Bar(ipywidgets.VBox):
         chosen = ALONE if other is None else f"beside {told:.60}"
         if isinstance(other, str):
             chosen, self.beside.value = ANOTHER, other
-        if chosen not in self.sides.options:
-            self.sides.options = (*_SIDES, chosen)
+        self.sides.options = _SIDES if chosen in _SIDES else (*_SIDES, chosen)
         self.sides.value = chosen
         self.beside.layout.display = "" if chosen == ANOTHER else "none"
         self._is_led = False
@@ -90,9 +94,8 @@ class Bar(ipywidgets.VBox):
         finally:
             self.text.is_busy = False
 
-    def _type(self, change: Any) -> None:
-        text = change["new"]
-        self.guard(lambda: text == self._ran or self._run(text, self._pictures, self._boxes))
+    def _run_text(self) -> None:
+        self.guard(lambda: self._run(self.text.value, self._pictures, self._boxes))
 
     def _run_alone(self) -> None:
         self.guard(lambda: self._run(self.text.value, (), ()))

@@ -11,7 +11,9 @@ import torch
 
 from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_of
+from llama4_lab.checkpoint.quantised import packable
 from llama4_lab.model import Llama4
+from llama4_lab.packed import Packed
 from llama4_lab.prompt.images import open_picture
 from llama4_widgets.board import Board
 from llama4_widgets.moment import Moment
@@ -62,7 +64,9 @@ def model_facts(model: Llama4) -> dict[str, str]:
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
         digest.update(part.view(torch.uint8).numpy().data)
     file = getattr(model.tokenizer, "file", None)
-    kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    multiplied = (getattr(module, part) for module, part in packable(model).values())
+    packed = sorted({weight.kind for weight in multiplied if isinstance(weight, Packed)})
+    kinds = packed or sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})
     of = f"all {total:,} numbers" if step == 1 else f"every {step}th of {total:,} numbers"
     of += "" if model.expert_memory is None else ", experts on disk left out"
     name = f"{file.parent.name if file else 'unnamed'} ({', '.join(kinds)})"

@@ -10,10 +10,7 @@ function render({ model, el }) {
     field.style.height = "auto";
     field.style.height = `${Math.min(field.scrollHeight + 2, 150)}px`;
   };
-  const show = () => {
-    field.value = model.get("value");
-    fit();
-  };
+  const show = () => ((field.value = model.get("value")), fit());
   field.oninput = fit;
   field.onkeydown = (event) => {
     event.stopPropagation(); // JupyterLab would refuse the line break of Shift+Enter
@@ -23,6 +20,7 @@ function render({ model, el }) {
   };
   form.onsubmit = (event) => {
     event.preventDefault();
+    if (field.value === model.get("value")) model.send({ again: true }); // which changes no trait
     model.set("value", field.value);
     model.save_changes();
   };

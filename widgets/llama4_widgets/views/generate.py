@@ -41,7 +41,7 @@ class GenerateView(View):
         "says how open the choice was. RoPE layers keep the keys and values of one chunk, NoPE "
         "layers those of everything."
     )
-    kept = traitlets.Unicode(help="the text that is to be looked at in all views")
+    kept = traitlets.Tuple(help="the new tokens that are to be looked at in all views")
 
     def controls(self) -> list[ipywidgets.Widget]:
         self.written: list[Written] = []
@@ -57,6 +57,7 @@ class GenerateView(View):
             max=2.0,
             step=0.1,
             description="temperature",
+            style={"description_width": "initial"},
             layout={"width": "260px"},
         )
         self._at = ipywidgets.IntSlider(description="branch at", layout={"width": "260px"})
@@ -117,20 +118,22 @@ class GenerateView(View):
             raise ValueError(
                 f"there is no new token {at} to branch at: {len(self.written)} were written"
             )
-        self.branches.append(self.text())
+        self.branches += [self.text()] if self.written else []
         self.written, self._cache = self.written[:at], None
         self._guarded(self.step)
 
     def text(self) -> str:
         """Return what was written."""
-        ids = [
-            one.id for one in self.written if one.id not in self.moment.model.config.stop_token_ids
-        ]
-        return self.moment.model.tokenizer.decode(ids)
+        return self.moment.model.tokenizer.decode(self._ids())
+
+    def _ids(self) -> list[int]:
+        stops = self.moment.model.config.stop_token_ids
+        return [one.id for one in self.written if one.id not in stops]
 
     def keep(self) -> None:
         """Ask for prompt and new text in all views."""
-        self.kept = "".join(self.moment.tokens[1:]) + self.text()
+        self.kept = ()  # so that the same once more is news
+        self.kept = tuple(self._ids())
 
     def _begin(self) -> None:
         try:
@@ -161,7 +164,8 @@ class GenerateView(View):
     # ---- what is shown
 
     def content(self) -> Content:
-        words = [visible(self.moment.model.tokenizer.decode([one.id])) for one in self.written]
+        spell = self.moment.model.tokenizer.token_text
+        words = [visible(spell(one.id)) for one in self.written]
         self._at.max = len(words)
         layers = moe_layers(self.moment.model)
         content = Content(self.axes())
@@ -181,11 +185,10 @@ class GenerateView(View):
             note="of the token before each new one",
         )  # fmt: skip
         likely = self.following.topk(_TOP)
-        decode = self.moment.model.tokenizer.decode
         content.table(
             "following", "What could stand at the last place", ["token", "%"],
             [
-                [visible(decode([i])), round(100 * p, 1)]
+                [visible(spell(i)), round(100 * p, 1)]
                 for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
             ],
             wide=False,
