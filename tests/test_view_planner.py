@@ -37,6 +37,7 @@ def test_what_cannot_be_is_told(view):
     assert "It does not fit; the weights do not fit" in view.board.summary
     view.choices["model"].value = "Behemoth (an estimate)"
     assert view.board.summary.startswith("AN ESTIMATE, never released")
+    assert panel(view, "decode")["note"] == "it fits at no context"
     view.choices["model"].value = "this model"
     view.choices["GPUs"].value = 8
     heads = view.moment.model.config.num_key_value_heads

@@ -4,6 +4,7 @@ With ``LAB_SCREENSHOTS=folder`` in the environment the pictures of the README ar
 """
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,47 @@ def test_a_kept_page_links_views_without_a_kernel(browser: Browser, model, tmp_p
     context.close()
     if SCREENSHOTS:
         photograph(browser, model, tmp_path)
+
+
+BRIGHTEST = """canvas => {
+    const { data } = canvas.getContext("2d").getImageData(0, 0, 40, canvas.height); // of numbers
+    return Math.max(...data.filter((_, i) => i % 4 === 0 && data[i + 3] > 200));
+}"""
+
+
+def test_a_dense_layer_is_not_taken_for_another_and_colours_follow_the_page(
+    browser: Browser, model, tmp_path
+):
+    mixed = l4.random(model.config.replace(moe_layers=(1, 4, 6)))
+    mixed.tokenizer, mixed.build_prompt = model.tokenizer, model.build_prompt
+    app = LabApp(mixed, "def add(a, b):", shown=["router", "ablate"])
+    app.edits = (E.SkipLayer(1),)
+    app.selection.layer = 2
+    app.to_html(tmp_path / "lab.html")
+    context = browser.new_context(color_scheme="light")
+    page = context.new_page()
+    page.goto((tmp_path / "lab.html").as_uri())
+    router, ablate = page.locator(".l4-board").nth(0), page.locator(".l4-board").nth(1)
+    expect(router.locator(".l4-summary")).to_have_text(re.compile("layer 2 is dense"))
+    expect(router.locator(".l4-slider span")).to_have_text("none of 1, 4, …, 6")
+    expect(router.locator("[data-panel=strip]")).to_have_class(re.compile("l4-late"))
+    expect(router.locator("[data-panel=chosen]")).not_to_have_class(re.compile("l4-late"))
+    flips = [
+        run.expert[..., 0] for run in (app.moment.clean(routing_of), app.moment.edited(routing_of))
+    ]
+    counts = (flips[0] != flips[1]).sum(axis=1)
+    bars = ablate.locator("[data-panel=flips] svg")
+    told = ", ".join(f"layer {i}: {n}" for i, n in zip((1, 4, 6), counts, strict=True))
+    expect(bars).to_have_attribute("aria-label", told)
+    router.locator(".l4-slider input").fill("1")
+    expect(router.locator(".l4-slider span")).to_have_text("4 of 1, 4, …, 6")
+    expect(router.locator("[data-panel=strip]")).not_to_have_class(re.compile("l4-late"))
+    numbers = router.locator("[data-panel=chosen] canvas")
+    assert numbers.evaluate(BRIGHTEST) < 150
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_timeout(300)
+    assert numbers.evaluate(BRIGHTEST) > 150
+    context.close()
 
 
 TIMED = """async ([selector, act, seen, times]) => {

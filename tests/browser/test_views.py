@@ -404,7 +404,7 @@ def test_attribution_runs_shows_progress_and_can_be_cancelled(lab, model, prompt
     found = attribute(token_features(model, prompt), "feature_ablation")
     expect(words(view, "clean")).to_have_count(len(prompt.tokens))
     expect(view.locator(".l4-summary")).to_contain_text(
-        f"{found.all_off:.3f} nats with all parts off, {found.all_on:.3f} with all on"
+        f"{found.all_off:.3f} nats with all parts off, {found.all_on:.3f}".replace("-", "−")
     )
     strongest = int(abs(found.values).argmax())
     lab.assert_tells(view, words(view, "clean").nth(strongest), found.values[strongest])

@@ -2,7 +2,7 @@
 // and panels that draw them; what an axis does not show is picked by the selection, which all boards
 // of a group share here, without waiting for Python.
 
-const GROUPS = (globalThis.llama4Groups ??= new Map()); // group -> { selection, boards }
+const GROUPS = (globalThis.llama4Groups ??= new Map()); // group -> { selection, boards: what draws them anew }
 const TYPES = { u1: Uint8Array, i2: Int16Array, f4: Float32Array };
 const SCALES = {
   sequential: ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838"], // cividis
@@ -52,9 +52,7 @@ class Values {
     this.take = ({ page, data }) => this.pages.add(page) && this.raw.set(numbers(data), page * this.strides[0]);
     this.decimals = dtype === "u1" && high - low > 2.54 ? 1 : 2; // that are worth telling
     this.read = dtype === "u1" ? (i) => (this.raw[i] ? low + ((this.raw[i] - 1) * (high - low)) / 254 : NaN) : (i) => this.raw[i];
-  }
-  isLate(index) {
-    return Boolean(this.pages) && !this.pages.has(index(this.axes[0]));
+    this.isLate = (index) => Boolean(this.pages) && !this.pages.has(index(axes[0]));
   }
   // The number at given indices of some axes; `index(axis)` says the others.
   slice(shown, index) {
@@ -106,13 +104,12 @@ function render({ model, el }) {
   let drawn = []; // of each panel: its figure, and the function that draws it anew
   let pointed = {}; // what is under the pointer, in fields of the selection
   const windows = new Map(); // what is on screen of maps that zoom together, by name
-  const own = { redraw };
-  group.boards.add(own);
+  group.boards.add(redraw);
 
   function select(change) {
     pointed = {};
     group.selection = { ...group.selection, ...change, seq: (group.selection.seq ?? 0) + 1 };
-    for (const board of group.boards) board.redraw();
+    for (const again of group.boards) again();
     model.set("selection", group.selection);
     model.save_changes();
   }
@@ -125,6 +122,8 @@ function render({ model, el }) {
     const chosen = selection[field] ?? 0;
     return values ? Math.max(values.lastIndexOf(chosen), 0) : clamp(chosen, 0, size - 1);
   }
+  // Whether the selection is one of an axis's places: a dense layer is none of the MoE layers.
+  const isThere = (name) => axis(name)?.values?.includes(group.selection[axis(name).select]) ?? true;
   const seen = (name) => index(name, { ...group.selection, ...pointed }); // by bars and the summary
   const place = (name, i) => axis(name).values?.[i] ?? i; // what the selection calls an index
   function called(name, i) {
@@ -172,7 +171,8 @@ function render({ model, el }) {
     if (!figure.wide) return; // whoever watches its size draws it
     const at = panel.kind === "bars" ? seen : index;
     const late = [panel.array, panel.clean, ...(panel.chosen ?? [])].some((name) => isLate(name, at));
-    figure.classList.toggle("l4-late", late);
+    const picks = arrays[panel.array]?.axes.filter((name) => !panel.axes.includes(name)) ?? [];
+    figure.classList.toggle("l4-late", late || !picks.every(isThere));
     if (!late) again();
   }
 
@@ -181,7 +181,6 @@ function render({ model, el }) {
     const { sentence = "", otherwise = "" } = content;
     if (names(sentence).some((name) => isLate(name))) return;
     const value = (name) => picked(name, seen)([])();
-    const isThere = (name) => axis(name)?.values?.includes(group.selection[axis(name).select]) ?? true;
     const text = (names(sentence).every(isThere) ? sentence : otherwise)
       .replace(/\[(.*?)\]/g, (_, part) => (names(part).some((name) => value(name) < 0) ? "" : part))
       .replace(/\{([^{}:]+)(?::(\d))?\}/g, (_, name, digits) => {
@@ -212,13 +211,11 @@ function render({ model, el }) {
     let shown; // the word that was last brought into sight
     let numbers = []; // arrays that are written at each word
     const words = axis(name).labels.map((word, i) => {
-      if (word.startsWith("·")) make("wbr", box); // lines end between words, where that is possible
+      if (/^(·|<\|)/.test(word)) make("wbr", box); // lines end between words, where that is possible
       const node = make("span", box, { textContent: word, onclick: () => choose([[name, i]]) }, { role: "option" });
       if (word.includes("↵")) make("br", box);
       node.onpointerenter = () => look({ [axis(name).select]: place(name, i) });
-      node.onpointermove = (event) => point(event, describe(panel, [i]));
-      node.onpointerleave = () => (point(), look({}));
-      return node;
+      return Object.assign(hover(node, () => describe(panel, [i])), { onpointerleave: () => (point(), look({})) });
     });
     onArrows(box, (right, down) => {
       const along = panel.walk && down ? panel.walk : name;
@@ -233,16 +230,17 @@ function render({ model, el }) {
       const value = picked(panel.array)(panel.axes);
       const colour = colourOf(panel.scale);
       const strength = panel.scale.kind === "category" ? () => 0.55 : (v) => clamp((v - panel.scale.low) / (panel.scale.high - panel.scale.low), 0, 1);
-      const chosen = words[index(name)];
-      if (chosen !== shown && (chosen.offsetTop < box.scrollTop || chosen.offsetTop > box.scrollTop + box.clientHeight - 24)) box.scrollTop = chosen.offsetTop - 60;
+      const at = axis(name).select ? index(name) : -1;
+      const chosen = words[at];
+      if (chosen && chosen !== shown && (chosen.offsetTop < box.scrollTop || chosen.offsetTop > box.scrollTop + box.clientHeight - 24)) box.scrollTop = chosen.offsetTop - 60;
       shown = chosen;
       words.forEach((node, i) => {
         const v = value(i);
         const [r, g, b] = panel.scale.kind === "sequential" ? [224, 139, 0] : colour(v);
         node.style.background = v === v ? `rgb(${r} ${g} ${b} / ${panel.scale.kind === "diverging" ? 0.75 : strength(v)})` : "none";
         node.classList.toggle("l4-nothing", v !== v);
-        node.classList.toggle("l4-selected", i === index(name));
-        node.setAttribute("aria-selected", i === index(name));
+        node.classList.toggle("l4-selected", i === at);
+        node.setAttribute("aria-selected", i === at);
         if (!numbers.length) return;
         node.dataset.value = numbers.map((at) => at(i)).filter((number) => number >= 0);
         node.style.setProperty("--own", `rgb(${r} ${g} ${b})`);
@@ -258,9 +256,11 @@ function render({ model, el }) {
     const input = make("input", label, { type: "range", min: 0, max: size - 1 }, { ...OWN_KEYS, "aria-label": title });
     const output = make("span", label);
     input.oninput = () => choose([[name, Number(input.value)]]);
+    const [first, next, last] = [0, 1, size - 1].map((i) => place(name, i));
+    const range = last - first === size - 1 ? `${first}–${last}` : [first, next, ...(size > 2 ? ["…", last] : [])].join(", ");
     return () => {
       input.value = index(name);
-      output.textContent = `${place(name, index(name))} of ${place(name, 0)}–${place(name, size - 1)}`;
+      output.textContent = `${isThere(name) ? place(name, index(name)) : "none"} of ${range}`;
       input.setAttribute("aria-valuetext", `${title} ${output.textContent}`);
     };
   }
@@ -274,7 +274,7 @@ function render({ model, el }) {
     const window = windows.get(linked); // what is on screen, in cells
     // Names stand in the place of numbers where the axis is not one of the selection's.
     const named = (name, i) => (axis(name).labels && !axis(name).select ? axis(name).labels[i] : place(name, i));
-    const longest = Math.max(...Array.from({ length: Math.min(axis(down).size, 64) }, (_, i) => String(named(down, i)).length));
+    const longest = Math.max(...(axis(down).select ? [axis(down).size] : (axis(down).labels ?? [0])).map((name) => String(name).length));
     const left = LEFT + Math.max(whole.y[1] > 9999 ? 16 : 0, 6 * (longest - 3)); // room for long ones
     let timer, grabbed;
     const size = () => {
@@ -302,9 +302,12 @@ function render({ model, el }) {
       clearTimeout(timer);
       if (panel.region) timer = setTimeout(() => ask(linked), SETTLE);
     }
-    const zoom = (factor, at) => move(0, 0, factor, at);
+    const zoom = (factor, at) => (point(), move(0, 0, factor, at));
     if (panel.zoom) {
-      canvas.onwheel = (event) => (event.preventDefault(), zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event)));
+      canvas.onwheel = (event) => {
+        const isWhole = String([window.x, window.y]) === String([whole.x, whole.y]); // then the page scrolls
+        if (event.deltaY < 0 || !isWhole) (event.preventDefault(), zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event)));
+      };
       canvas.ondblclick = () => zoom(1e9, cell({ clientX: 0, clientY: 0 }));
     }
     canvas.onpointerdown = (event) => {
@@ -315,8 +318,7 @@ function render({ model, el }) {
       const at = cell(event);
       if (!grabbed || !panel.zoom) return point(event, inside(at) && tell(at));
       grabbed.moved ||= Math.hypot(event.clientX - grabbed.x, event.clientY - grabbed.y) > 4;
-      if (!grabbed.moved) return;
-      move(grabbed.at[3] - at[3], grabbed.at[2] - at[2]);
+      if (grabbed.moved) move(grabbed.at[3] - at[3], grabbed.at[2] - at[2]);
     };
     canvas.onpointerup = (event) => {
       const at = cell(event);
@@ -383,6 +385,7 @@ function render({ model, el }) {
       for (let k = 0; (isNumbered || isMarked) && k < rows * cols; k++) {
         const [i, j] = [Math.floor(k / cols), k % cols];
         const [x, y] = [(px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2];
+        const ring = isNumbered ? [px(j + 1) - radius - 1, py(i) + radius + 1] : [x, y]; // not over the number
         if (isNumbered) {
           pen.clearRect(px(j + 1) - 1, py(i), 1, py(i + 1) - py(i));
           pen.clearRect(px(j), py(i + 1) - 1, px(j + 1) - px(j), 1);
@@ -391,7 +394,7 @@ function render({ model, el }) {
         }
         if (!isMarked?.(i, j)) continue;
         pen.beginPath();
-        pen.arc(x, y, radius, 0, 7);
+        pen.arc(...ring, isNumbered ? radius * 0.75 : radius, 0, 7);
         pen.fillStyle = "#fff";
         pen.fill();
         pen.stroke();
@@ -406,7 +409,7 @@ function render({ model, el }) {
       if (panel.diagonal) pen.stroke();
       for (const [colour, wide] of [[theme.paper, 4], [theme.accent, 2]]) {
         Object.assign(pen, { strokeStyle: colour, lineWidth: wide });
-        const [i, j] = [axis(down).select ? index(down) : -1, axis(across).select ? index(across) : -1];
+        const [i, j] = [down, across].map((name) => (axis(name).select && isThere(name) ? index(name) : -1));
         const around = (from, to) => (to - from < 6 ? [from - 3, to - from + 6] : [from, to - from]); // not over the cells
         const [y, h] = i < 0 ? [TOP, tall] : around(py(i), py(i + 1));
         const [x, w] = j < 0 ? [left, inner] : around(px(j), px(j + 1));
@@ -489,10 +492,7 @@ function render({ model, el }) {
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${wide} ${tall}`);
     const rule = (v, css) => draw("line", svg, { x1: LEFT, x2: wide - RIGHT, y1: y(v), y2: y(v), class: css });
-    for (const v of heights) {
-      rule(v, "l4-rule");
-      draw("text", svg, { x: LEFT - 6, y: y(v) + 4, "text-anchor": "end" }, label(v));
-    }
+    for (const v of heights) (rule(v, "l4-rule"), draw("text", svg, { x: LEFT - 6, y: y(v) + 4, "text-anchor": "end" }, label(v)));
     return rule;
   }
 
@@ -516,16 +516,16 @@ function render({ model, el }) {
         const box = { x: middle - wide / 2, width: wide };
         draw("rect", bar, { ...box, y: 0, height: 200, fill: "transparent" }); // easy to point at
         draw("rect", bar, { ...box, y: y(v), height: y(0) - y(v), fill: panel.colours?.[i] ?? "#6c9cfc", class: "l4-bar-box" });
+        if (pitch >= 34) draw("text", bar, { x: middle, y: y(Math.max(v, ghosts?.[i] ?? v)) - 5, "text-anchor": "middle" }, spoken(v));
         if (ghosts) draw("line", bar, { x1: box.x, x2: box.x + wide, y1: y(ghosts[i]), y2: y(ghosts[i]), class: "l4-ghost" });
-        if (pitch >= 34) draw("text", bar, { x: middle, y: y(v) - 5, "text-anchor": "middle" }, spoken(v));
-        if (size <= 32 || i % 8 === 0) draw("text", bar, { x: middle, y: 181, "text-anchor": "middle" }, i);
+        if (size <= 32 || i % 8 === 0) draw("text", bar, { x: middle, y: 181, "text-anchor": "middle" }, place(name, i));
         bar.onclick = () => choose([[name, i]]);
-        bar.onpointermove = (event) => point(event, `${title} ${i}: ${spoken(v)}${ghosts ? `; clean ${spoken(ghosts[i])}` : ""}`);
+        bar.onpointermove = (event) => point(event, `${title} ${place(name, i)}: ${spoken(v)}${ghosts ? `; clean ${spoken(ghosts[i])}` : ""}`);
         bar.onpointerenter = () => shine(i);
         bar.onpointerleave = () => (point(), shine());
       });
       draw("text", svg, { x: (LEFT + figure.wide) / 2, y: 197, "text-anchor": "middle" }, title);
-      svg.setAttribute("aria-label", heights.map((v, i) => `${title} ${i}: ${spoken(v)}`).join(", "));
+      svg.setAttribute("aria-label", heights.map((v, i) => `${title} ${place(name, i)}: ${spoken(v)}`).join(", "));
     };
   }
 
@@ -543,8 +543,9 @@ function render({ model, el }) {
       chart(svg, figure, 180, [low, (low + high) / 2, high], y, written);
       series.forEach(({ at, colour, label, dash }, k) => {
         const path = Array.from({ length: count }, (_, i) => (Number.isFinite(at(i)) ? `${x(i)},${y(at(i))}` : null)).filter(Boolean);
-        draw("path", svg, { d: `M${path.join("L")}`, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash ?? "" });
-        draw("text", svg, { x: LEFT + 8 + k * 150, y: 12, style: `fill:${colour}` }, label);
+        if (path.length) draw("path", svg, { d: `M${path.join("L")}`, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash ?? "" });
+        const before = series.slice(0, k).filter((one) => one.label).length;
+        draw("text", svg, { x: LEFT + 8 + before * 150, y: 12, style: `fill:${colour}` }, label);
       });
       if (axis(name).select) draw("line", svg, { x1: x(index(name)), x2: x(index(name)), y1: 18, y2: 150, class: "l4-reference" });
       for (const i of [0, count >> 1, count - 1]) draw("text", svg, { x: Math.min(x(i), width - 14), y: 163, "text-anchor": "middle" }, place(name, i));
@@ -591,7 +592,7 @@ function render({ model, el }) {
     const [down, across] = panel.axes;
     const table = make("table", make("div", figure, { className: "l4-scroll" }));
     return () => {
-      const room = Math.max(3, Math.floor((figure.wide - 120) / (panel.cell ?? 84)));
+      const room = Math.max(axis(across).size > 16 ? 3 : 16, Math.floor((figure.wide - 120) / (panel.cell ?? 84)));
       const first = clamp(index(across) - Math.floor(room / 2), 0, Math.max(axis(across).size - room, 0));
       const columns = Array.from({ length: Math.min(room, axis(across).size) }, (_, j) => first + j);
       const value = picked(panel.array)(panel.axes);
@@ -605,7 +606,7 @@ function render({ model, el }) {
         make("th", row, { textContent: axis(down).labels?.[i] ?? place(down, i) });
         for (const j of columns) {
           const back = colour(value(i, j));
-          const dark = back[0] * 0.299 + back[1] * 0.587 + back[2] * 0.114 < 140;
+          const dark = back[0] * 0.299 + back[1] * 0.587 + back[2] * 0.114 < 118;
           const cell = make("td", row, { textContent: panel.text[i][j], onclick: () => choose([[down, i], [across, j]]) });
           Object.assign(cell.style, { background: `rgb(${back.join(" ")})`, color: dark ? "#fff" : "#000" });
           cell.classList.toggle("l4-selected", j === index(across) && (!axis(down).select || i === index(down)));
@@ -649,11 +650,13 @@ function render({ model, el }) {
   // -- putting it together
 
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const dress = () => [document.documentElement, document.body].flatMap((node) => Array.from(node.attributes, ({ value }) => value)).concat(dark.matches).join();
-  let dressed; // as the page was when colours were read: whoever changes its theme changes an attribute
+  const undress = () => ((theme = {}), redraw());
+  const restyle = new MutationObserver(undress); // whoever changes a page's theme changes an attribute
+  for (const node of [document.documentElement, document.body]) restyle.observe(node, { attributes: true });
+  dark.onchange = undress;
 
   function redraw(which = drawn) {
-    if (dressed !== (dressed = dress()) || !theme.paper) {
+    if (!theme.paper) {
       const style = getComputedStyle(root);
       theme = Object.fromEntries(["muted", "paper", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
     }
@@ -696,22 +699,22 @@ function render({ model, el }) {
     const caption = make("figcaption", figure);
     const [title, note] = [make("b", caption), make("span", caption)];
     const again = kinds[panel.kind](figure, panel);
-    const legend = ["map", "picture", "words"].includes(panel.kind) && make("div", figure, { className: "l4-scale" });
+    const isFaded = panel.kind === "strip" && panel.scale.kind === "sequential"; // by how opaque its colour is
+    const legend = (isFaded || ["map", "picture", "words"].includes(panel.kind)) && make("div", figure, { className: "l4-scale" });
+    const hint = panel.kind === "map" && panel.zoom ? "(wheel, + or −: zoom; drag, Shift+arrows: move; 0: all)" : "";
     let scaled;
     const tell = (change) => {
       Object.assign(panel, change);
       write(title, panel.title);
-      write(note, panel.note ? ` ${panel.note}` : "");
-      if (legend && scaled !== (scaled = JSON.stringify(panel.scale))) fillScale(legend, panel.scale);
+      write(note, [panel.note, hint].map((text) => text && ` ${text}`).join(""));
+      if (legend && scaled !== (scaled = JSON.stringify(panel.scale))) fillScale(legend, isFaded ? { ...panel.scale, colours: ["#e08b0000", "#e08b00"] } : panel.scale);
     };
     watch.observe(figure);
     return { panel, key, figure, tell, again };
   }
   function retitle() {
-    write(title, model.get("title"));
-    write(explanation, model.get("help"));
+    for (const [node, trait] of [[title, "title"], [explanation, "help"], [problem, "problem"]]) write(node, model.get(trait));
     say();
-    write(problem, model.get("problem"));
     root.classList.toggle("l4-busy", Boolean(model.get("busy")));
     root.dataset.busy = model.get("busy");
   }
@@ -719,7 +722,7 @@ function render({ model, el }) {
     const theirs = model.get("selection");
     if ((theirs.seq ?? 0) <= (group.selection.seq ?? 0)) return; // older than what people chose here
     group.selection = theirs;
-    for (const board of group.boards) board.redraw();
+    for (const again of group.boards) again();
   }
   model.on("change:content", rebuild);
   model.on("change:pages", () => turn() && redraw());
@@ -730,8 +733,8 @@ function render({ model, el }) {
   retitle();
   watch.observe(body);
   return () => {
-    watch.disconnect();
-    group.boards.delete(own);
+    for (const each of [watch, restyle]) each.disconnect();
+    group.boards.delete(redraw);
   };
 }
 

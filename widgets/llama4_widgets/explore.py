@@ -84,7 +84,7 @@ class RouterExplorer(RouterView):
 
     def _type(self, change: Any) -> None:
         self.board.problem = ""
-        with self.working("the model is"):
+        with self.working("the model is working"):
             self.text = change["new"]
 
     @traitlets.validate("text")

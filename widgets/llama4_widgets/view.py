@@ -88,7 +88,7 @@ class View(ipywidgets.VBox):
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
         """Say in the view that something is under way, and what went wrong with it."""
-        self.board.busy = what + " "
+        self.board.busy = f"{what} …"
         try:
             yield
         except (ValueError, KeyError, RuntimeError, OSError, traitlets.TraitError) as error:

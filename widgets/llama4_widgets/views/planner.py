@@ -99,7 +99,9 @@ class PlannerView(View):
             sequential(0, max(1.0, *np.nan_to_num(speed).tolist()), "tokens/s"),
             kind="lines",
             series=series,
-            note="where it fits in memory; each step doubles the context",
+            note="where it fits in memory; each step doubles the context"
+            if np.isfinite(speed).any()
+            else "it fits at no context",
         )
         return content
 
