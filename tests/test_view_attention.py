@@ -77,6 +77,8 @@ def test_a_short_prompt_has_every_head_and_row_in_the_browser(model, moment, lay
         np.testing.assert_array_equal(np.isfinite(found), np.broadcast_to(allowed, found.shape))
         close(found[:, allowed], wanted[:, allowed])
     assert panels(view)["map"]["borders"] == [[0, CHUNK], [CHUNK, count]]
+    title = "Where the selected head looks from the selected token"
+    assert panels(view)["row"]["title"] == title
     before = view.board.content
     view.selection.token, view.selection.head = 140, 1
     assert view.board.content is before
@@ -122,7 +124,8 @@ def test_a_region_is_read_finer_and_every_wish_is_answered(model, moment, is_lon
     assert array["tile"] == {"y": (99, 140), "x": (10, 50)}
     q, k, _ = keys_and_queries(model, moment.prompt, 3).head(1)
     close(unpack(array), rows(q, k, None, range(99, 140))[:, 10:50].numpy())
-    assert answer["notes"] == {"map": "every query and key"}
+    said = "NoPE, no chunks; dashed: chunks of RoPE layers, crossed here; every query and key"
+    assert answer["notes"] == {"map": said}
     assert view.board.content is content  # only the tile travels
     view.region({"panel": "map", "x": [-3, 900], "y": [-3, 900]})
     assert view.board.finer["count"] == 2
@@ -173,6 +176,11 @@ def test_heads_are_summarised_as_the_library_does(model, moment, is_long, monkey
             found = np.array([row[1:] for row in table["rows"]])
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
             assert table["choices"] == [{"head": 0}, {"head": 1}]
+
+
+def test_rounding_is_no_change_in_colour(moment):
+    view = AttentionView(moment.with_edits([E.SkipLayer(3)]), Selection(layer=1))
+    assert panels(view)["map change"]["scale"]["high"] == 1e-3
 
 
 @pytest.mark.parametrize("whole", [0, 10**9])

@@ -146,16 +146,16 @@ class AttentionView(View):
             name = f"row {run}".strip()
             if layer.pattern is not None:
                 axes, values = ("head", "query", "token"), layer.pattern
-                whose = "the selected token and head"
+                whose = "the selected head looks from the selected token"
             else:
                 axes, values = ("token",), layer.row(self._head, token)[start:stop]
-                whose = f"token {token} ‘{words[token]}’, head {self._head}"
+                whose = f"head {self._head} looks from token {token} ‘{words[token]}’"
             content.array(name, in_decades(values), axes)
             note = f"layer {self.selection.layer} ({_kind(layer)}); faint words are out of sight"
             if is_part:
                 note += f"; tokens {start} to {stop - 1} of {count}"
             content.add(
-                name, f"Where {whose} looks{f', {run}' * bool(run)}", None, axes, self._scale(),
+                name, f"Where {whose}{f', {run}' * bool(run)}", None, axes, self._scale(),
                 kind="strip", shown=("token",), note=note,
             )  # fmt: skip
         if is_part:
@@ -174,11 +174,11 @@ class AttentionView(View):
         if runs[0][1].pattern is not None:
             shares = [layer.pattern for _, layer in runs if layer.pattern is not None]
             found = [
-                (f"map {run}".strip(), in_decades(share), None, "")
-                for (run, _), share in zip(runs, shares, strict=True)
+                (f"map {run}".strip(), in_decades(share), None, self._note(layer))
+                for (run, layer), share in zip(runs, shares, strict=True)
             ]
             if len(runs) > 1:
-                found.append(("map change", _difference(*shares), None, ""))
+                found.append(("map change", _difference(*shares), None, found[-1][3]))
             both = ("head", *both)
         else:
             key = (self.selection.layer, self._head, self._pooling.value)
@@ -189,17 +189,14 @@ class AttentionView(View):
             content.array(name, values, both, **(tile or {}))
             bound = float(np.nanmax(abs(values), initial=0)) if run == "change" else 0
             layer = runs[0 if run == "clean" else -1][1]
-            step = layer.chunk or size
-            edges = range(0, count, step) if step else []
-            border = "; dashed: chunks" + (not layer.chunk) * " of RoPE layers, crossed here"
-            border = border if step and step < count else ""
+            step = layer.chunk or size or count
+            edges = range(0, count, step) if step < count else []
             content.add(
                 name, f"{titles[run]}, {which}", None, both,
-                diverging(bound, "share") if run == "change" else self._scale(),
+                diverging(max(bound, 1e-3), "share") if run == "change" else self._scale(),
                 shown=("query", "key"), square=True, wide=False, diagonal=True,
                 zoom="map", region=None if tile is None else f"{name} finer",
-                borders=[[i, min(i + step, count)] for i in edges] if step and step < count else [],
-                note=f"{_kind(layer)}{border}{note and f'; {note}'}",
+                borders=[[i, min(i + step, count)] for i in edges], note=note,
             )  # fmt: skip
         if found[0][2] is not None and self._window and self._window[0] == count:
             for name, values, tile, _ in self._maps(runs, *self._window[1:]):
@@ -208,7 +205,7 @@ class AttentionView(View):
     def _maps(
         self, runs: list[tuple[str, Layer]], queries: Window, keys: Window
     ) -> list[tuple[str, np.ndarray, dict[str, Any], str]]:
-        """Return for each map of a window: its name, cells, place, and how they were pooled."""
+        """Return for each map of a window: its name, cells, place, and what is said of it."""
         side = self._side if len(runs) == 1 else self._side * 5 // 8
         how = str(self._pooling.value)
         shares, found = [], []
@@ -227,10 +224,17 @@ class AttentionView(View):
             if block == (1, 1):
                 note = "every query and key"
             shares.append(cells)
-            found.append((f"map {run}".strip(), in_decades(cells), tile, note))
+            found.append((f"map {run}".strip(), in_decades(cells), tile, self._note(layer, note)))
         if len(runs) > 1:
             found.append(("map change", _difference(*shares), found[-1][2], found[-1][3]))
         return found
+
+    def _note(self, layer: Layer, cell: str = "") -> str:
+        """Say of a map what its layer's rule is, what is dashed, and what a cell is."""
+        count = len(self.moment.words)
+        step = layer.chunk or self.moment.model.config.attention_chunk_size or count
+        dashed = "; dashed: chunks" + (not layer.chunk) * " of RoPE layers, crossed here"
+        return _kind(layer) + dashed * (step < count) + (cell and f"; {cell}")
 
     def _add_heads(self, content: Content, runs: list[tuple[str, Layer]]) -> None:
         config = self.moment.model.config
