@@ -108,7 +108,8 @@ def test_patches_of_a_text_are_refused_in_words(moment):
     view = AttributionView(moment)
     view.features = "image patches"
     view.work.start()
-    assert view.board.problem == "this prompt has no image: use token_features for its tokens"
+    said = "this prompt has no picture: choose tokens or experts under Parts"
+    assert view.board.problem == said
 
 
 def test_work_can_be_cancelled_and_leaves_the_model_as_it_was(moment, model):

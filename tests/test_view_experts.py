@@ -38,6 +38,11 @@ def test_load_and_flow_are_counted_over_the_prompt(view, model):
         share = np.bincount(then[first == expert], minlength=routing.num_experts)
         np.testing.assert_allclose(flow[1, expert], 100 * share / share.sum(), atol=1e-4)
     assert np.isnan(flow[-1]).all()  # nothing follows the last layer
+    unused = sorted(set(range(routing.num_experts)) - set(first.tolist()))
+    assert unused and np.isnan(flow[1, unused]).all()
+    assert panel(view, "flow")["note"] == "of the tokens of an expert (down)"
+    view.moment = view.moment.with_edits([E.TopK(1, 2)])
+    assert panel(view, "flow")["note"].endswith(", first choices only")
 
 
 def test_the_tokens_of_the_selected_expert_are_listed_in_context(view, model):
@@ -67,6 +72,7 @@ def test_kinds_of_text_are_measured_on_request(view):
     shown = unpack(view.board.content.arrays["domains"])
     above = 100 * (found.share - found.mixed)
     np.testing.assert_allclose(shown, np.moveaxis(above, 1, 0), atol=1e-4)
+    assert panel(view, "domains")["scale"]["unit"] == "points"
     np.testing.assert_allclose(
         unpack(view.board.content.arrays["bits"]), found.mutual_information, atol=1e-6
     )

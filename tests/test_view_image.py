@@ -97,6 +97,14 @@ def test_tokens_that_cannot_see_the_picture_say_so(model):
     assert panels(view)["attention 0"]["note"] == "of the selected head"
 
 
+def test_tokens_around_a_picture_are_not_called_text(model):
+    moment, _ = asked(model)
+    view = ImageView(moment)
+    for word, kind in (("<|image|>", "a special token"), (moment.words[-1], "text")):
+        view.selection.token = moment.words.index(word)
+        assert view.board.summary.endswith(f"‘{word}’ is {kind}")
+
+
 def test_the_picture_is_what_the_model_sees_and_boxes_are_where_they_were(model):
     moment, example = asked(model, tiles=(2, 1))
     panel = panels(ImageView(moment))["bare 0"]
@@ -133,7 +141,9 @@ def test_frames_lie_side_by_side(model):
 
 def test_a_prompt_without_picture_says_how_to_give_one(model):
     view = ImageView(Moment(model, model.prompt("two times two")))
-    assert view.board.summary.startswith("this prompt has no picture: give one, as in app.run(")
+    assert view.board.summary.startswith(
+        "this prompt has no picture: press Picture or Scene above, or give one in code, as in app."
+    )
     assert not view.board.content.panels
     view.work.begin.click()
     assert not view.work.begin.disabled

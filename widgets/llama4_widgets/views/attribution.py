@@ -80,6 +80,8 @@ class AttributionView(View):
     def _steps(self) -> Generator[str, None, None]:
         """Answer the question in the clean run, and in the edited one; count the model's runs."""
         moment, method, question = self.moment, self.method, self._question()
+        if self.features == "image patches" and not moment.prompt.spans.layouts:
+            raise ValueError("this prompt has no picture: choose tokens or experts under Parts")
         build, runs = FEATURES[self.features], 0
         for is_edited in (False, True) if moment.edits else (False,):
             with _running(moment, is_edited):

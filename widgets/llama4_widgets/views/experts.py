@@ -106,7 +106,8 @@ class ExpertsView(View):
             in_all = (edited.expert >= 0).all(axis=(0, 1))  # edits can give a layer more choices
             counts.update(edited.expert[..., in_all])
             flow = np.full((count, edited.num_experts, edited.num_experts), np.nan)
-            flow[:-1] = 100 * following(counts.transitions)
+            is_used = counts.transitions.any(axis=-1, keepdims=True)
+            flow[:-1] = np.where(is_used, 100 * following(counts.transitions), np.nan)
             content.add(
                 "flow",
                 "Flow to the next MoE layer",
@@ -115,7 +116,8 @@ class ExpertsView(View):
                 sequential(0, 100, "%"),
                 wide=False,
                 paged=True,
-                note="of the tokens of an expert (down)",
+                note="of the tokens of an expert (down)"
+                + ", first choices only" * (edited.expert.shape[-1] > 1),
             )
         if self.specialised is not None:
             self._add_domains(content, self.specialised)
@@ -159,8 +161,8 @@ class ExpertsView(View):
             "What an expert prefers",
             np.moveaxis(above, 1, 0),
             ("moe layer", "domain", "expert"),
-            diverging(float(abs(above).max()), "%"),
-            note="share of a kind's tokens above the mean of all kinds, of the layer",
+            diverging(float(abs(above).max()), "points"),
+            note="share of a kind's tokens above the mean of all kinds, in percentage points",
         )
         low, high = found.information_band()
         null = np.quantile(found.shuffled_information(), 0.95, axis=0)

@@ -23,8 +23,8 @@ from llama4_widgets.words import visible
 _BYTES = 150_000  # of all pictures of an update
 _SETS = 16  # of masked tokens in one step
 _NONE = (
-    "this prompt has no picture: give one, as in app.run('What colour is the circle?', [picture]) "
-    "or Moment(model, model.prompt(text, [picture]))"
+    "this prompt has no picture: press Picture or Scene above, or give one in code, as in "
+    "app.run('What colour is the circle?', [picture])"
 )
 
 
@@ -115,7 +115,9 @@ class ImageView(View):
             if token in one.position:
                 names = dict(zip(one.position.ravel(), _label(one, i, len(layouts)), strict=True))
                 return f"{said}; token {token} shows {names[token]}"
-        return f"{said}; token {token} ‘{moment.words[token]}’ is text"
+        word = moment.words[token]
+        kind = "a special token" if word.startswith("<|") else "text"
+        return f"{said}; token {token} ‘{word}’ is {kind}"
 
     # ---- what lies over the pictures: name of the array, title, scale, note
 
