@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from llama4_lab.cache import SharedPast
 from llama4_lab.edits import Edit, Run, bound, changes_of, check, read_sources, ruled
@@ -134,7 +134,9 @@ class Replay:
         variants = [
             _Variant(i, edits, self.model, values, len(self)) for i, edits in enumerate(runs)
         ]
-        with tqdm(total=len(runs), desc="edited runs", unit="run", delay=2) as bar:
+        # In a notebook a bar is widgets: none for the one run that a slider asks for.
+        is_one = len(runs) < 2
+        with tqdm(total=len(runs), desc="edited runs", unit="run", delay=2, disable=is_one) as bar:
             for batch in self._batches(variants):
                 yield from self._run(batch).items()
                 bar.update(len(batch))

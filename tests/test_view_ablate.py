@@ -1,11 +1,14 @@
 """The ablate view: controls are edits, edits are shown, and what they did is the library's."""
 
+import ipywidgets
 import pytest
 import torch
+import tqdm.notebook
 import traitlets
 
 import llama4_lab as l4
 from llama4_lab import edits as E
+from llama4_lab import replay
 from llama4_widgets.app import LabApp
 from llama4_widgets.moment import Moment
 from llama4_widgets.still import unpack
@@ -138,6 +141,15 @@ def test_a_dragged_slider_stays_the_same_widget(view):
     slider.value = 0.2
     assert control(view, "attention ×") is slider
     assert view.edits == (E.Scale("layers.0.attn.out", 0.2),)
+
+
+def test_a_dragged_slider_makes_no_widgets(view, monkeypatch):
+    monkeypatch.setattr(replay, "tqdm", tqdm.notebook.tqdm)  # as in a notebook
+    view.selection.layer = 1
+    control(view, "attention ×").value = 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr(ipywidgets.Widget, "open", lambda widget: pytest.fail(f"made {widget}"))
+        control(view, "attention ×").value = 0.2
 
 
 def test_undo_clear_and_text(view):
