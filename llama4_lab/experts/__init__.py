@@ -176,14 +176,14 @@ def _check_sizes(
 ) -> None:
     """Refuse what compiled kernels would read beyond its end."""
     (_, d), e, f = x.shape, len(router), experts[1].shape[-1]
-    found = [tuple(w.shape) for w in (router, *experts, *shared)]
+    found = [w.shape for w in (router, *experts, *shared)]
     fitting = [(e, d), (e, 2 * f, d), (e, d, f), (f, d), (f, d), (d, f)]
     if found != fitting:
         names = ("router", "gate_up", "down", "shared gate", "shared up", "shared down")
         wrong = next(i for i in range(6) if found[i] != fitting[i])
         raise ValueError(
-            f"{names[wrong]} of shape {found[wrong]} does not fit {e} experts of width {f} and "
-            f"tokens of width {d}: it must be {fitting[wrong]}"
+            f"{names[wrong]} of shape {tuple(found[wrong])} does not fit {e} experts of width {f} "
+            f"and tokens of width {d}: it must be {fitting[wrong]}"
         )
     if not 1 <= topk <= e:
         raise ValueError(f"topk={topk} is impossible with {e} experts: choose 1 to {e}")
