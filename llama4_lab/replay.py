@@ -297,13 +297,13 @@ class Effect:
     def __str__(self) -> str:
         loss = self.loss_change[~self.loss_change.isnan()]
         text = (
-            f"KL to the clean run: mean {self.kl.mean():.4f}, most {self.kl.max():.4f} nats at "
+            f"KL from the clean run: mean {self.kl.mean():.4f}, most {self.kl.max():.4f} nats at "
             f"token {int(self.positions[self.kl.argmax()])}; top token changed at "
             f"{int(self.top_changed.sum())} of {len(self.kl)} positions; "
             f"{sum(self.flips.values())} routing flips"
         )
         if len(loss):
-            text += f"; loss {loss.mean():+.4f} nats"
+            text += f"; loss {loss.mean():+z.4f} nats"
         return text + (f"; NOT SEEN by the model: {', '.join(self.unseen)}" if self.unseen else "")
 
 

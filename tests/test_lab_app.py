@@ -174,7 +174,7 @@ def test_a_clean_run_stands_beside_an_edited_one(app, model):
     assert np.array_equal(shown, flips.sum(axis=1))
     p, q = (
         logits.double().log_softmax(-1)
-        for logits in (app.moment.edited_run.logits, app.moment.replay.logits)
+        for logits in (app.moment.replay.logits, app.moment.edited_run.logits)
     )
     expected = (p.exp() * (p - q)).sum(-1).numpy()
     np.testing.assert_allclose(unpack(view.board.content.arrays["kl"]), expected, atol=1e-5)

@@ -239,7 +239,7 @@ def test_an_edit_that_changes_nothing_says_so(replay):
 
 def test_a_text_tells_the_effect_in_units(replay):
     text = str(replay.edited([E.SkipLayer(3)]).effect)
-    assert "KL to the clean run: mean 0." in text
+    assert "KL from the clean run: mean 0." in text
     assert "routing flips; loss" in text
     assert text.endswith("nats")
 

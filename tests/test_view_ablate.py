@@ -104,7 +104,7 @@ def test_edits_that_change_nothing_say_so(model):
     view._set([E.AttentionTemperature(nope, 1.0)])
     assert view.board.summary == "These edits change nothing in this prompt."
     view._set([E.SkipLayer(nope)])
-    assert view.board.summary.startswith("KL to the clean run")
+    assert view.board.summary.startswith("KL from the clean run")
 
 
 def test_bytes_of_a_character_are_shown_as_bytes(model):
@@ -131,7 +131,7 @@ def test_what_is_shown_is_the_edited_model(view, model):
         100 * float(clean[4].exp().max()), abs=0.06
     )
     assert len(table["rows"]) == len(best)
-    assert view.board.summary.startswith("KL to the clean run")
+    assert view.board.summary.startswith("KL from the clean run")
 
 
 def test_a_dragged_slider_stays_the_same_widget(view):

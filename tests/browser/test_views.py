@@ -371,7 +371,7 @@ def test_the_lens_shows_early_answers_and_what_wrote_them(lab, model, prompt):
     router = decompose_router(model, prompt, LAYER, TOKEN)
     expect(panel(view, "router")).to_contain_text(f"Why expert {router.target} in layer {LAYER}?")
     expect(view.locator(".l4-summary")).to_contain_text(
-        f"add up to {parts.values.sum():.4f} logits"
+        f"add up to {parts.values.sum():.4f} logits".replace("-", "−")
     )
 
     table = panel(view, "words")
@@ -419,7 +419,7 @@ def test_ablate_shows_what_an_edit_does_and_takes_it_back(lab, model, prompt):
     view = lab.show("ablate")
     view.get_by_role("button", name="skip layer").click()
     run = l4.Replay(model, prompt).edited([E.SkipLayer(LAYER)])
-    expect(view.locator(".l4-summary")).to_have_text(str(run.effect))
+    expect(view.locator(".l4-summary")).to_have_text(str(run.effect).replace("-", "−"))
     strongest = int(run.effect.kl.argmax())
     lab.assert_tells(view, words(view, "kl").nth(strongest), float(run.effect.kl[strongest]))
     clean, edited = (100 * x[TOKEN].softmax(-1) for x in (run.replay.logits, run.logits))
@@ -531,7 +531,7 @@ def test_the_difference_of_two_runs_stands_between_them(lab, model, prompt):
     expect(view).to_be_visible()
     replay = l4.Replay(model, prompt)
     run = replay.edited(edits)
-    mine, other = (x.float().log_softmax(-1) for x in (run.logits, replay.logits))
+    mine, other = (x.float().log_softmax(-1) for x in (replay.logits, run.logits))
     kl = (mine.exp() * (mine - other)).sum(-1)
     strongest = int(kl.argmax())
     lab.assert_tells(view, words(view, "kl").nth(strongest), float(kl[strongest]))
