@@ -43,7 +43,8 @@ class AttentionView(View):
             options=[("largest", "max"), ("mean", "mean")],
             description="Cell shows",
             tooltips=["of the shares that a cell stands for"] * 2,
-            style={"button_width": "70px"},
+            style={"button_width": "70px", "description_width": "initial"},
+            layout={"width": "auto", "flex": "none"},
         )
         self._pooling.observe(lambda _: self.refresh(), "value")
         return [ipywidgets.HBox([self._layer, self._pooling])]
