@@ -95,12 +95,7 @@ def choose_backend(x: Tensor, weights: object = None) -> str:
     in_groups = isinstance(weights, Packed) and weights.kind in ("int8", "int4")
     if x.is_cuda and in_groups and len(x) <= _STREAMED and not torch.compiler.is_compiling():
         return "triton"
-    fast = (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    )
-    return "grouped" if fast else "loop"
+    return "grouped" if grouped.has_fast_kernels(x) else "loop"
 
 
 def backend_for(x: Tensor, asked: str, weights: object = None) -> str:
@@ -156,11 +151,9 @@ def moe(
     logits = record("router.logits", F.linear(x, router))
     expert, score = route(logits, topk, record)
     order, offsets = sort(expert, len(router))
-    noting, routed = loop.Noting(record), None
-    if inside:
-        routed = loop.apply(x, order, offsets, score, *experts, record=noting)
-    is_final = noting.has_changed or backend == "loop" or on_disk
-    if routed is None or not is_final:
+    noting = loop.Noting(record)
+    routed = loop.apply(x, order, offsets, score, *experts, record=noting) if inside else None
+    if routed is None or not (noting.has_changed or backend == "loop" or on_disk):
         routed = BACKENDS[backend](x, order, offsets, score, *experts)
     gate, up, down = shared
     hidden = F.silu(linear(x, gate)) * linear(x, up)
