@@ -116,9 +116,11 @@ def test_sorting_is_stable_and_counts_every_slot():
 
 
 def test_grouped_falls_back_where_torch_cannot_run():
-    assert grouped.can_run(weights(2)[0])
-    assert not grouped.can_run(torch.zeros(2, 8, 5))
-    assert not grouped.can_run(weights(2, torch.float64)[0])
+    x = torch.zeros(1)
+    assert grouped.can_run(weights(2)[0], x)
+    assert not grouped.can_run(torch.zeros(2, 8, 5), x)
+    assert not grouped.can_run(weights(2, torch.float64)[0], x.double())
+    assert not grouped.can_run(weights(2)[0], x.double())
     order, offsets = experts.sort(torch.tensor([[1], [0]]), 2)
     odd = torch.randn(2, 10, 5), torch.randn(2, 5, 5)
     arguments = torch.randn(2, 5), order, offsets, torch.rand(2, 1), *odd

@@ -95,17 +95,13 @@ def has_fast_kernels(x: Tensor) -> bool:
     )
 
 
-def can_run(weights: Float[Tensor, "e out in"] | Packed, x: Tensor | None = None) -> bool:
-    """Whether grouped_mm takes these: float32 or bfloat16, rows of whole 16-byte units.
-
-    `x` holds the rows; without it they are of the weights' dtype.
-    """
+def can_run(weights: Float[Tensor, "e out in"] | Packed, x: Tensor) -> bool:
+    """Whether grouped_mm takes these: float32 or bfloat16, rows of whole 16-byte units."""
+    size = x.element_size()
     if isinstance(weights, Packed):
-        assert x is not None
-        trains = torch.is_grad_enabled() and x.requires_grad  # `loop` then keeps only the codes
-        size = 1 if weights.kind == "fp8" and has_fast_kernels(x) else x.element_size()
-        is_known = x.dtype in _DTYPES and not trains
+        suits = not (torch.is_grad_enabled() and x.requires_grad)  # `loop` then keeps only codes
+        if weights.kind == "fp8" and has_fast_kernels(x):
+            size = 1
     else:
-        size = weights.element_size()
-        is_known = weights.dtype in _DTYPES and (x is None or x.dtype == weights.dtype)
-    return is_known and all(n * size % _ALIGN == 0 for n in weights.shape[1:])
+        suits = weights.dtype == x.dtype
+    return suits and x.dtype in _DTYPES and all(n * size % _ALIGN == 0 for n in weights.shape[1:])
