@@ -94,24 +94,22 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
     is_roomy = across.size <= _ROOMY and not tile
     subplot: Any = drawn.get_subplot(row, 1)
     domain = subplot.yaxis.domain
-    drawn.add_trace(
-        go.Heatmap(
-            z=np.where(values < 0, np.nan, values) if is_category else values,
-            x=x,
-            y=y,
-            zmin=-0.5 if is_category else scale["low"],
-            zmax=len(scale["colours"]) - 0.5 if is_category else scale["high"],
-            colorscale=_colorscale(scale),
-            texttemplate="%{z}" if is_category and is_roomy else None,
-            xgap=int(is_roomy),
-            ygap=int(not tile),
-            colorbar={
-                "dtick": 1 if is_category and len(scale["colours"]) <= 16 else None,
-                "title": {"text": "log₁₀ " * scale.get("log", False) + scale.get("unit", "")},
-                "len": domain[1] - domain[0],
-                "y": sum(domain) / 2,
-            },
-        ),
+    drawn.add_heatmap(
+        z=np.where(values < 0, np.nan, values) if is_category else values,
+        x=x,
+        y=y,
+        zmin=-0.5 if is_category else scale["low"],
+        zmax=len(scale["colours"]) - 0.5 if is_category else scale["high"],
+        colorscale=_colorscale(scale),
+        texttemplate="%{z}" if is_category and is_roomy else None,
+        xgap=int(is_roomy),
+        ygap=int(not tile),
+        colorbar={
+            "dtick": 1 if is_category and len(scale["colours"]) <= 16 else None,
+            "title": {"text": "log₁₀ " * scale.get("log", False) + scale.get("unit", "")},
+            "len": domain[1] - domain[0],
+            "y": sum(domain) / 2,
+        },
         row=row,
         col=1,
     )
@@ -120,15 +118,13 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
         at = np.argwhere(other > 0 if panel.get("marks") else other != values)
         ring = {"symbol": "circle", "size": 6, "color": "white"}
         ring |= {"line": {"color": "black", "width": 1.5}}
-        drawn.add_trace(
-            go.Scatter(
-                x=[x[j] for _, j in at],
-                y=[y[i] for i, _ in at],
-                mode="markers",
-                marker=ring,
-                showlegend=False,
-                hoverinfo="skip",
-            ),
+        drawn.add_scatter(
+            x=[x[j] for _, j in at],
+            y=[y[i] for i, _ in at],
+            mode="markers",
+            marker=ring,
+            showlegend=False,
+            hoverinfo="skip",
             row=row,
             col=1,
         )
@@ -160,21 +156,19 @@ def _add_bars(drawn: go.Figure, row: int, content: Content, panel: Any, selectio
     framed = [int(picked(content, one, selection, name)) for name in panel.get("chosen") or ()]
     is_framed = np.isin(range(len(heights)), framed)
     unit = panel["scale"].get("unit", "")
-    drawn.add_trace(
-        go.Bar(
-            x=places,
-            y=heights,
-            marker={
-                "color": panel.get("colours"),
-                "opacity": np.where(is_framed, 1, 0.65) if framed else 1,
-                "line": {"color": "black", "width": np.where(is_framed, 2.5, 0)},
-            },
-            texttemplate="%{y:.3~g}" if len(heights) <= 16 else None,
-            textposition="outside",
-            cliponaxis=False,
-            hovertemplate=f"%{{x}}: %{{y:.3~g}} {unit}<extra></extra>",
-            showlegend=False,
-        ),
+    drawn.add_bar(
+        x=places,
+        y=heights,
+        marker={
+            "color": panel.get("colours"),
+            "opacity": np.where(is_framed, 1, 0.65) if framed else 1,
+            "line": {"color": "black", "width": np.where(is_framed, 2.5, 0)},
+        },
+        texttemplate="%{y:.3~g}" if len(heights) <= 16 else None,
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate=f"%{{x}}: %{{y:.3~g}} {unit}<extra></extra>",
+        showlegend=False,
         row=row,
         col=1,
     )
@@ -184,10 +178,8 @@ def _add_bars(drawn: go.Figure, row: int, content: Content, panel: Any, selectio
     if panel.get("clean"):
         marks = picked(content, panel, selection, panel["clean"])
         symbol = {"symbol": "line-ew-open", "size": 16, "color": "black"}
-        drawn.add_trace(
-            go.Scatter(x=places, y=marks, mode="markers", marker=symbol, name="clean"),
-            row=row,
-            col=1,
+        drawn.add_scatter(
+            x=places, y=marks, mode="markers", marker=symbol, name="clean", row=row, col=1
         )
 
 
@@ -196,10 +188,8 @@ def _add_lines(drawn: go.Figure, row: int, content: Content, panel: Any, selecti
     for one in panel["series"]:
         heights = picked(content, panel, selection, one["array"])
         line = {"color": one["colour"], "dash": "dash" if one.get("dash") else "solid"}
-        drawn.add_trace(
-            go.Scatter(x=places, y=heights, name=one["label"], mode="lines", line=line),
-            row=row,
-            col=1,
+        drawn.add_scatter(
+            x=places, y=heights, name=one["label"], mode="lines", line=line, row=row, col=1
         )
 
 
