@@ -2,7 +2,7 @@
 
 import html
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,20 @@ from llama4_widgets.panels import Axis, Content
 from llama4_widgets.still import picked, stops
 
 _TALL = {"map": 260, "bars": 220, "lines": 220}
-_DRAWN = ("map", "bars", "lines")
 _ROOMY = 90  # places; with more, cells are too narrow for a name and a number
 
 
 def figure(content: Content, selection: Mapping[str, int], title: str) -> go.Figure:
     """Draw a content's maps, bars and lines below each other, as the selection has them."""
-    panels = [panel for panel in content.panels if panel["kind"] in _DRAWN]
+    panels = [panel for panel in content.panels if panel["kind"] in _TALL]
     lines = textwrap.wrap(title, 100)
     heading = {"text": "<br>".join(map(html.escape, lines)), "yref": "container", "y": 1}
     heading |= {"yanchor": "top", "pad": {"t": 16}, "font": {"size": 15}}
     if not panels:
         return go.Figure(layout={"title": heading, "template": "plotly_white"})
     heights = [_tall(content, panel) for panel in panels]
-    gap = 120 if any(map(_is_named, _across(content, panels))) else 90
+    across = [content.axes[panel["axes"][-1]] for panel in panels if panel["kind"] == "map"]
+    gap = 120 if any(map(_is_named, across)) else 90
     drawn = make_subplots(
         rows=len(panels),
         cols=1,
@@ -57,10 +57,6 @@ def _tall(content: Content, panel: Mapping[str, Any]) -> int:
     if panel["kind"] != "map" or "tile" in content.arrays[panel["array"]]:
         return _TALL[panel["kind"]]
     return int(np.clip(26 * content.axes[panel["axes"][0]].size, 100, _TALL["map"]))
-
-
-def _across(content: Content, panels: Sequence[Mapping[str, Any]]) -> list[Axis]:
-    return [content.axes[panel["axes"][-1]] for panel in panels if panel["kind"] == "map"]
 
 
 def _is_named(axis: Axis) -> bool:
