@@ -14,6 +14,7 @@ from llama4_lab.prompt.images import open_picture
 from llama4_lab.train import scenes
 from llama4_widgets.moment import Moment
 from llama4_widgets.prompt import Prompt
+from llama4_widgets.still import png
 from llama4_widgets.view import button
 
 ALONE, CLEAN, ANOTHER = _SIDES = ("alone", "beside the clean run", "beside another text")
@@ -52,7 +53,7 @@ class Bar(ipywidgets.VBox):
     def show(self, prompt: Any, moment: Moment) -> None:
         """Show what was run: the text, or how many messages there were, and the pictures."""
         shown: list[ipywidgets.Widget] = [
-            ipywidgets.Image(value=_png(open_picture(picture))) for picture in moment.pictures
+            ipywidgets.Image(value=png(open_picture(picture))) for picture in moment.pictures
         ]
         self._is_led = True
         if isinstance(prompt, str):
@@ -103,10 +104,8 @@ class Bar(ipywidgets.VBox):
     def _take_files(self, change: Any) -> None:
         if files := change["new"]:
             self.upload.value = ()
-            self.guard(lambda: self._add([_picture(file) for file in files]))
-
-    def _add(self, pictures: Sequence[Any]) -> None:
-        self._run(self.text.value, [*self._pictures, *pictures], ())
+            text = self.text.value
+            self.guard(lambda: self._run(text, [*self._pictures, *map(_picture, files)], ()))
 
     def _draw_scene(self) -> None:
         """Ask about a random picture of coloured shapes, of which the boxes are known."""
@@ -134,9 +133,3 @@ def _picture(file: Any) -> Image.Image:
         return ImageOps.exif_transpose(found).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file['name']} is no PNG or JPEG picture that can be read") from error
-
-
-def _png(picture: Image.Image) -> bytes:
-    written = io.BytesIO()
-    picture.save(written, "PNG")
-    return written.getvalue()

@@ -20,7 +20,7 @@ from PIL import Image
 from llama4_widgets.board import Board, flat, page_of, unflat
 from llama4_widgets.panels import Axis, Content
 from llama4_widgets.selection import FIELDS, Selection
-from llama4_widgets.still import unpack
+from llama4_widgets.still import png, unpack
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -59,13 +59,10 @@ class Recording:
                 file.writestr("lab.json", text)
                 file.writestr("arrays.bin", data)
                 for name, values in self.routing.items():
-                    written = io.BytesIO()
-                    np.save(written, values, allow_pickle=False)
-                    file.writestr(f"routing/{name}.npy", written.getvalue())
+                    with file.open(f"routing/{name}.npy", "w") as array:
+                        np.save(array, values, allow_pickle=False)
                 for i, picture in enumerate(self.pictures):
-                    written = io.BytesIO()
-                    picture.save(written, "PNG")
-                    file.writestr(f"pictures/{i}.png", written.getvalue())
+                    file.writestr(f"pictures/{i}.png", png(picture))
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -69,6 +69,13 @@ def svg(content: Content, selection: Mapping[str, int], title: str) -> str:
     return f'{head}{style}<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>'
 
 
+def png(picture: Image.Image) -> bytes:
+    """Return the file of a picture."""
+    written = io.BytesIO()
+    picture.save(written, "PNG")
+    return written.getvalue()
+
+
 def _text(x: float, y: float, text: str, kind: str = "", colour: str = "") -> str:
     style = f' style="fill:{colour}"' if colour else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}"{style}>{html.escape(text)}</text>'
@@ -82,14 +89,12 @@ def _image(parts: list[str], content: Content, panel: Any, selection: Any, y: fl
     """Add a map as a picture; return where the next begins."""
     pixels = _pixels(picked(content, panel, selection).astype(float), panel["scale"])
     tall = int(np.clip(14 * len(pixels), 60, 320))
-    written = io.BytesIO()
-    Image.fromarray(pixels).save(written, "PNG")
     down, across = (content.axes[name].title for name in panel["axes"])
     parts.append(_text(_LEFT, y + 14, f"{panel['title']} ({down} down, {across} across)"))
     parts.append(
         f'<image x="{_LEFT}" y="{y + 22}" width="876" height="{tall}" preserveAspectRatio="none" '
         'style="image-rendering:pixelated" href="data:image/png;base64,'
-        f'{base64.b64encode(written.getvalue()).decode()}"/>'
+        f'{base64.b64encode(png(Image.fromarray(pixels))).decode()}"/>'
     )
     return y + tall + 34
 

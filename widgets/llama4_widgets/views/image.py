@@ -17,6 +17,7 @@ from llama4_lab.prompt import Prompt
 from llama4_widgets.panels import Axis, Content, diverging, experts, sequential
 from llama4_widgets.patterns import in_decades, layer_of
 from llama4_widgets.slices import Work
+from llama4_widgets.still import png
 from llama4_widgets.view import View
 from llama4_widgets.words import visible
 
@@ -257,13 +258,11 @@ def drawn_pictures(prompt: Prompt, one: Patches) -> tuple[Image.Image, Image.Ima
 
 def data_url(picture: Image.Image, room: int) -> str:
     """Write a picture as an address of its own: PNG, or a smaller JPEG where that needs room."""
-    written = io.BytesIO()
-    picture.save(written, "PNG")
-    side = 672
-    while written.tell() * 4 > room * 3 and side > 32:  # base64: four letters for three bytes
+    data, kind, side = png(picture), "png", 672
+    while len(data) * 4 > room * 3 and side > 32:  # base64: four letters for three bytes
         smaller = picture.copy()
         smaller.thumbnail((side, side))
         written, side = io.BytesIO(), int(side * 0.7)
         smaller.save(written, "JPEG", quality=80)
-    kind = "png" if written.getvalue()[:4] == b"\x89PNG" else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(written.getvalue()).decode()}"
+        data, kind = written.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
