@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
-import ipywidgets
-
 from llama4_widgets.board import Board
+from llama4_widgets.view import button
 
 T = TypeVar("T")
 _SLICE = 0.05  # seconds from one look at the page to the next
@@ -31,12 +30,8 @@ class Work:
     ):
         self._board, self._steps, self._then = board, steps, then
         self._task: asyncio.Task[None] | None = None
-        self.begin = ipywidgets.Button(
-            description=name, button_style="primary", layout={"width": "auto"}
-        )
-        self.begin.on_click(lambda _: self.start())
-        self.stop = ipywidgets.Button(description="Cancel", disabled=True, layout={"width": "auto"})
-        self.stop.on_click(lambda _: self.cancel())
+        self.begin = button(name, None, self.start, button_style="primary")
+        self.stop = button("Cancel", None, self.cancel, disabled=True)
 
     def start(self) -> None:
         """Begin anew; in a kernel this returns at once, in a script when all is done."""

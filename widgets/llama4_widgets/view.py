@@ -147,8 +147,10 @@ class View(ipywidgets.VBox):
             self.region(message["region"])
 
 
-def button(text: str, tip: str, act: Callable[[], None]) -> ipywidgets.Button:
+def button(
+    text: str, tip: str | None, act: Callable[[], None], **options: Any
+) -> ipywidgets.Button:
     """Return a button that does `act` when it is pressed."""
-    made = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"})
+    made = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"}, **options)
     made.on_click(lambda _: act())
     return made

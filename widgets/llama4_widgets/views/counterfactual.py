@@ -13,7 +13,7 @@ from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.edits import Route
 from llama4_widgets.panels import Content, diverging, sequential
 from llama4_widgets.slices import Work, sliced
-from llama4_widgets.view import View
+from llama4_widgets.view import View, button
 from llama4_widgets.words import word_of
 
 EFFECTS = ("KL from the prediction", "change of its top word")
@@ -40,10 +40,7 @@ class CounterfactualView(View):
         read = ipywidgets.Dropdown(options=READS, description="Word after")
         traitlets.link((self, "effect"), (effect, "value"))
         traitlets.link((self, "read"), (read, "value"))
-        self._add = ipywidgets.Button(
-            layout={"width": "auto"}, tooltip="send it there in all views"
-        )
-        self._add.on_click(lambda _: self.add_route())
+        self._add = button("", "send it there in all views", self.add_route)
         self.work = Work(self.board, "Run", self._steps, self.refresh)
         self._known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by moment and question
         self.selection.observe(self._name_route, ["token", "layer", "expert"])
