@@ -17,7 +17,7 @@ from llama4_widgets.keeping import model_facts, record
 from llama4_widgets.moment import Moment
 from llama4_widgets.recording import BESIDE, STYLE, Recording, open_lab
 from llama4_widgets.selection import Mirror, Selection
-from llama4_widgets.view import View
+from llama4_widgets.view import View, in_row
 from llama4_widgets.views import VIEWS
 from llama4_widgets.views.difference import DifferenceView
 from llama4_widgets.words import visible
@@ -69,8 +69,7 @@ class LabApp(ipywidgets.VBox):
         self._other: Any = None  # what it is compared with
         super().__init__()
         self.bar = Bar(prompt if isinstance(prompt, str) else "", self.run, self.compare)
-        self._chips = ipywidgets.HBox(self._made_chips())
-        self._chips.add_class("l4-app-chips")
+        self._chips = in_row(*self._made_chips())
         self._grid = ipywidgets.Box()
         self._grid.add_class("l4-app-grid")
         top = ipywidgets.HTML(f"<style>{STYLE}</style>")

@@ -15,7 +15,7 @@ from llama4_lab.train import scenes
 from llama4_widgets.moment import Moment
 from llama4_widgets.prompt import Prompt
 from llama4_widgets.still import png
-from llama4_widgets.view import button
+from llama4_widgets.view import button, in_row
 
 ALONE, CLEAN, ANOTHER = _SIDES = ("alone", "beside the clean run", "beside another text")
 
@@ -46,8 +46,7 @@ class Bar(ipywidgets.VBox):
         self.shown = ipywidgets.HBox()
         self.shown.add_class("l4-app-pictures")
         self.problem = ipywidgets.HTML()
-        tools = ipywidgets.HBox([self.upload, self.scene, self.sides, self.shown])
-        tools.add_class("l4-app-chips")
+        tools = in_row(self.upload, self.scene, self.sides, self.shown)
         self.children = [ipywidgets.HBox([self.text, self.beside]), tools, self.problem]
 
     def show(self, prompt: Any, moment: Moment) -> None:

@@ -109,6 +109,13 @@ class View(ipywidgets.VBox):
             "expert": Axis("expert", config.num_local_experts, "expert"),
         }
 
+    def linked(self, **controls: Any) -> list[ipywidgets.Widget]:
+        """Link controls to the traits of the same names, whose changes are drawn; return them."""
+        for name, control in controls.items():
+            traitlets.link((self, name), (control, "value"))
+        self.observe(lambda _: self.refresh(), list(controls))
+        return list(controls.values())
+
     def figure(self) -> "go.Figure":
         """Return what is on screen as one static figure."""
         from llama4_widgets.plots import figure  # plotly takes a while to import
@@ -145,6 +152,13 @@ class View(ipywidgets.VBox):
     def _receive(self, _board: Any, message: dict[str, Any], _buffers: Any) -> None:
         if "region" in message:
             self.region(message["region"])
+
+
+def in_row(*controls: ipywidgets.Widget) -> ipywidgets.HBox:
+    """Return controls beside each other, in several lines where they need them."""
+    made = ipywidgets.HBox(controls)
+    made.add_class("l4-app-chips")
+    return made
 
 
 def button(

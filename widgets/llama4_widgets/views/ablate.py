@@ -12,7 +12,7 @@ from llama4_lab import edits as E
 from llama4_lab.config import Llama4Config
 from llama4_lab.edits import Edit
 from llama4_widgets.panels import Axis, Content, diverging, sequential
-from llama4_widgets.view import View, button
+from llama4_widgets.view import View, button, in_row
 from llama4_widgets.views.router import add_flips
 from llama4_widgets.words import word_of
 
@@ -382,6 +382,4 @@ class AblateView(View):
 
 def _row(text: str, controls: Sequence[Control], more: Sequence[Any] = ()) -> ipywidgets.Box:
     label = [ipywidgets.Label(text, layout={"width": "110px"})] if text else []
-    row = ipywidgets.HBox([*label, *(control.widget for control in controls), *more])
-    row.add_class("l4-app-chips")
-    return row
+    return in_row(*label, *(control.widget for control in controls), *more)

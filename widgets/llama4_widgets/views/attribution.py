@@ -16,7 +16,7 @@ from llama4_lab.analysis.vision import patches_of
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, diverging
 from llama4_widgets.slices import Work, sliced
-from llama4_widgets.view import View
+from llama4_widgets.view import View, in_row
 from llama4_widgets.views.image import data_url, drawn_pictures
 from llama4_widgets.words import number, token_id, word_of
 
@@ -55,17 +55,8 @@ class AttributionView(View):
         word = ipywidgets.Text(
             description="Word", placeholder="the model's answer", continuous_update=False
         )
-        named = {"method": method, "features": features, "after": after, "word": word}
-        for name, widget in named.items():
-            traitlets.link((self, name), (widget, "value"))
-        row = ipywidgets.HBox([*named.values(), self.work.begin, self.work.stop])
-        row.add_class("l4-app-chips")
-        return [row]
-
-    @traitlets.observe("method", "features", "after", "word")
-    def _redraw(self, _change: Any) -> None:
-        if self.moment is not None:
-            self.refresh()
+        controls = self.linked(method=method, features=features, after=after, word=word)
+        return [in_row(*controls, self.work.begin, self.work.stop)]
 
     def refresh(self) -> None:
         """Draw anew, without the results of another moment."""

@@ -13,7 +13,7 @@ from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.edits import Route
 from llama4_widgets.panels import Content, diverging, sequential
 from llama4_widgets.slices import Work, sliced
-from llama4_widgets.view import View, button
+from llama4_widgets.view import View, button, in_row
 from llama4_widgets.words import word_of
 
 EFFECTS = ("KL from the prediction", "change of its top word")
@@ -38,15 +38,12 @@ class CounterfactualView(View):
     def controls(self) -> list[ipywidgets.Widget]:
         effect = ipywidgets.Dropdown(options=EFFECTS, description="Colour by")
         read = ipywidgets.Dropdown(options=READS, description="Word after")
-        traitlets.link((self, "effect"), (effect, "value"))
-        traitlets.link((self, "read"), (read, "value"))
         self._add = button("", "send it there in all views", self.add_route)
         self.work = Work(self.board, "Run", self._steps, self.refresh)
         self._known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by moment and question
         self.selection.observe(self._name_route, ["token", "layer", "expert"])
-        row = ipywidgets.HBox([effect, read, self._add, self.work.begin, self.work.stop])
-        row.add_class("l4-app-chips")
-        return [row]
+        controls = self.linked(effect=effect, read=read)
+        return [in_row(*controls, self._add, self.work.begin, self.work.stop)]
 
     def add_route(self) -> None:
         """Send the token to the selected expert in the selected layer, in all views."""
@@ -57,11 +54,6 @@ class CounterfactualView(View):
                 self.moment = self.moment.with_edits(self.edits)
         except (ValueError, traitlets.TraitError) as error:
             self.board.problem = str(error)
-
-    @traitlets.observe("effect", "read")
-    def _redraw(self, _change: Any) -> None:
-        if self.moment is not None:
-            self.refresh()
 
     def _name_route(self, _change: Any = None) -> None:
         choice = self.selection

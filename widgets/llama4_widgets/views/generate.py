@@ -13,7 +13,7 @@ from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.generate import sample
 from llama4_lab.trace import trace
 from llama4_widgets.panels import Axis, Content, experts, sequential
-from llama4_widgets.view import View, button
+from llama4_widgets.view import View, button, in_row
 from llama4_widgets.words import visible
 
 _TOP, _MOST = 6, 256  # words that could follow; tokens of one branch
@@ -71,9 +71,7 @@ class GenerateView(View):
             button("Start over", "go back to the prompt", self.restart),
             button("Look at it", "show prompt and new text in all views", self.keep),
         ]
-        row = ipywidgets.HBox([self._play, *buttons, self._temperature, self._at])
-        row.add_class("l4-app-chips")
-        return [row]
+        return [in_row(self._play, *buttons, self._temperature, self._at)]
 
     # ---- writing
 

@@ -16,7 +16,7 @@ from llama4_lab.analysis.decomposition import (
 from llama4_lab.analysis.lens import Lens, logit_lens
 from llama4_lab.config import Llama4Config
 from llama4_widgets.panels import Axis, Content, diverging, sequential
-from llama4_widgets.view import View
+from llama4_widgets.view import View, in_row
 from llama4_widgets.words import number, token_id, word_of
 
 COLOURS = ("top word", "final answer", "change by the edits")
@@ -48,17 +48,7 @@ class LensView(View):
         )
         colour = ipywidgets.Dropdown(options=COLOURS, description="Colour by")
         against = ipywidgets.Checkbox(description="lead over the runner-up", indent=False)
-        traitlets.link((self, "word"), (word, "value"))
-        traitlets.link((self, "colour"), (colour, "value"))
-        traitlets.link((self, "against_runner_up"), (against, "value"))
-        row = ipywidgets.HBox([word, colour, against])
-        row.add_class("l4-app-chips")
-        return [row]
-
-    @traitlets.observe("word", "colour", "against_runner_up")
-    def _redraw(self, _change: Any) -> None:
-        if self.moment is not None:
-            self.refresh()
+        return [in_row(*self.linked(word=word, colour=colour, against_runner_up=against))]
 
     # ---- what is shown
 

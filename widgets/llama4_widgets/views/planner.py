@@ -10,7 +10,7 @@ from llama4_lab.hardware import GPUS
 from llama4_lab.plan import CACHE_BYTES, PRECISIONS, Plan, Roofline
 from llama4_lab.plan_page import reason
 from llama4_widgets.panels import Axis, Content, sequential
-from llama4_widgets.view import View
+from llama4_widgets.view import View, in_row
 
 _CONTEXTS = [2**i for i in range(9, 21)]  # 512 to a million tokens
 _BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -44,9 +44,7 @@ class PlannerView(View):
             widget.style.description_width = "56px"
             widget.layout.width = "330px" if name == "context" else "210px"
             widget.observe(lambda _: self.refresh(), "value")
-        row = ipywidgets.HBox(list(self.choices.values()))
-        row.add_class("l4-app-chips")
-        return [row]
+        return [in_row(*self.choices.values())]
 
     def config(self) -> Llama4Config:
         """Return the sizes of the chosen model."""
