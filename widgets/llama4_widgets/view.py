@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,15 +100,10 @@ class View(ipywidgets.VBox):
     def axes(self) -> dict[str, Axis]:
         """Return the axes that most views share."""
         config = self.moment.model.config
-        count = len(self.moment.words)
         moe = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
-        return {
-            "token": Axis("token", count, "token", labels=self.moment.words),
-            "layer": Axis("layer", config.num_hidden_layers, "layer"),
-            "moe layer": Axis("layer", len(moe), "layer", values=moe),
-            "head": Axis("head", config.num_attention_heads, "head"),
-            "expert": Axis("expert", config.num_local_experts, "expert"),
-        }
+        axes = {name: Axis(name, size, name) for name, size in self.moment.bounds.items()}
+        axes["token"] = replace(axes["token"], labels=self.moment.words)
+        return axes | {"moe layer": Axis("layer", len(moe), "layer", values=moe)}
 
     def linked(self, **controls: Any) -> list[ipywidgets.Widget]:
         """Link controls to the traits of the same names, whose changes are drawn; return them."""
