@@ -25,16 +25,19 @@ _ROUNDING = 1e-6  # nats; what is computed anew in float32 differs by less
 Fits = Callable[[Llama4Config, int], bool]
 
 
+_is_moe, _uses_rope = Llama4Config.is_moe, Llama4Config.uses_rope
+
+
 def _always(_config: Llama4Config, _layer: int) -> bool:
     return True
 
 
-def _is_moe(config: Llama4Config, layer: int) -> bool:
-    return config.is_moe(layer)
+def _is_chunked(config: Llama4Config, layer: int) -> bool:
+    return config.attention_chunk(layer) is not None
 
 
-def _is_dense(config: Llama4Config, layer: int) -> bool:
-    return not config.is_moe(layer)
+def _not(fits: Fits) -> Fits:
+    return lambda config, layer: not fits(config, layer)
 
 
 @dataclass(frozen=True)
@@ -114,22 +117,13 @@ def _switches(config: Llama4Config) -> Iterator[Control]:
     chunk = config.attention_chunk_size or 128
     yield _switch("skip layer", "leave the layer out", E.SkipLayer)
     yield _switch("no attention", "attention adds nothing", E.AblateAttention)
-    yield _switch("no MLP", "the MLP adds nothing", E.AblateMLP, _is_dense)
+    yield _switch("no MLP", "the MLP adds nothing", E.AblateMLP, _not(_is_moe))
     yield _switch("no shared expert", "it adds nothing", E.AblateShared, _is_moe)
-    for on, text, tip in (
-        (False, "NoPE", "turn rotary positions off"),
-        (True, "RoPE", "turn rotary positions on"),
-    ):
-        yield _switch(
-            text, tip, lambda i, on=on: E.Rope(i, on), lambda c, i, on=on: c.uses_rope(i) != on
-        )
-    for size, text in ((None, "no chunks"), (chunk, f"chunks of {chunk}")):
-        yield _switch(
-            text,
-            "attend to the whole past" if size is None else "attend inside chunks only",
-            lambda i, size=size: E.Chunk(i, size),
-            lambda c, i, size=size: (c.attention_chunk(i) is None) != (size is None),
-        )
+    yield _switch("NoPE", "turn rotary positions off", lambda i: E.Rope(i, False), _uses_rope)
+    yield _switch("RoPE", "turn rotary positions on", lambda i: E.Rope(i, True), _not(_uses_rope))
+    yield _switch("no chunks", "attend to the whole past", lambda i: E.Chunk(i, None), _is_chunked)
+    text, tip = f"chunks of {chunk}", "attend inside chunks only"
+    yield _switch(text, tip, lambda i: E.Chunk(i, chunk), _not(_is_chunked))
 
 
 def _sliders(config: Llama4Config) -> Iterator[Control]:
@@ -137,7 +131,7 @@ def _sliders(config: Llama4Config) -> Iterator[Control]:
         ("attention ×", "attn.out", _always),
         ("routed experts ×", "experts.out", _is_moe),
         ("shared expert ×", "shared.out", _is_moe),
-        ("MLP ×", "mlp.out", _is_dense),
+        ("MLP ×", "mlp.out", _not(_is_moe)),
     ):
         yield _slider(
             text,
