@@ -133,6 +133,12 @@ class Moment:
         with self.running_edited():
             return self._known(self._edited, compute, args, options)
 
+    def runs(self, compute: Callable[..., T], *args: Any) -> list[tuple[str, T]]:
+        """Return `clean` and `edited` under these names; without edits the clean one, nameless."""
+        if not self.edits:
+            return [("", self.clean(compute, *args))]
+        return [("clean", self.clean(compute, *args)), ("edited", self.edited(compute, *args))]
+
     @torch.no_grad()
     def _known(
         self, known: dict[Any, Any], compute: Callable[..., T], args: Any, options: Any

@@ -5,7 +5,7 @@ With `explore` and `moment` this is what needs torch here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from llama4_lab.model.attention import visible
 from llama4_lab.model.text import DecoderLayer
 from llama4_lab.prompt import Prompt
 from llama4_lab.trace import trace
+from llama4_widgets.panels import sequential
 
 MOST_CELLS = 1 << 24  # queries × keys of one picture: some 0.2 s on one core
 _ROWS = 16  # at a time: 8 MB at 131,072 keys
@@ -165,3 +166,9 @@ def _fewer(cells: Float[np.ndarray, "r c"], most: int) -> Float[np.ndarray, "row
 def in_decades(share: Shaped[np.ndarray, "*axes"]) -> Float[np.ndarray, "*axes"]:
     """Return the logarithm to base 10 of shares; NaN stays."""
     return np.log10(np.maximum(share, 1e-12))
+
+
+def decades(tokens: int) -> dict[str, Any]:
+    """Return a scale from a tenth of an even share to 1: on a linear one little is seen."""
+    low = -np.ceil(np.log10(tokens)) - 1
+    return sequential(low, 0, "share", "(log scale)") | {"log": True}

@@ -10,8 +10,8 @@ import torch
 from llama4_lab.analysis.attention import Window
 from llama4_lab.edits import AttentionTemperature
 from llama4_lab.model.text import temperature
-from llama4_widgets.panels import Axis, Content, diverging, pack, sequential
-from llama4_widgets.patterns import Layer, glance, in_decades, layer_of, pooled
+from llama4_widgets.panels import Axis, Content, diverging, pack
+from llama4_widgets.patterns import Layer, decades, glance, in_decades, layer_of, pooled
 from llama4_widgets.view import View
 
 _WHOLE = 220_000  # numbers in all, below which every head and row of the layer goes to the browser
@@ -111,13 +111,7 @@ class AttentionView(View):
         """Return the layer of the clean run, and of the edited one if there are edits."""
         size = self.moment.model.config.num_attention_heads * len(self.moment.words) ** 2
         is_whole = size * (5 if self.moment.edits else 2) <= _WHOLE
-        clean = self.moment.clean(layer_of, self.selection.layer, is_whole)
-        if not self.moment.edits:
-            return [("", clean)]
-        return [
-            ("clean", clean),
-            ("edited", self.moment.edited(layer_of, self.selection.layer, is_whole)),
-        ]
+        return self.moment.runs(layer_of, self.selection.layer, is_whole)
 
     def _once(self, key: Any, make: Any) -> Any:
         """Make something of this moment once."""
@@ -127,11 +121,6 @@ class AttentionView(View):
         if key not in known:
             known[key] = make()
         return known[key]
-
-    def _scale(self) -> dict[str, Any]:
-        """From a tenth of an even share to 1, by logarithm: on a linear scale little is seen."""
-        low = -np.ceil(np.log10(len(self.moment.words))) - 1
-        return sequential(low, 0, "share", "(log scale)") | {"log": True}
 
     def _add_strips(self, content: Content, runs: list[tuple[str, Layer]], which: str) -> None:
         words, token = self.moment.words, self.selection.token
@@ -156,7 +145,7 @@ class AttentionView(View):
             if is_part:
                 note += f"; tokens {start} to {stop - 1} of {count}"
             content.add(
-                name, f"Where {whose}{f', {run}' * bool(run)}", None, axes, self._scale(),
+                name, f"Where {whose}{f', {run}' * bool(run)}", None, axes, decades(count),
                 kind="strip", shown=("token",), note=note,
             )  # fmt: skip
         if is_part:
@@ -194,7 +183,7 @@ class AttentionView(View):
             edges = range(0, count, step) if step < count else []
             content.add(
                 name, f"{titles[run]}, {which}", None, both,
-                diverging(max(bound, 1e-3), "share") if run == "change" else self._scale(),
+                diverging(max(bound, 1e-3), "share") if run == "change" else decades(count),
                 shown=("query", "key"), square=True, wide=False, diagonal=True,
                 zoom="map", region=None if tile is None else f"{name} finer",
                 borders=[[i, min(i + step, count)] for i in edges], note=note,
@@ -256,8 +245,8 @@ class AttentionView(View):
             content.array(array := "heads", in_decades(maps), axes)
         some = "" if step == 1 else f"; of one query in {step}"
         content.add(
-            "heads", f"All heads of layer {self.selection.layer}", None, axes, self._scale(),
-            kind="multiples", shown=axes, array=array, wide=False,
+            "heads", f"All heads of layer {self.selection.layer}", None, axes,
+            decades(len(self.moment.words)), kind="multiples", shown=axes, array=array, wide=False,
             note="a click chooses one" + (some if main.pattern is None else ""),
         )  # fmt: skip
         columns = ["head", "distance", "entropy", "sink", "across chunks"]

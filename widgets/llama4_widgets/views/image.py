@@ -14,8 +14,8 @@ from llama4_lab.analysis.routing import routing_of
 from llama4_lab.analysis.vision import Patches, causal_map, masking_effects, patches_of
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
-from llama4_widgets.panels import Axis, Content, diverging, experts, sequential
-from llama4_widgets.patterns import in_decades, layer_of
+from llama4_widgets.panels import Axis, Content, diverging, experts
+from llama4_widgets.patterns import decades, in_decades, layer_of
 from llama4_widgets.slices import Work
 from llama4_widgets.still import png
 from llama4_widgets.view import View
@@ -135,14 +135,8 @@ class ImageView(View):
     ) -> Iterator[tuple[str, str, Any, str]]:
         moment, layer, token = self.moment, self.selection.layer, self.selection.token
         count, heads = len(moment.words), moment.model.config.num_attention_heads
-        low = -np.ceil(np.log10(count)) - 1
-        scale = sequential(low, 0, "share", "(log scale)") | {"log": True}
         is_whole = heads * count**2 <= 1 << 20
-        runs = (
-            {"clean": moment.clean, "edited": moment.edited} if moment.edits else {"": moment.clean}
-        )
-        for run, of in runs.items():
-            found = of(layer_of, layer, is_whole)
+        for run, found in moment.runs(layer_of, layer, is_whole):
             share = np.stack([found.row(head, token)[tokens] for head in range(heads)])
             name = f"attention {run}".strip()
             content.array(name, in_decades(share), ("head", "patch"))
@@ -152,7 +146,7 @@ class ImageView(View):
             yield (
                 name,
                 f"attention in layer {layer} from token {token} ‘{moment.words[token]}’",
-                scale,
+                decades(count),
                 note,
             )
 
