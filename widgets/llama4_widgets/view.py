@@ -87,9 +87,9 @@ class View(ipywidgets.VBox):
                 self.board.summary = summary
 
     @contextmanager
-    def working(self, what: str) -> Iterator[None]:
-        """Say in the view that something is under way, and what went wrong with it."""
-        self.board.busy = f"{what} …"
+    def working(self, what: str = "") -> Iterator[None]:
+        """Say in the view what is under way, if it takes a while, and what went wrong with it."""
+        self.board.busy = what and f"{what} …"
         try:
             yield
         except (ValueError, KeyError, RuntimeError, OSError, traitlets.TraitError) as error:

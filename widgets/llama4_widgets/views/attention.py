@@ -64,7 +64,7 @@ class AttentionView(View):
         is_whole = main.pattern is not None
         self._pooling.layout.display = "none" if is_whole else ""
         which = f"layer {self.selection.layer}" + ("" if is_whole else f", head {self._head}")
-        self._add_strips(content, runs, which)
+        self._add_strips(content, runs)
         self._add_maps(content, runs, which)
         self._add_heads(content, runs)
         if not main.uses_rope:
@@ -89,17 +89,12 @@ class AttentionView(View):
         )
         self._window = count, queries, keys
         arrays, notes = {}, {}
-        try:
-            self.board.busy = "reading the region …" if count > 16_384 else ""
+        with self.working("reading the region" * (count > 16_384)):
             for name, values, tile, note in self._maps(self._runs(), queries, keys):
                 packed = pack(values)
                 arrays[f"{name} finer"] = packed | {"axes": ["query", "key"], "tile": tile}
                 notes[name] = note
-        except (ValueError, RuntimeError) as error:
-            self.board.problem = str(error)
-        finally:
-            self.board.busy = ""
-            self.board.answer(wish["panel"], arrays, notes)
+        self.board.answer(wish["panel"], arrays, notes)
 
     # ---- what is shown of which run
 
@@ -122,7 +117,7 @@ class AttentionView(View):
             known[key] = make()
         return known[key]
 
-    def _add_strips(self, content: Content, runs: list[tuple[str, Layer]], which: str) -> None:
+    def _add_strips(self, content: Content, runs: list[tuple[str, Layer]]) -> None:
         words, token = self.moment.words, self.selection.token
         count = len(words)
         start = 0 if count <= _LINE else max(0, token - _AROUND)

@@ -48,12 +48,10 @@ class CounterfactualView(View):
     def add_route(self) -> None:
         """Send the token to the selected expert in the selected layer, in all views."""
         route = Route(self.selection.layer, self.selection.token, self.selection.expert)
-        try:
+        with self.working():
             self.edits = (*self.moment.edits, route)
             if not self.is_led:
                 self.moment = self.moment.with_edits(self.edits)
-        except (ValueError, traitlets.TraitError) as error:
-            self.board.problem = str(error)
 
     def _name_route(self, _change: Any = None) -> None:
         choice = self.selection
