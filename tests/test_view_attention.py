@@ -100,7 +100,6 @@ def test_a_long_prompt_is_pooled_and_its_row_exact(model, moment, is_long, monke
     monkeypatch.setattr(AttentionView, "_side", 16)
     view._pooling.value = how
     view.selection.token = 134
-    view._known = (None, {})
     view.refresh()
     block = -(-len(moment.tokens) // 16)
     whole = tiles(q, k, chunk, block=(block, block))

@@ -37,7 +37,7 @@ class Moment:
         >>> moment.clean(routing_of).expert.shape                       # doctest: +SKIP
 
     `pictures` are the pictures of the prompt as given, `boxes` (left, top, right, bottom, name) of
-    what they show, where that is known.
+    what they show, where that is known. `kept` is for what views computed of it, by question.
 
     Raises:
         ValueError: a prompt of several rows, or edits that model or prompt cannot have.
@@ -62,6 +62,7 @@ class Moment:
         check(self.edits, model.config, len(self.tokens))
         self._clean: dict[Any, Any] = {}
         self._edited: dict[Any, Any] = {}
+        self.kept: dict[Any, Any] = {}
 
     def with_edits(self, edits: Sequence[Edit]) -> "Moment":
         """Return the same moment with other edits; what is known of the clean run stays."""
@@ -145,6 +146,10 @@ class Moment:
     ) -> T:
         key = (compute, args, tuple(sorted(options.items())))
         return self._once(known, key, lambda: compute(self.model, self.prompt, *args, **options))
+
+    def once(self, question: Any, make: Callable[[], T]) -> T:
+        """Return what was `kept` under a question, or is made now and kept."""
+        return self._once(self.kept, question, make)
 
     def _once(self, known: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
         with self.computing():

@@ -35,7 +35,6 @@ class AttentionView(View):
     _side = 256  # cells of a map, at most
 
     def controls(self) -> list[ipywidgets.Widget]:
-        self._known: tuple[Any, dict[Any, Any]] = (None, {})
         self._window: tuple[int, Window, Window] | None = None  # tokens in all, queries, keys
         self._layer = ipywidgets.Dropdown(description="Layer", layout={"width": "220px"})
         self._layer.observe(self._choose_layer, "value")
@@ -108,15 +107,6 @@ class AttentionView(View):
         is_whole = size * (5 if self.moment.edits else 2) <= _WHOLE
         return self.moment.runs(layer_of, self.selection.layer, is_whole)
 
-    def _once(self, key: Any, make: Any) -> Any:
-        """Make something of this moment once."""
-        if self._known[0] is not self.moment:
-            self._known = (self.moment, {})
-        known = self._known[1]
-        if key not in known:
-            known[key] = make()
-        return known[key]
-
     def _add_strips(self, content: Content, runs: list[tuple[str, Layer]]) -> None:
         words, token = self.moment.words, self.selection.token
         count = len(words)
@@ -166,9 +156,9 @@ class AttentionView(View):
                 found.append(("map change", _difference(*shares), None, found[-1][3]))
             both = ("head", *both)
         else:
-            key = (self.selection.layer, self._head, self._pooling.value)
+            question = ("maps", self.selection.layer, self._head, self._pooling.value, self._side)
             whole = (0, count), (0, count)
-            found = self._once(key, partial(self._maps, runs, *whole))
+            found = self.moment.once(question, partial(self._maps, runs, *whole))
         for name, values, tile, note in found:
             run = name[4:]
             content.array(name, values, both, **(tile or {}))
@@ -197,11 +187,8 @@ class AttentionView(View):
         for run, layer in runs:
             assert layer.kept is not None
             cells, block, is_all = pooled(layer.kept, self._head, queries, keys, side, how)
-            ends = [
-                window[0] + n * size
-                for window, n, size in zip((queries, keys), cells.shape, block, strict=True)
-            ]
-            tile = {"y": (queries[0], ends[0]), "x": (keys[0], ends[1])}
+            sides = zip("yx", (queries, keys), cells.shape, block, strict=True)
+            tile = {axis: (begin, begin + n * size) for axis, (begin, _), n, size in sides}
             name = "largest" if how == "max" else "mean"
             note = f"a cell is the {name} of {block[0]} × {block[1]} queries × keys"
             if not is_all:
@@ -225,12 +212,10 @@ class AttentionView(View):
         config = self.moment.model.config
         count = config.num_attention_heads
         side = max(16, min(64, int((_THUMBS / count) ** 0.5)))
+        border = config.attention_chunk_size
         glances = [
-            self._once(
-                ("heads", run, self.selection.layer),
-                partial(glance, layer, config.attention_chunk_size, side),
-            )
-            for run, layer in runs
+            self.moment.once((glance, layer, side), partial(glance, layer, border, side))
+            for _, layer in runs
         ]
         maps, averages, step = glances[-1]
         main = runs[-1][1]

@@ -47,7 +47,6 @@ class AttributionView(View):
     word = traitlets.Unicode(help="the answer to explain; empty: the model's own")
 
     def controls(self) -> list[ipywidgets.Widget]:
-        self._found: dict[Any, Attribution] = {}  # by question, of this moment
         self.work = Work(self.board, "Run", self._steps, self.refresh)
         method = ipywidgets.Dropdown(options=METHODS, description="Method")
         features = ipywidgets.Dropdown(options=tuple(FEATURES), description="Parts")
@@ -59,10 +58,9 @@ class AttributionView(View):
         return [in_row(*controls, self.work.begin, self.work.stop)]
 
     def refresh(self) -> None:
-        """Draw anew, without the results of another moment."""
+        """Draw anew; what is under way for another moment stops."""
         if getattr(self, "_asked", None) is not self.moment:
             self._asked = self.moment
-            self._found.clear()
             self.work.cancel()
         super().refresh()
 
@@ -91,9 +89,7 @@ class AttributionView(View):
 
                 return attribute(replace(features, value=value), method)
 
-            found = yield from sliced(work)
-            if self.moment is moment:
-                self._found[(*question, is_edited)] = found
+            moment.kept[(*question, is_edited)] = yield from sliced(work)
 
     def _target(self) -> Target:
         """Return which word after which position is explained."""
@@ -109,8 +105,9 @@ class AttributionView(View):
 
     def _results(self) -> list[Attribution]:
         """Return the clean result, then the edited one, as far as they are known."""
-        keys = [(*self._question(), is_edited) for is_edited in (False, True)]
-        return [self._found[key] for key in keys if key in self._found]
+        kept, question = self.moment.kept, self._question()
+        keys = [(*question, is_edited) for is_edited in (False, True)]
+        return [kept[key] for key in keys if key in kept]
 
     # ---- what is shown
 

@@ -1,8 +1,8 @@
 """What would a token have led to, had the router sent it to another expert?"""
 
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import ipywidgets
 import numpy as np
@@ -40,7 +40,6 @@ class CounterfactualView(View):
         read = ipywidgets.Dropdown(options=READS, description="Word after")
         self._add = button("", "send it there in all views", self.add_route)
         self.work = Work(self.board, "Run", self._steps, self.refresh)
-        self._known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by moment and question
         self.selection.observe(self._name_route, ["token", "layer", "expert"])
         controls = self.linked(effect=effect, read=read)
         return [in_row(*controls, self._add, self.work.begin, self.work.stop)]
@@ -80,14 +79,15 @@ class CounterfactualView(View):
 
     def _found(self) -> Counterfactual | None:
         """Return the effects, or nothing while they wait for the button."""
-        token, read = question = self._question()
-        moment, known = self.moment, self._known.setdefault(self.moment, {})
+        moment, (token, read) = self.moment, self._question()
         is_long = self._runs() * (len(moment.words) - token) > _AT_ONCE
         for each in (self.work.begin, self.work.stop):
             each.layout.display = "" if is_long else "none"
-        if not is_long and question not in known:
-            known[question] = counterfactual(moment.replay, token, read=read, edits=moment.edits)
-        return known.get(question)
+        question = counterfactual, token, read
+        if is_long:
+            return moment.kept.get(question)
+        compute = partial(counterfactual, moment.replay, token, read=read, edits=moment.edits)
+        return moment.once(question, compute)
 
     def _steps(self) -> Generator[str, None, None]:
         """Compute what is too long to be computed at every click."""
@@ -101,8 +101,7 @@ class CounterfactualView(View):
                 moment.replay, token, read=read, edits=moment.edits, on_run=on_run
             )
 
-        found = yield from sliced(work)
-        self._known.setdefault(moment, {})[token, read] = found
+        moment.kept[counterfactual, token, read] = yield from sliced(work)
 
     # ---- what is shown
 
