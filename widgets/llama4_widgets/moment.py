@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 
 from llama4_lab.analysis.routing import routing_in, routing_of
 from llama4_lab.edits import Edit, check, edited
@@ -21,12 +22,13 @@ from llama4_lab.experts import probe
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 from llama4_lab.replay import Edited, Replay
-from llama4_widgets.words import visible
+from llama4_widgets.words import visible, word_of
 
 T = TypeVar("T")
 _TURN = threading.RLock()
 _SHORT = 512  # tokens; runs of fewer gain less from a second thread than the browser loses
 _REST = 1.0  # seconds in which nobody asked for compiled experts
+_TOP = 6  # words that could follow
 _READ: dict[Any, Any] = {routing_of: routing_in}  # what the runs that are there know already
 
 
@@ -82,6 +84,21 @@ class Moment:
             "head": config.num_attention_heads,
             "expert": config.num_local_experts,
         }
+
+    def word(self, idx: int) -> str:
+        """Return a token of the vocabulary as views show it; without a tokenizer, its number."""
+        return word_of(self.model.tokenizer, idx)
+
+    def likeliest(self, *probabilities: Float[torch.Tensor, " v"], by: int = 0) -> list[list[Any]]:
+        """Return the words that are likeliest in any of some distributions, with their per cent.
+
+        Args:
+            by: which distribution orders them.
+        """
+        highest = torch.stack([each.to(probabilities[0].device) for each in probabilities]).amax(0)
+        ids = highest.topk(_TOP).indices.tolist()
+        ids.sort(key=lambda i: -float(probabilities[by][i]))
+        return [[self.word(i), *(round(100 * float(p[i]), 1) for p in probabilities)] for i in ids]
 
     @cached_property
     def replay(self) -> Replay:

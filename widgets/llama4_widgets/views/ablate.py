@@ -14,9 +14,7 @@ from llama4_lab.edits import Edit
 from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.views.router import add_flips
-from llama4_widgets.words import word_of
 
-_TOP = 6  # words that could follow
 _STRENGTH = [round(0.1 * i, 1) for i in range(31)]
 _WARMTH = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]
 _SCALES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0]
@@ -350,16 +348,7 @@ class AblateView(View):
         clean = self.moment.replay.logits[token].softmax(-1)
         own = slice(token - run.first, token - run.first + 1)
         edited = run.logits_of(own)[0].softmax(-1) if token >= run.first else clean
-        ids = clean.maximum(edited).topk(_TOP).indices
-        tokenizer = self.moment.model.tokenizer
-        return [
-            [
-                word_of(tokenizer, i),
-                round(100 * float(clean[i]), 1),
-                round(100 * float(edited[i]), 1),
-            ]
-            for i in sorted(ids.tolist(), key=lambda i: -float(edited[i]))
-        ]
+        return self.moment.likeliest(clean, edited, by=1)
 
     def summary(self) -> str:
         if not self.moment.edits:

@@ -18,7 +18,7 @@ from llama4_widgets.panels import Axis, Content, diverging
 from llama4_widgets.slices import Work, sliced
 from llama4_widgets.view import View, in_row
 from llama4_widgets.views.image import data_url, drawn_pictures
-from llama4_widgets.words import number, token_id, word_of
+from llama4_widgets.words import number, token_id
 
 METHODS = ("integrated_gradients", "feature_ablation", "shapley_sampling")
 FEATURES: dict[str, Callable[..., Features]] = {
@@ -176,8 +176,7 @@ class AttributionView(View):
     def summary(self) -> str:
         target = self._target()
         assert target.token is not None
-        word = word_of(self.moment.model.tokenizer, target.token)
-        asked = f"‘{word}’ after token {target.position}"
+        asked = f"‘{self.moment.word(target.token)}’ after token {target.position}"
         found = self._results()
         if not found:
             return f"{asked}, by {self.features} and {self.method}: press Run, it takes seconds."

@@ -14,7 +14,6 @@ from llama4_lab.edits import Route
 from llama4_widgets.panels import Content, diverging, sequential
 from llama4_widgets.slices import Work, sliced
 from llama4_widgets.view import View, button, in_row
-from llama4_widgets.words import word_of
 
 EFFECTS = ("KL from the prediction", "change of its top word")
 READS = ("last token", "selected token")
@@ -112,7 +111,7 @@ class CounterfactualView(View):
         found = self._found()
         if found is None:
             return Content()
-        word = self._word(int(found.clean.argmax()))
+        word = self.moment.word(int(found.clean.argmax()))
         where = f"after token {found.read}"
         change = found.change(int(found.clean.argmax()))
         effects = {
@@ -131,7 +130,10 @@ class CounterfactualView(View):
             values, both, scale, marks="choice", note=f"{said} {where}; ring: the router's choice",
         )  # fmt: skip
         texts = [
-            [("● " if mine else "") + self._word(int(top)) for top, mine in zip(*row, strict=True)]
+            [
+                ("● " if mine else "") + self.moment.word(int(top))
+                for top, mine in zip(*row, strict=True)
+            ]
             for row in zip(found.top, found.is_choice, strict=True)
         ]
         content.add(
@@ -147,15 +149,12 @@ class CounterfactualView(View):
             return f"{self._runs()} runs of {tokens} tokens in all take a while: press Run."
         kl = found.kl
         row, expert = np.unravel_index(int(kl.argmax()), kl.shape)
-        word = self._word(int(found.clean.argmax()))
+        word = self.moment.word(int(found.clean.argmax()))
         other = int((found.top != found.clean.argmax()).sum())
         return (
             f"Of {kl.size} ways to send token {found.token} ‘{self.moment.words[found.token]}’, "
             f"{other} would change the word after token {found.read} from ‘{word}’. Strongest: "
             f"expert {expert} in layer {found.layers[int(row)]}, KL {kl.max():.3g} nats, then "
-            f"‘{self._word(int(found.top[row, expert]))}’"
+            f"‘{self.moment.word(int(found.top[row, expert]))}’"
             + (", all with the edits." if self.moment.edits else ".")
         )
-
-    def _word(self, idx: int) -> str:
-        return word_of(self.moment.model.tokenizer, idx)

@@ -13,9 +13,7 @@ from llama4_widgets.panels import Content, sequential
 from llama4_widgets.selection import Selection
 from llama4_widgets.view import View
 from llama4_widgets.views.router import add_flips, flips
-from llama4_widgets.words import word_of
 
-_TOP = 6  # words that could follow
 _AT_ONCE = 256  # tokens
 
 
@@ -87,20 +85,12 @@ class DifferenceView(View):
         if places[0] != places[1] or self.moment.words[places[0]] != self.other.words[places[1]]:
             title += f" and token {places[1]} ‘{self.other.words[places[1]]}’"
         if _is_same_vocabulary(self.moment, self.other):
-            ids = sides[0].maximum(sides[1].to(sides[0].device)).topk(_TOP).indices.tolist()
-            rows = [
-                [
-                    word_of(self.moment.model.tokenizer, i),
-                    *(round(100 * float(side[i]), 1) for side in sides),
-                ]
-                for i in sorted(ids, key=lambda i: -float(sides[0][i]))
-            ]
             heads = ["next token", "this (%)", "beside (%)"]
+            rows = self.moment.likeliest(*sides)
         else:
             heads = ["this", "this (%)", "beside", "beside (%)"]
-            rows = [
-                _top(self.moment, sides[0], k) + _top(self.other, sides[1], k) for k in range(_TOP)
-            ]
+            both = self.moment.likeliest(sides[0]), self.other.likeliest(sides[1])
+            rows = [mine + theirs for mine, theirs in zip(*both, strict=True)]
         content.table("answers", title, heads, rows, wide=False)
 
     def summary(self) -> str:
@@ -130,8 +120,7 @@ def _is_same_vocabulary(mine: Moment, other: Moment) -> bool:
         return True
     sizes = {side.model.config.vocab_size for side in (mine, other)}
     sample = range(0, min(sizes), max(1, min(sizes) // 512))
-    one, two = (side.model.tokenizer for side in (mine, other))
-    return len(sizes) == 1 and all(word_of(one, i) == word_of(two, i) for i in sample)
+    return len(sizes) == 1 and all(mine.word(i) == other.word(i) for i in sample)
 
 
 def _is_same_routing(mine: Moment, other: Moment) -> bool:
@@ -157,8 +146,3 @@ def _kl(first: Moment, second: Moment) -> Float[np.ndarray, " n"]:
         p, q = (part.float().log_softmax(-1) for part in (ours, theirs.to(ours.device)))
         found.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
     return torch.cat(found).cpu().numpy()
-
-
-def _top(moment: Moment, probability: Float[Tensor, " v"], rank: int) -> list[Any]:
-    idx = int(probability.topk(rank + 1).indices[-1])
-    return [word_of(moment.model.tokenizer, idx), round(100 * float(probability[idx]), 1)]

@@ -14,9 +14,8 @@ from llama4_lab.generate import sample
 from llama4_lab.trace import trace
 from llama4_widgets.panels import Axis, Content, experts, sequential
 from llama4_widgets.view import View, button, in_row
-from llama4_widgets.words import visible
 
-_TOP, _MOST = 6, 256  # words that could follow; tokens of one branch
+_MOST = 256  # tokens of one branch
 
 
 @dataclass(frozen=True)
@@ -162,8 +161,7 @@ class GenerateView(View):
     # ---- what is shown
 
     def content(self) -> Content:
-        spell = self.moment.model.tokenizer.token_text
-        words = [visible(spell(one.id)) for one in self.written]
+        words = [self.moment.word(one.id) for one in self.written]
         self._at.max = len(words)
         layers = moe_layers(self.moment.model)
         content = Content(self.axes())
@@ -182,15 +180,9 @@ class GenerateView(View):
             experts(self.moment.model.config.num_local_experts),
             note="of the token before each new one",
         )  # fmt: skip
-        likely = self.following.topk(_TOP)
-        content.table(
-            "following", "What could stand at the last place", ["token", "%"],
-            [
-                [visible(spell(i)), round(100 * p, 1)]
-                for p, i in zip(likely.values.tolist(), likely.indices.tolist(), strict=True)
-            ],
-            wide=False,
-        )  # fmt: skip
+        rows = self.moment.likeliest(self.following)
+        title = "What could stand at the last place"
+        content.table("following", title, ["token", "%"], rows, wide=False)
         if self.branches:
             rows = [[text[-120:]] for text in self.branches]
             content.table("branches", "Branches left", ["new text"], rows, wide=False)

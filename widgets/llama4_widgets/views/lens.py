@@ -17,7 +17,7 @@ from llama4_lab.analysis.lens import Lens, logit_lens
 from llama4_lab.config import Llama4Config
 from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View, in_row
-from llama4_widgets.words import number, token_id, word_of
+from llama4_widgets.words import number, token_id
 
 COLOURS = ("top word", "final answer", "change by the edits")
 _CELLS = 8192  # words of one update
@@ -99,7 +99,7 @@ class LensView(View):
         _, edited = self._lenses()
         token, column = self.selection.token, self._column(edited)
         _, (*_, mine) = self._of_word(edited)
-        answer = self._word(int(edited.top_token[-1, column, 0]))
+        answer = self.moment.word(int(edited.top_token[-1, column, 0]))
         same = edited.top_token[:, column, 0] == edited.top_token[-1, column, 0]
         since = len(same) - int(np.argmin(same[::-1])) if not same.all() else 0
         text = (
@@ -150,7 +150,7 @@ class LensView(View):
     def _texts(self, clean: Lens, edited: Lens) -> list[list[str]]:
         """Say the top words, marked where they are the last row's, with the clean one if other."""
         ids = {int(i) for lens in (clean, edited) for i in np.unique(lens.top_token[..., 0])}
-        words = {i: self._word(i) for i in ids}
+        words = {i: self.moment.word(i) for i in ids}
 
         def text(mine: int, last: int, theirs: int) -> str:
             said = ("● " if mine == last else "") + words[mine]
@@ -162,11 +162,8 @@ class LensView(View):
             for row, others in zip(mine, theirs, strict=True)
         ]
 
-    def _word(self, idx: int) -> str:
-        return word_of(self.moment.model.tokenizer, idx)
-
     def _quoted(self, idx: int) -> str:
-        return f"‘{self._word(idx)}’"
+        return f"‘{self.moment.word(idx)}’"
 
     # ---- sums
 
