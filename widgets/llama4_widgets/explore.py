@@ -60,7 +60,8 @@ class RouterExplorer(RouterView):
         self._field.observe(self._type, "value")
         moment = self._moment_of(text)
         super().__init__(moment, text=text)
-        self.selection.observe(self._take, ["layer", "token"])
+        for name in ("layer", "token"):
+            traitlets.link((self, name), (self.selection, name))
         self.layer = self.routing.layers[0]
         self.token = min(1, len(moment.tokens) - 1)  # what stands behind begin-of-text
 
@@ -111,13 +112,6 @@ class RouterExplorer(RouterView):
     def _check_token(self, proposal: Any) -> int:
         with _explained():
             return self.routing.position(proposal["value"])
-
-    @traitlets.observe("layer", "token")
-    def _choose(self, change: Any) -> None:
-        setattr(self.selection, change["name"], change["new"])
-
-    def _take(self, change: Any) -> None:
-        setattr(self, change["name"], change["new"])
 
 
 @contextmanager
