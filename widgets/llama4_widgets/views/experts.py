@@ -124,24 +124,17 @@ class ExpertsView(View):
 
     def _add_tokens(self, content: Content, routing: Routing) -> None:
         layer, expert = self._layer(routing), self.selection.expert
-        row = routing.layers.index(layer)
-        words = self.moment.words
-        taken = [i for i in range(len(words)) if expert in routing.expert[row, i]]
+        row, words = routing.row(layer), self.moment.words
+        taken = np.argwhere(routing.expert[row] == expert).tolist()  # tokens and their choice
         content.table(
             "tokens",
             f"Tokens of expert {expert} in layer {layer}",
             ["token", "score", "in context"],
             [
-                [
-                    words[i],
-                    round(
-                        float(routing.score[row, i, list(routing.expert[row, i]).index(expert)]), 2
-                    ),
-                    _context(words, i),
-                ]
-                for i in taken[:_MOST]
+                [words[i], round(float(routing.score[row, i, k]), 2), _context(words, i)]
+                for i, k in taken[:_MOST]
             ],
-            [{"token": i} for i in taken[:_MOST]],
+            [{"token": i} for i, _ in taken[:_MOST]],
             wide=False,
             note=f"{len(taken)} of {len(words)}" + f", the first {_MOST}" * (len(taken) > _MOST),
         )
@@ -183,7 +176,7 @@ class ExpertsView(View):
         routing = self.moment.edited(routing_of)
         layer = self.selection.layer
         dense = f"Layer {layer} is dense: it has no experts. " * (layer not in routing.layers)
-        row = routing.layers.index(self._layer(routing))
+        row = routing.row(self._layer(routing))
         load = routing.load[row]
         return (
             f"{dense}Layer {routing.layers[row]}: expert {load.argmax()} takes most, "
