@@ -28,7 +28,7 @@ _NONE = (
     "app.run('What colour is the circle?', [picture])"
 )
 
-
+Overlay = tuple[str, str, Any, str]  # the name of its array, title, scale and note
 _BARE = {"kind": "category", "unit": "", "colours": [], "inks": []}
 
 
@@ -75,29 +75,20 @@ class ImageView(View):
             *(drawn_pictures(moment.prompt, one) for one in pictures), strict=True
         )
         share = 1 / min(len(pictures), 5) if len(pictures) > 1 else None
-
-        def add(array: str, title: str, scale: Any, note: str, i: int, is_global: bool) -> None:
+        looks = [each for each in overlays if each[0].startswith("attention")][-1]
+        drawn = [(overlay, i, False) for overlay in overlays for i in range(len(pictures))]
+        drawn += [(looks, i, True) for i, one in enumerate(pictures) if one.layout.num_tiles > 1]
+        for (array, title, scale, note), i, is_global in drawn:
             one = pictures[i]
             place = starts[i] + np.arange(one.position.size).reshape(one.position.shape)
             place = place[-1] if is_global else one.stitch(place)
-            name = (
-                f"Picture {i}" if len(pictures) > 1 else "Picture"
-            ) + ", global tile" * is_global
+            name = "Picture" + f" {i}" * (len(pictures) > 1) + ", global tile" * is_global
             where = self._place(one, place, i, is_global, array == "bare")
             content.add(
                 f"{array} {i}" + " global" * is_global, f"{name}: {title}", None, ("patch",), scale,
                 kind="picture", array=array, wide=False, note=note, share=share, opacity=0.55,
                 source=data_url((wholes if is_global else canvases)[i], room), **where,
             )  # fmt: skip
-
-        for array, title, scale, note in overlays:
-            for i in range(len(pictures)):
-                add(array, title, scale, note, i, False)
-        looks = [each for each in overlays if each[0].startswith("attention")][-1]
-        for i, one in enumerate(pictures):
-            if one.layout.num_tiles > 1:
-                array, title, scale, note = looks
-                add(array, title, scale, note, i, True)
         return content
 
     def summary(self) -> str:
@@ -120,9 +111,9 @@ class ImageView(View):
         kind = "a special token" if word.startswith("<|") else "text"
         return f"{said}; token {token} ‘{word}’ is {kind}"
 
-    # ---- what lies over the pictures: name of the array, title, scale, note
+    # ---- what lies over the pictures
 
-    def _experts(self, content: Content, tokens: np.ndarray) -> Iterator[tuple[str, str, Any, str]]:
+    def _experts(self, content: Content, tokens: np.ndarray) -> Iterator[Overlay]:
         routing, layer = self.moment.edited(routing_of), self.selection.layer
         if layer in routing.layers:
             chosen = routing.expert[routing.row(layer), tokens, 0]
@@ -130,9 +121,7 @@ class ImageView(View):
             scale = experts(routing.num_experts)
             yield "expert", f"expert in layer {layer}", scale, "of the strongest score"
 
-    def _attention(
-        self, content: Content, tokens: np.ndarray
-    ) -> Iterator[tuple[str, str, Any, str]]:
+    def _attention(self, content: Content, tokens: np.ndarray) -> Iterator[Overlay]:
         moment, layer, token = self.moment, self.selection.layer, self.selection.token
         count, heads = len(moment.words), moment.model.config.num_attention_heads
         is_whole = heads * count**2 <= 1 << 20
@@ -143,16 +132,12 @@ class ImageView(View):
             note = f"of the selected head{f', {run}' * bool(run)}"
             if np.isnan(share).all():
                 note = "none of it is in sight: it comes later, or lies in another chunk"
-            yield (
-                name,
-                f"attention in layer {layer} from token {token} ‘{moment.words[token]}’",
-                decades(count),
-                note,
-            )
+            title = f"attention in layer {layer} from token {token} ‘{moment.words[token]}’"
+            yield name, title, decades(count), note
 
     def _effects(
         self, content: Content, tokens: np.ndarray, pictures: list[Patches]
-    ) -> Iterator[tuple[str, str, Any, str]]:
+    ) -> Iterator[Overlay]:
         if not self._maps:
             return
         values = np.full(len(tokens), np.nan)
