@@ -220,12 +220,8 @@ class LensView(View):
             bound = max(bound, float(np.abs(together).max()))
         if self.moment.edits and found[0].residual > _ROUNDING:
             rows.append(["edits of the stream itself", *map(_by_edits, found)])
-        rows.append(
-            [
-                "all: the model's own number",
-                *(number(one.total, ".4f") for one in found),
-            ]
-        )
+        totals = [number(one.total, ".4f") for one in found]
+        rows.append(["all: the model's own number", *totals])
         choices += [None] * (len(rows) - len(choices))
         heads = ["logits"] if len(found) == 1 else ["edited (logits)", "clean (logits)"]
         content.table(
