@@ -262,12 +262,12 @@ class LabApp(ipywidgets.VBox):
     def _show_views(self, _change: Any = None) -> None:
         for name in self.shown:
             if name not in self.views:
-                self.views[name] = VIEWS[name](self.moment, self.selection, is_shown=False)
-                if self.views[name].has_trait("edits"):
-                    self.views[name].is_led = True
-                    traitlets.link((self, "edits"), (self.views[name], "edits"))
-                if self.views[name].has_trait("kept"):
-                    self.views[name].observe(self._keep, "kept")
+                view = self.views[name] = VIEWS[name](self.moment, self.selection, is_shown=False)
+                if view.has_trait("edits"):
+                    view.is_led = True
+                    traitlets.link((self, "edits"), (view, "edits"))
+                if view.has_trait("kept"):
+                    view.observe(self._keep, "kept")
             if self.difference and name not in (*self.beside, *_ONCE):
                 self.beside[name] = VIEWS[name](self.difference.other, self._mirror)
         # The one with the most controls first: they reach the page while the model runs.
@@ -283,16 +283,15 @@ class LabApp(ipywidgets.VBox):
         if self.difference is None:
             return [self.views[name] for name in self.shown]
         cells: list[ipywidgets.Widget] = [self.difference]
+        told = self._told()
         for name in self.shown:
             if name not in self.beside:
                 cells.append(self.views[name])
                 continue
-            self.beside[name].board.title = f"{VIEWS[name].title}, beside: {self._told()}"
+            self.beside[name].board.title = f"{VIEWS[name].title}, beside: {told}"
+            two = ("this run", self.views[name]), (told, self.beside[name])
             pair = ipywidgets.Box(
-                [
-                    ipywidgets.VBox([ipywidgets.Label("this run"), self.views[name]]),
-                    ipywidgets.VBox([ipywidgets.Label(self._told()), self.beside[name]]),
-                ]
+                [ipywidgets.VBox([ipywidgets.Label(whose), view]) for whose, view in two]
             )
             pair.add_class("l4-app-pair")
             cells.append(pair)
