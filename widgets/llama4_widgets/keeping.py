@@ -54,8 +54,8 @@ def model_facts(model: Llama4) -> dict[str, str]:
 
     Experts that stay on disk are not read for it, and `of` says so.
     """
-    tensors = {weight.data_ptr(): name for name, weight in model.state_dict().items()}  # tied: one
-    weights = {name: model.state_dict()[name] for name in tensors.values()}
+    named = {weight.data_ptr(): (name, weight) for name, weight in model.state_dict().items()}
+    weights = dict(named.values())  # tied ones once
     total = sum(weight.numel() for weight in weights.values())
     step = -(-total // _HASHED)
     digest = hashlib.sha256()
