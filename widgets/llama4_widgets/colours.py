@@ -1,5 +1,7 @@
 """One colour for each expert, for colour-blind eyes too; its number stands beside it everywhere."""
 
+from PIL import ImageColor
+
 PALETTE = (
     *("#6c9cfc", "#fccc18", "#a83c00", "#3cf0fc", "#909c00", "#fc909c", "#6c3ca8", "#0c7878"),
     *("#b46cb4", "#00c0d8", "#b4e49c", "#cc786c", "#a86c00", "#6c6cd8", "#c0b454", "#c03c6c"),
@@ -19,7 +21,7 @@ def ink(background: str) -> str:
     >>> ink("#fccc18"), ink("#6c3ca8")
     ('#000000', '#ffffff')
     """
-    red, green, blue = (_linear(int(background[i : i + 2], 16) / 255) for i in (1, 3, 5))
+    red, green, blue = (_linear(channel / 255) for channel in ImageColor.getrgb(background))
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # WCAG 2, relative luminance
     return "#000000" if luminance > 0.179 else "#ffffff"
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from llama4_widgets.colours import PALETTE, ink
+from llama4_widgets.colours import colour, ink
 
 _EXACT = 8192  # numbers; larger arrays are sent in 254 steps
 _WHOLE = 16_384  # numbers; larger arrays that are `paged` are sent in parts
@@ -164,8 +164,8 @@ def pack(values: Shaped[np.ndarray, "..."]) -> dict[str, Any]:
 
 def experts(count: int) -> dict[str, Any]:
     """Return the colours of experts, with their numbers as a legend."""
-    colours = [PALETTE[i % len(PALETTE)] for i in range(count)]
-    inks = [ink(colour) for colour in colours]
+    colours = [colour(i) for i in range(count)]
+    inks = list(map(ink, colours))
     return {"kind": "category", "unit": "expert", "colours": colours, "inks": inks}
 
 

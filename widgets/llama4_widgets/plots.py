@@ -2,7 +2,7 @@
 
 import html
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,13 +136,11 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
         drawn.add_shape(**frame, line={"color": "black", "width": 3}, row=row, col=1)
 
 
-def _colorscale(scale: Mapping[str, Any]) -> list[tuple[float, str]]:
-    if scale["kind"] == "category":
-        colours = scale["colours"]
-        edges = [(i + end) / len(colours) for i in range(len(colours)) for end in (0, 1)]
-        return [(edge, colours[i // 2]) for i, edge in enumerate(edges)]
-    colours = stops(scale)
-    return [(i / (len(colours) - 1), colour) for i, colour in enumerate(colours)]
+def _colorscale(scale: Mapping[str, Any]) -> Sequence[Any]:
+    if scale["kind"] != "category":
+        return stops(scale)
+    colours = scale["colours"]
+    return [((i + end) / len(colours), c) for i, c in enumerate(colours) for end in (0, 1)]
 
 
 def _add_bars(drawn: go.Figure, row: int, content: Content, panel: Any, selection: Any) -> None:

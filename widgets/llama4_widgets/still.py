@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from llama4_widgets.colours import ink
 from llama4_widgets.panels import Content
@@ -146,11 +146,11 @@ def _pixels(values: np.ndarray, scale: Mapping[str, Any]) -> np.ndarray:
     nothing = ~np.isfinite(values)
     filled = np.where(nothing, 0, values)
     if scale["kind"] == "category":
-        table = np.array([_rgb(colour) for colour in scale["colours"]])
+        table = np.array(list(map(ImageColor.getrgb, scale["colours"])))
         found = table[filled.astype(int) % len(table)]
         nothing |= filled < 0
     else:
-        table = np.array([_rgb(colour) for colour in stops(scale)])
+        table = np.array(list(map(ImageColor.getrgb, stops(scale))))
         share = (filled - scale["low"]) / ((scale["high"] - scale["low"]) or 1.0)
         at = np.clip(share, 0, 1) * (len(table) - 1)
         places = np.arange(len(table))
@@ -161,7 +161,3 @@ def _pixels(values: np.ndarray, scale: Mapping[str, Any]) -> np.ndarray:
 def stops(scale: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the colours from the low end of a scale to the high one."""
     return _BLUE_RED if scale["kind"] == "diverging" else _CIVIDIS
-
-
-def _rgb(colour: str) -> list[int]:
-    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
