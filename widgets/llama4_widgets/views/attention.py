@@ -145,56 +145,54 @@ class AttentionView(View):
     def _add_maps(self, content: Content, runs: list[tuple[str, Layer]], which: str) -> None:
         count, size = len(self.moment.words), self.moment.model.config.attention_chunk_size
         titles = {"": "Attention", "clean": "Clean", "edited": "Edited", "change": "Edited − clean"}
-        both = ("query", "key")
-        if runs[0][1].pattern is not None:
-            shares = [layer.pattern for _, layer in runs if layer.pattern is not None]
-            found = [
-                (f"map {run}".strip(), in_decades(share), None, self._note(layer))
-                for (run, layer), share in zip(runs, shares, strict=True)
-            ]
-            if len(runs) > 1:
-                found.append(("map change", _difference(*shares), None, found[-1][3]))
-            both = ("head", *both)
+        main, make = runs[-1][1], partial(self._maps, runs, (0, count), (0, count))
+        if main.pattern is not None:
+            axes, found = ("head", "query", "key"), make()
         else:
-            question = ("maps", self.selection.layer, self._head, self._pooling.value, self._side)
-            whole = (0, count), (0, count)
-            found = self.moment.once(question, partial(self._maps, runs, *whole))
+            axes = ("query", "key")
+            question = ("maps", main, self._head, self._pooling.value, self._side)
+            found = self.moment.once(question, make)
         for name, values, tile, note in found:
             run = name[4:]
-            content.array(name, values, both, **(tile or {}))
+            content.array(name, values, axes, **tile)
             bound = float(np.nanmax(abs(values), initial=0)) if run == "change" else 0
-            layer = runs[0 if run == "clean" else -1][1]
+            layer = runs[0][1] if run == "clean" else main
             step = layer.chunk or size or count
             edges = range(0, count, step) if step < count else []
             content.add(
-                name, f"{titles[run]}, {which}", None, both,
+                name, f"{titles[run]}, {which}", None, axes,
                 diverging(max(bound, 1e-3), "share") if run == "change" else decades(count),
                 shown=("query", "key"), square=True, wide=False, diagonal=True,
-                zoom="map", region=None if tile is None else f"{name} finer",
+                zoom="map", region=f"{name} finer" if tile else None,
                 borders=[[i, min(i + step, count)] for i in edges], note=note,
             )  # fmt: skip
-        if found[0][2] is not None and self._window and self._window[0] == count:
+        if found[0][2] and self._window and self._window[0] == count:
             for name, values, tile, _ in self._maps(runs, *self._window[1:]):
-                content.array(f"{name} finer", values, both, **tile)
+                content.array(f"{name} finer", values, axes, **tile)
 
     def _maps(
         self, runs: list[tuple[str, Layer]], queries: Window, keys: Window
     ) -> list[tuple[str, np.ndarray, dict[str, Any], str]]:
-        """Return for each map of a window: its name, cells, place, and what is said of it."""
+        """Return for each map of a window: its name, cells, place, and what is said of it.
+
+        Patterns that are there as a whole have no place, and all heads.
+        """
         side = self._side if len(runs) == 1 else self._side * 5 // 8
         how = str(self._pooling.value)
         shares, found = [], []
         for run, layer in runs:
-            assert layer.kept is not None
-            cells, block, is_all = pooled(layer.kept, self._head, queries, keys, side, how)
-            sides = zip("yx", (queries, keys), cells.shape, block, strict=True)
-            tile = {axis: (begin, begin + n * size) for axis, (begin, _), n, size in sides}
-            name = "largest" if how == "max" else "mean"
-            note = f"a cell is the {name} of {block[0]} × {block[1]} queries × keys"
-            if not is_all:
-                note = f"a cell is the {name} of {block[1]} keys, for one query in {block[0]}"
-            if block == (1, 1):
-                note = "every query and key"
+            cells, tile, note = layer.pattern, {}, ""
+            if layer.kept is not None:
+                cells, block, is_all = pooled(layer.kept, self._head, queries, keys, side, how)
+                sides = zip("yx", (queries, keys), cells.shape, block, strict=True)
+                tile = {axis: (begin, begin + n * size) for axis, (begin, _), n, size in sides}
+                name = "largest" if how == "max" else "mean"
+                note = f"a cell is the {name} of {block[0]} × {block[1]} queries × keys"
+                if not is_all:
+                    note = f"a cell is the {name} of {block[1]} keys, for one query in {block[0]}"
+                if block == (1, 1):
+                    note = "every query and key"
+            assert cells is not None
             shares.append(cells)
             found.append((f"map {run}".strip(), in_decades(cells), tile, self._note(layer, note)))
         if len(runs) > 1:
@@ -227,7 +225,7 @@ class AttentionView(View):
         content.add(
             "heads", f"All heads of layer {self.selection.layer}", None, axes,
             decades(len(self.moment.words)), kind="multiples", shown=axes, array=array, wide=False,
-            note="a click chooses one" + (some if main.pattern is None else ""),
+            note=f"a click chooses one{some}",
         )  # fmt: skip
         columns = ["head", "distance", "entropy", "sink", "across chunks"]
         rows = [[f"{head}", *map(float, averages[head])] for head in range(count)]
