@@ -9,7 +9,7 @@ With `explore` this is the only module here that needs torch; views ask it for a
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -138,18 +138,12 @@ class Moment:
 
     def clean(self, compute: Callable[..., T], *args: Any, **options: Any) -> T:
         """Return ``compute(model, prompt, *args, **options)``, computed once."""
-        if (read := _READ.get(compute)) is not None:
-            return self._once(self._clean, read, lambda: read(self.replay.edited(()), self.tokens))
-        return self._known(self._clean, compute, args, options)
+        return self._known(self._clean, (), compute, args, options)
 
     def edited(self, compute: Callable[..., T], *args: Any, **options: Any) -> T:
         """Return the same of a run with the edits; without any, of the clean one."""
-        if not self.edits:
-            return self.clean(compute, *args, **options)
-        if (read := _READ.get(compute)) is not None:
-            return self._once(self._edited, read, lambda: read(self.edited_run, self.tokens))
-        with self.running_edited():
-            return self._known(self._edited, compute, args, options)
+        known = self._edited if self.edits else self._clean
+        return self._known(known, self.edits, compute, args, options)
 
     def runs(self, compute: Callable[..., T], *args: Any) -> list[tuple[str, T]]:
         """Return `clean` and `edited` under these names; without edits the clean one, nameless."""
@@ -157,12 +151,16 @@ class Moment:
             return [("", self.clean(compute, *args))]
         return [("clean", self.clean(compute, *args)), ("edited", self.edited(compute, *args))]
 
-    @torch.no_grad()
     def _known(
-        self, known: dict[Any, Any], compute: Callable[..., T], args: Any, options: Any
-    ) -> T:
-        key = (compute, args, tuple(sorted(options.items())))
-        return self._once(known, key, lambda: compute(self.model, self.prompt, *args, **options))
+        self, known: dict[Any, Any], edits: Any, compute: Any, args: Any, options: Any
+    ) -> Any:
+        def make() -> Any:
+            if read := _READ.get(compute):
+                return read(self.edited_run if edits else self.replay.edited(()), self.tokens)
+            with torch.no_grad(), self.running_edited() if edits else nullcontext():
+                return compute(self.model, self.prompt, *args, **options)
+
+        return self._once(known, (compute, args, tuple(sorted(options.items()))), make)
 
     def once(self, question: Any, make: Callable[[], T]) -> T:
         """Return what was `kept` under a question, or is made now and kept."""
