@@ -61,7 +61,7 @@ class GenerateView(View):
         )
         self._at = ipywidgets.IntSlider(description="branch at", layout={"width": "260px"})
         buttons = [
-            button("Step", "write one token", lambda: self._guarded(self.step)),
+            button("Step", "write one token", self._write),
             button(
                 "Branch",
                 "forget what follows, and go on otherwise",
@@ -117,7 +117,7 @@ class GenerateView(View):
             )
         self.branches += [self.text()] if self.written else []
         self.written, self._cache = self.written[:at], None
-        self._guarded(self.step)
+        self._write()
 
     def text(self) -> str:
         """Return what was written."""
@@ -144,19 +144,17 @@ class GenerateView(View):
             self._write_one()
             await asyncio.sleep(0.01)  # lets the kernel hear what was pressed meanwhile
 
+    def _write(self) -> None:
+        """Write one token and show it, or what went wrong."""
+        with self.working():
+            self.step()
+            self.refresh()
+
     def _write_one(self) -> None:
-        self._guarded(self.step)
+        self._write()
         ended = self.written and self.written[-1].id in self.moment.model.config.stop_token_ids
         if ended or len(self.written) >= _MOST or self.board.problem:
             self._play.value = False
-
-    def _guarded(self, act: Any) -> None:
-        try:
-            act()
-        except (ValueError, RuntimeError) as error:
-            self.board.problem = str(error)
-        else:
-            self.refresh()
 
     # ---- what is shown
 
