@@ -74,16 +74,12 @@ class DifferenceView(View):
 
     def _add_answers(self, content: Content) -> None:
         """Add the likeliest next words after the selected token, of both."""
-        places = [
-            min(self.selection.token, len(side.tokens) - 1) for side in (self.moment, self.other)
-        ]
-        sides = [
-            _logits(side)[at].float().softmax(-1)
-            for side, at in zip((self.moment, self.other), places, strict=True)
-        ]
-        title = f"What follows token {places[0]} ‘{self.moment.words[places[0]]}’"
-        if places[0] != places[1] or self.moment.words[places[0]] != self.other.words[places[1]]:
-            title += f" and token {places[1]} ‘{self.other.words[places[1]]}’"
+        sides, names = [], []
+        for side in (self.moment, self.other):
+            token = min(self.selection.token, len(side.tokens) - 1)
+            sides.append(_logits(side)[token].float().softmax(-1))
+            names.append(f"token {token} ‘{side.words[token]}’")
+        title = f"What follows {' and '.join(dict.fromkeys(names))}"
         if _is_same_vocabulary(self.moment, self.other):
             heads = ["next token", "this (%)", "beside (%)"]
             rows = self.moment.likeliest(*sides)
