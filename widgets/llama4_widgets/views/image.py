@@ -12,7 +12,6 @@ from PIL import Image
 
 from llama4_lab.analysis.routing import routing_of
 from llama4_lab.analysis.vision import Patches, causal_map, masking_effects, patches_of
-from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 from llama4_widgets.panels import Axis, Content, diverging, experts
 from llama4_widgets.patterns import decades, in_decades, layer_of
@@ -176,7 +175,8 @@ class ImageView(View):
         moment = self.moment
         if not moment.prompt.spans.layouts:
             raise ValueError(_NONE)
-        answer = moment.edited(_next_token)
+        with moment.computing():
+            answer = (int(moment.edited_run.logits_of(slice(-1, None)).argmax()),)
         pictures = [patches_of(moment.prompt, i) for i in range(len(moment.prompt.spans.layouts))]
         wanted: list[list[Sequence[int]]] = []
         for one in pictures:
@@ -202,13 +202,6 @@ class ImageView(View):
             self._measured, self._maps = self.moment, []
             self.work.cancel()
         super().refresh()
-
-
-def _next_token(model: Llama4, prompt: Prompt) -> tuple[int]:
-    """Return the id that most likely follows the prompt."""
-    prompt = prompt.to(model.device)
-    logits = model(prompt.input_ids, prompt.pixel_values, prompt.attention_mask, keep_last=1)
-    return (int(logits[0, -1].argmax()),)
 
 
 def _label(one: Patches, picture: int, count: int) -> list[str]:
