@@ -39,10 +39,12 @@ class RouterView(View):
         changed = flips(clean, edited)
         if is_edited:
             content.array("clean chosen", clean.expert[..., 0], _BOTH)
+        is_marked = (changed != (clean.expert[..., 0] != edited.expert[..., 0])).any()
+        if is_marked:  # others than the strongest experts changed, too
             content.array("flips", changed, _BOTH)
         content.add(
             "chosen", "Chosen expert", edited.expert[..., 0], _BOTH, scale,
-            clean="clean chosen" if is_edited else None, marks="flips" if is_edited else None,
+            clean="clean chosen" if is_edited else None, marks="flips" if is_marked else None,
             note=f"rings: {changed.sum()} flips, where the clean run chose other experts"
             if is_edited else "by layer (down) and token (across)",
         )  # fmt: skip
