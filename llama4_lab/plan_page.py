@@ -178,7 +178,7 @@ def reason(roofline: Roofline, plan: Plan) -> str:
         read += f" and {_gigabytes(cache)} of cache"
     read += f" takes {_seconds(roofline.read_seconds)}"
     math = (
-        f"{roofline.flops / roofline.tokens / 1e9:.1f} GFLOP a token "
+        f"{roofline.flops / roofline.tokens / 1e9:.4g} GFLOP a token "
         f"take {_seconds(roofline.math_seconds)}"
     )
     if roofline.is_read_bound:

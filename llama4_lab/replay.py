@@ -41,9 +41,9 @@ class Replay:
 
     `prompt` is what ``model.prompt`` returns, a text, or token ids. `sources` are other runs, by
     name, that edits take values from; "clean" is this one. A pass holds at most `max_tokens` tokens
-    of all runs together. Edited runs have their own edits and no others: `trace` around them sees
-    nothing, and inside `intervene` they are refused. Whole runs, by `llama4_lab.edits.edited`, can
-    be traced.
+    of all runs together; `progress` shows a bar where many take long. Edited runs have their own
+    edits and no others: `trace` around them sees nothing, and inside `intervene` they are refused.
+    Whole runs, by `llama4_lab.edits.edited`, can be traced.
 
     Raises:
         ValueError: a prompt of several rows, or with padding; a block of `intervene` around it.
@@ -56,6 +56,7 @@ class Replay:
         sources: Mapping[str, Any] | None = None,
         *,
         max_tokens: int = 2048,
+        progress: bool = True,
     ):
         _refuse_changes_around(model)
         self.model = model
@@ -63,6 +64,7 @@ class Replay:
         self.ids: Int[Tensor, " t"] = self.inputs["input_ids"][0]
         self.sources = {CLEAN: self.inputs, **(sources or {})}
         self.max_tokens = max_tokens
+        self.progress = progress
         rows, mask = len(self.inputs["input_ids"]), self.inputs.get("attention_mask")
         if rows != 1 or (mask is not None and not mask.all()):
             raise ValueError(
@@ -135,8 +137,10 @@ class Replay:
             _Variant(i, edits, self.model, values, len(self)) for i, edits in enumerate(runs)
         ]
         # In a notebook a bar is widgets: none for the one run that a slider asks for.
-        is_one = len(runs) < 2
-        with tqdm(total=len(runs), desc="edited runs", unit="run", delay=2, disable=is_one) as bar:
+        is_silent = len(runs) < 2 or not self.progress
+        with tqdm(
+            total=len(runs), desc="edited runs", unit="run", delay=2, disable=is_silent
+        ) as bar:
             for batch in self._batches(variants):
                 yield from self._run(batch).items()
                 bar.update(len(batch))

@@ -119,6 +119,7 @@ def test_edits_that_do_not_fit_a_text_say_how_to_go_on(app):
     assert "Clear in Ablate takes all edits away" in app.bar.problem.value
     assert app.moment is before and app.prompt == TEXT
     app.edits = ()
+    assert app.bar.problem.value == ""
     press_run(app)
     assert app.bar.problem.value == "" and app.prompt == "two"
     app.edits = (E.RemoveTokens((1,)),)
@@ -130,6 +131,10 @@ def test_the_bar_says_that_a_chat_is_shown(app):
     app.run([{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}])
     assert app.bar.text.value == "" and app.bar.problem.value == ""
     assert app.bar.shown.children[0].value == "a chat of 2 messages is shown"
+    before = app.moment
+    press_run(app)  # with nothing typed: the chat once more
+    assert app.moment is not before and app.moment.tokens == before.tokens
+    assert [message["role"] for message in app.prompt] == ["user", "assistant"]
     app.bar.text.value = TEXT
     assert app.prompt == TEXT and app.bar.shown.children == ()
 
@@ -214,6 +219,12 @@ def test_prompts_of_other_lengths_are_explained_not_subtracted(app):
     assert [panel["name"] for panel in board.content.panels] == ["answers"]
 
 
+def test_equal_runs_are_told_equal(app):
+    app.compare(app.prompt)
+    said = "the predictions are the same, up to rounding"
+    assert said in difference(app).board.summary and "nats" not in difference(app).board.summary
+
+
 def test_prompts_of_one_length_are_compared_place_by_place(app):
     app.run("3 + 4 =")
     app.compare("3 + 5 =")
@@ -254,6 +265,8 @@ def test_the_bar_chooses_what_stands_beside(app):
     assert difference(app).other.edits == app.edits
     app.bar.beside.value = "x" * 9000
     assert "the lab shows at most 4096" in app.bar.problem.value
+    app.edits = ()
+    assert app.bar.beside.value == "x" * 9000  # what was typed stays
     app.bar.sides.value = ALONE
     assert app.difference is None and app._grid.children == (app.views["router"],)
 

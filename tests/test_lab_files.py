@@ -125,7 +125,10 @@ def test_a_view_that_failed_shows_only_why(app):
     board.problem = "this model has no experts"
     state = board.state()
     board.problem = ""
-    assert state["problem"] == "this model has no experts" and not state["content"]["panels"]
+    assert (
+        state["problem"] == "When this was kept: this model has no experts"
+        and not state["content"]["panels"]
+    )
 
 
 def test_equal_arrays_are_written_once_and_places_are_checked():

@@ -175,6 +175,19 @@ def test_undo_clear_and_text(view):
         assert wrong in view.board.problem
 
 
+def test_undo_takes_back_what_others_changed_too(model):
+    app = LabApp(model, TEXT, shown=["ablate", "counterfactual"])
+    view = app.views["ablate"]
+    control(view, "skip layer").value = True
+    app.views["counterfactual"].add_route()
+    app.edits = (*app.edits, E.TopK(1, 2))
+    steps = []
+    for _ in range(4):
+        view.undo()
+        steps.append(len(app.edits))
+    assert steps == [2, 1, 0, 0]
+
+
 def test_what_a_shorter_prompt_cannot_have_is_not_undone(view, model):
     view._set([E.RemoveTokens((9,))])
     view._set([])

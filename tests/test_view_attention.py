@@ -131,6 +131,10 @@ def test_a_region_is_read_finer_and_every_wish_is_answered(model, moment, is_lon
     view.selection.token = 20  # what is drawn anew keeps the region
     tile = view.board.content.arrays["map finer"]["tile"]
     assert tile["x"] == tile["y"] == (0, len(moment.tokens)), tile
+    view.region({"panel": "map", "x": [10, 50], "y": [99, 140]})
+    view.selection.token = 21  # and what is said of it
+    (note,) = (panel["note"] for panel in view.board.content.panels if panel["name"] == "map")
+    assert note == said
 
 
 def test_a_wish_that_fails_is_answered_too(moment, is_long, monkeypatch):

@@ -40,7 +40,7 @@ def test_load_and_flow_are_counted_over_the_prompt(view, model):
     assert np.isnan(flow[-1]).all()  # nothing follows the last layer
     unused = sorted(set(range(routing.num_experts)) - set(first.tolist()))
     assert unused and np.isnan(flow[1, unused]).all()
-    assert panel(view, "flow")["note"] == "of the tokens of an expert (down)"
+    assert panel(view, "flow")["note"] == "of the tokens of an expert (down); empty: it has none"
     view.moment = view.moment.with_edits([E.TopK(1, 2)])
     assert panel(view, "flow")["note"].endswith(", first choices only")
 

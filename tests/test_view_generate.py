@@ -73,6 +73,15 @@ def test_an_edit_of_chunks_holds_from_the_prompt_on(view, model):
     assert view.board.problem == "" and view.text() == expected
 
 
+def test_nothing_is_written_behind_a_stop_token(view, monkeypatch):
+    write(view, 2)
+    monkeypatch.setattr(type(view.moment.model.config), "stop_token_ids", (view.written[-1].id,))
+    view._write()
+    assert len(view.written) == 2 and len(view._ids()) == 1
+    view.branch(1)
+    assert len(view.written) == 2
+
+
 def test_a_branch_keeps_what_stands_before_it(view):
     write(view, 5)
     before, text = list(view.written), view.text()

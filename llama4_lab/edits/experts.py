@@ -186,7 +186,7 @@ class RouterTemperature(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.temperature > 0:
-            raise ValueError(f"temperature {self.temperature} must be above 0")
+            raise ValueError(f"{self}: the temperature must be above 0")
 
     def changes(self, config: Llama4Config) -> dict[str, Change]:
         def divide(value: Tensor, run: Run) -> Tensor:

@@ -191,7 +191,7 @@ def test_a_dense_layer_is_not_taken_for_another_and_colours_follow_the_page(
     page.goto((tmp_path / "lab.html").as_uri())
     router, ablate = page.locator(".l4-board").nth(0), page.locator(".l4-board").nth(1)
     expect(router.locator(".l4-summary")).to_have_text(re.compile("layer 2 is dense"))
-    expect(router.locator(".l4-slider span")).to_have_text("none of 1, 4, …, 6")
+    expect(router.locator(".l4-slider span")).to_have_text("none of 1, 4, 6")
     expect(router.locator("[data-panel=strip]")).to_have_class(re.compile("l4-late"))
     expect(router.locator("[data-panel=chosen]")).not_to_have_class(re.compile("l4-late"))
     flips = [
@@ -202,7 +202,7 @@ def test_a_dense_layer_is_not_taken_for_another_and_colours_follow_the_page(
     told = ", ".join(f"layer {i}: {n}" for i, n in zip((1, 4, 6), counts, strict=True))
     expect(bars).to_have_attribute("aria-label", told)
     router.locator(".l4-slider input").fill("1")
-    expect(router.locator(".l4-slider span")).to_have_text("4 of 1, 4, …, 6")
+    expect(router.locator(".l4-slider span")).to_have_text("4 of 1, 4, 6")
     expect(router.locator("[data-panel=strip]")).not_to_have_class(re.compile("l4-late"))
     numbers = router.locator("[data-panel=chosen] canvas")
     assert numbers.evaluate(BRIGHTEST) < 150

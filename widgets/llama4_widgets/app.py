@@ -215,6 +215,7 @@ class LabApp(ipywidgets.VBox):
     def _edit(self, _change: Any) -> None:
         if self.moment is None:
             return
+        self.bar.problem.value = ""
         known = [view.trait_values().get("edits") for view in self.views.values()]
         self._is_dragged = self.edits in known  # it came from a view: more of it may be on its way
         self.moment = self.moment.with_edits(self.edits)

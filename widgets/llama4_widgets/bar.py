@@ -28,6 +28,8 @@ class Bar(ipywidgets.VBox):
         self._pictures: list[Any] = []
         self._boxes: list[Any] = []
         self._rng = np.random.default_rng()
+        self._asked: Any = ""  # the prompt that is shown
+        self._beside = ""  # the text that stands beside
         self._is_led = False  # while code, and nobody on the page, chooses what is shown
         super().__init__()
         self.text = Prompt(value=text, layout={"width": "100%"})
@@ -55,10 +57,9 @@ class Bar(ipywidgets.VBox):
             ipywidgets.Image(value=png(open_picture(picture))) for picture in moment.pictures
         ]
         self._is_led = True
-        if isinstance(prompt, str):
-            self.text.value = prompt
-        else:
-            self.text.value = ""
+        self._asked = prompt
+        self.text.value = prompt if isinstance(prompt, str) else ""
+        if not isinstance(prompt, str):
             shown.insert(0, ipywidgets.Label(f"a chat of {len(prompt)} messages is shown"))
         self._is_led = False
         self._pictures, self._boxes = moment.pictures, moment.boxes
@@ -71,7 +72,9 @@ class Bar(ipywidgets.VBox):
         self._is_led = True
         chosen = ALONE if other is None else f"beside {told:.60}"
         if isinstance(other, str):
-            chosen, self.beside.value = ANOTHER, other
+            chosen = ANOTHER
+            if other != self._beside:  # else what was typed there stays
+                self._beside = self.beside.value = other
         self.sides.options = _SIDES if chosen in _SIDES else (*_SIDES, chosen)
         self.sides.value = chosen
         self.beside.layout.display = "" if chosen == ANOTHER else "none"
@@ -86,16 +89,17 @@ class Bar(ipywidgets.VBox):
             text = html.escape(str(error))
             self.problem.value = f'<span class="l4-app-problem">{text}</span>'
 
-    def _run(self, text: str, pictures: Sequence[Any], boxes: Sequence[Any]) -> None:
+    def _run(self, asked: Any, pictures: Sequence[Any], boxes: Sequence[Any]) -> None:
         """Ask for a run, and show meanwhile that it is under way."""
         self.text.is_busy = True
         try:
-            self._ask(text, pictures, boxes)
+            self._ask(asked, pictures, boxes)
         finally:
             self.text.is_busy = False
 
     def _run_text(self) -> None:
-        self.guard(lambda: self._run(self.text.value, self._pictures, self._boxes))
+        asked = self.text.value or self._asked  # the chat that is shown, while nothing is typed
+        self.guard(lambda: self._run(asked, self._pictures, self._boxes))
 
     def _run_alone(self) -> None:
         self.guard(lambda: self._run(self.text.value, (), ()))

@@ -256,8 +256,8 @@ function render({ model, el }) {
     const input = make("input", label, { type: "range", min: 0, max: size - 1 }, { ...OWN_KEYS, "aria-label": title });
     const output = make("span", label);
     input.oninput = () => choose([[name, Number(input.value)]]);
-    const [first, next, last] = [0, 1, size - 1].map((i) => place(name, i));
-    const range = last - first === size - 1 ? `${first}–${last}` : [first, next, ...(size > 2 ? ["…", last] : [])].join(", ");
+    const all = Array.from({ length: size }, (_, i) => place(name, i));
+    const range = all.at(-1) - all[0] === size - 1 ? `${all[0]}–${all.at(-1)}` : size > 6 ? `${all[0]}, ${all[1]}, …, ${all.at(-1)}` : all.join(", ");
     return () => {
       input.value = index(name);
       output.textContent = `${isThere(name) ? place(name, index(name)) : "none"} of ${range}`;
@@ -548,7 +548,7 @@ function render({ model, el }) {
         draw("text", svg, { x: LEFT + 8 + before * 150, y: 12, style: `fill:${colour}` }, label);
       });
       if (axis(name).select) draw("line", svg, { x1: x(index(name)), x2: x(index(name)), y1: 18, y2: 150, class: "l4-reference" });
-      for (const i of [0, count >> 1, count - 1]) draw("text", svg, { x: Math.min(x(i), width - 14), y: 163, "text-anchor": "middle" }, place(name, i));
+      for (const i of [0, count >> 1, count - 1]) draw("text", svg, { x: i === count - 1 ? width - 2 : x(i), y: 163, "text-anchor": i === count - 1 ? "end" : "middle" }, place(name, i));
       draw("text", svg, { x: width / 2, y: 177, "text-anchor": "middle" }, `${axis(name).title} (${panel.scale.unit} upwards)`);
       svg.onclick = (event) => {
         const frame = svg.getBoundingClientRect();

@@ -70,11 +70,14 @@ class Board(anywidget.AnyWidget):
 
     def state(self) -> dict[str, Any]:
         """Return the traits that a page without a kernel needs; what failed shows only why."""
-        names = ("title", "help", "problem", "group", "selection")
+        names = ("title", "help", "group", "selection")
         found = {name: getattr(self, name) for name in names}
         content = Content() if self.problem else self.content
-        said = self.summary and f"When this was kept: {self.summary}"
-        return found | {"summary": said, "busy": "", "content": content.message()}
+        said = {
+            name: text and f"When this was kept: {text}"
+            for name, text in (("summary", self.summary), ("problem", self.problem))
+        }
+        return found | said | {"busy": "", "content": content.message()}
 
 
 def page(boards: Sequence[Board], title: str) -> str:

@@ -104,7 +104,7 @@ class Moment:
     def replay(self) -> Replay:
         """The clean run, from which edited ones begin."""
         with self.computing():
-            return Replay(self.model, self.prompt)
+            return Replay(self.model, self.prompt, progress=False)  # views show their own
 
     @cached_property
     def edited_run(self) -> Edited:

@@ -199,8 +199,9 @@ class AblateView(View):
 
     def undo(self) -> None:
         """Take back the last change, if this prompt can have what was before it."""
-        if self._history and self._try(self._history[-1]):
-            self._history.pop()
+        *earlier, last = self._history or [self.edits]
+        if self._try(last):
+            self._history = earlier
 
     def apply_text(self) -> None:
         """Use the edits that stand in the text field, as JSON."""
@@ -210,10 +211,9 @@ class AblateView(View):
             self.board.problem = str(error)
 
     def _set(self, edits: Sequence[Edit]) -> None:
-        """Use other edits and remember those that were, for `undo`."""
-        edits, before = tuple(edits), self.edits
-        if edits != before and self._try(edits):
-            self._history.append(before)
+        """Use other edits, if they can be."""
+        if (edits := tuple(edits)) != self.edits:
+            self._try(edits)
 
     def _try(self, edits: tuple[Edit, ...]) -> bool:
         """Use edits, or say what is wrong with them and keep those that are."""
@@ -305,7 +305,9 @@ class AblateView(View):
         return proposal["value"]
 
     @traitlets.observe("edits")
-    def _apply(self, _change: Any) -> None:
+    def _apply(self, change: Any) -> None:
+        before = change["old"]  # nothing at all, the first time
+        self._history.append(before if isinstance(before, tuple) else ())
         if self.moment is not None and not self.is_led and self.moment.edits != self.edits:
             self.moment = self.moment.with_edits(self.edits)
 

@@ -167,8 +167,10 @@ class AttentionView(View):
                 borders=[[i, min(i + step, count)] for i in edges], note=note,
             )  # fmt: skip
         if found[0][2] and self._window and self._window[0] == count:
-            for name, values, tile, _ in self._maps(runs, *self._window[1:]):
+            panels = {panel["name"]: panel for panel in content.panels}
+            for name, values, tile, note in self._maps(runs, *self._window[1:]):
                 content.array(f"{name} finer", values, axes, **tile)
+                panels[name]["note"] = note
 
     def _maps(
         self, runs: list[tuple[str, Layer]], queries: Window, keys: Window

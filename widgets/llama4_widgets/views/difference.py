@@ -15,6 +15,7 @@ from llama4_widgets.view import View
 from llama4_widgets.views.router import add_flips, flips
 
 _AT_ONCE = 256  # tokens
+_ROUNDING = 1e-6  # nats
 
 
 class DifferenceView(View):
@@ -43,6 +44,8 @@ class DifferenceView(View):
                 strongest = f"{kl[where]:.3g} nats at token {where}"
                 source = "the run beside" if self._is_other_first() else "this run"
                 said = f"KL from {source} {kl.mean():.3g} nats per token, most {strongest}"
+                if kl[where] < _ROUNDING:
+                    strongest, said = "none", "the predictions are the same, up to rounding"
                 self._said.insert(0, said)
                 content.add(
                     "kl", "How far apart the predictions are", kl, ("token",),

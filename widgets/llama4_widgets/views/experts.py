@@ -111,7 +111,7 @@ class ExpertsView(View):
                 sequential(0, 100, "%"),
                 wide=False,
                 paged=True,
-                note="of the tokens of an expert (down)"
+                note="of the tokens of an expert (down); empty: it has none"
                 + ", first choices only" * (edited.expert.shape[-1] > 1),
             )
         if self.specialised is not None:

@@ -127,6 +127,10 @@ class GenerateView(View):
         stops = self.moment.model.config.stop_token_ids
         return [one.id for one in self.written if one.id not in stops]
 
+    def _has_ended(self) -> bool:
+        stops = self.moment.model.config.stop_token_ids
+        return bool(self.written) and self.written[-1].id in stops
+
     def keep(self) -> None:
         """Ask for prompt and new text in all views."""
         self.kept = ()  # so that the same once more is news
@@ -146,14 +150,14 @@ class GenerateView(View):
 
     def _write(self) -> None:
         """Write one token and show it, or what went wrong."""
-        with self.working():
-            self.step()
-            self.refresh()
+        if not self._has_ended():
+            with self.working():
+                self.step()
+                self.refresh()
 
     def _write_one(self) -> None:
         self._write()
-        ended = self.written and self.written[-1].id in self.moment.model.config.stop_token_ids
-        if ended or len(self.written) >= _MOST or self.board.problem:
+        if self._has_ended() or len(self.written) >= _MOST or self.board.problem:
             self._play.value = False
 
     # ---- what is shown
@@ -196,6 +200,6 @@ class GenerateView(View):
             else ""
         )
         return (
-            f"{len(self.written)} new tokens; the last had probability {last.probability:.2f}, of "
-            f"{last.entropy:.1f} bits{held}."
+            f"{len(self.written)} new token{'s' * (len(self.written) > 1)}; the last had "
+            f"probability {last.probability:.2f}, of {last.entropy:.1f} bits{held}."
         )

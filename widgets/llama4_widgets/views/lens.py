@@ -17,7 +17,7 @@ from llama4_lab.analysis.lens import Lens, logit_lens
 from llama4_lab.config import Llama4Config
 from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View, in_row
-from llama4_widgets.words import number, token_id
+from llama4_widgets.words import number, token_id, visible
 
 COLOURS = ("top word", "final answer", "change by the edits")
 _CELLS = 8192  # words of one update
@@ -66,7 +66,7 @@ class LensView(View):
             "token", high - low, "token", self.moment.words[low:high], list(range(low, high))
         )
         part = "" if high - low == count else f"; tokens {low} to {high - 1} of {count}"
-        goal = f"‘{self.word}’" if self.word else "the final answer"
+        goal = f"‘{visible(self.word)}’" if self.word else "the final answer"
         sure, change = sequential(-8, 0, "nats", "(sure)"), diverging(2, "nats", "or more")
         before, after = clean.target_logprob, edited.target_logprob
         colours = {
@@ -78,7 +78,8 @@ class LensView(View):
         content.add(
             "words", "What the model would say here", values, ("point", "near"), scale,
             kind="words", text=self._texts(clean, edited), cell=84 if self.moment.edits else 56,
-            note=f"colour: log-probability of {what}{part}; ●: already the answer at the end",
+            note=f"colour: log-probability of {what}{part}; ●: already the answer at the end"
+            + "; no edits: no change" * (self.colour == COLOURS[2] and not self.moment.edits),
         )  # fmt: skip
         rows = [i for i, name in enumerate(edited.points) if name.endswith("resid_post")]
         content.add(
@@ -123,6 +124,8 @@ class LensView(View):
         if self.moment.edits and parts.residual > _ROUNDING:
             more = number(_by_edits(parts), "+.4f")
             return f"{text}, edits of the stream itself wrote {more} more."
+        if parts.residual == 0:
+            return f"{text}, exactly the model's own number."
         return f"{text}, the model's own number is {number(parts.residual, '.1e')} away."
 
     def _lenses(self) -> tuple[Lens, Lens]:

@@ -42,7 +42,7 @@ class PlannerView(View):
         for name, widget in self.choices.items():
             widget.description = name
             widget.style.description_width = "56px"
-            widget.layout.width = "330px" if name == "context" else "210px"
+            widget.layout.width = {"context": "330px", "model": "250px"}.get(name, "210px")
             widget.observe(lambda _: self.refresh(), "value")
         return [in_row(*self.choices.values())]
 
