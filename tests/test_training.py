@@ -13,6 +13,7 @@ from tiny import CONFIG
 
 import llama4_lab as l4
 from llama4_lab.analysis.specialisation import mutual_information, specialisation
+from llama4_lab.points import NO_TAP
 from llama4_lab.train import loop, step
 from llama4_lab.train.balance import Bias, switch_loss
 from llama4_lab.train.behaviour import with_config
@@ -114,24 +115,47 @@ def test_tensorboard_that_is_not_installed_is_said_before_anything_is_done(
     assert not (tmp_path / "run" / "log.csv").exists()
 
 
-def test_an_interrupt_saves_and_returns(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_inside_a_step_ends_it_saves_and_returns(data, tmp_path, monkeypatch, number):
+    whole = loop.train(RECIPE, data, tmp_path / "whole")
+    update, steps = loop.update, []
+
+    def interrupted(*given, **options):
+        done = update(*given, **options)
+        steps.append(done)
+        if len(steps) == 4:  # weights have moved, and the step is not counted yet
+            os.kill(os.getpid(), number)
+        return done
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(loop, "update", interrupted)
+    loop.train(RECIPE, data, tmp_path / "run")
+    assert signal.getsignal(number) == before
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 4
+    model = loop.train(RECIPE, data, tmp_path / "run")
+    assert len(steps) == RECIPE.steps
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, whole.state_dict()[name]), name
+
+
+def test_a_second_interrupt_breaks_off_and_leaves_what_was_saved(data, tmp_path):
     def interrupt(step, model):
         if step == 4:
-            raise KeyboardInterrupt
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
 
-    loop.train(RECIPE, data, tmp_path, on_step=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(RECIPE, data, tmp_path, on_step=interrupt, save_minutes=0)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
 
 
-def test_a_sigterm_saves_and_returns(data, tmp_path):
-    def terminate(step, model):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    loop.train(RECIPE, data, tmp_path, on_step=terminate)
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
-    assert signal.getsignal(signal.SIGTERM) == before
+def test_an_interrupted_pass_leaves_no_tap(data, monkeypatch):
+    model = l4.random(RECIPE.config)
+    rows = RECIPE.stages[0].lessons[0].draw(np.random.default_rng(0), data)
+    monkeypatch.setattr(model, "hidden", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step.read(model, [rows])
+    assert model.tap is NO_TAP
 
 
 def test_a_teacher_is_imitated_even_where_the_text_says_nothing(data, tmp_path):

@@ -52,7 +52,8 @@ def train(
     a temporary name that is then renamed, and one line a step to ``log.csv``; with `tensorboard`
     the same curves as events that TensorBoard shows. With `budget_minutes` the schedule follows
     the clock (minutes of all runs together) instead of the recipe's steps. Ctrl-C or a SIGTERM
-    saves and returns what there is.
+    ends the step under way, saves and returns what there is; a second one breaks off at once, and
+    leaves what was saved before, as the first does while the vision encoder is taught.
 
     Raises:
         RuntimeError: `tensorboard` is asked for and not installed.
@@ -92,8 +93,8 @@ def train(
     saved = time.monotonic()
     log = Log(folder / "log.csv", step, columns(recipe), tensorboard=tensorboard)
     try:
-        with bar, sigterm_interrupts():
-            while True:
+        with bar, stops_between_steps() as asked:
+            while not asked.is_set():
                 done = (
                     step / recipe.steps if budget_minutes is None else seconds / 60 / budget_minutes
                 )
@@ -125,11 +126,11 @@ def train(
                     saved = time.monotonic()
                 if on_step is not None:
                     on_step(step, model)
-    except KeyboardInterrupt:
-        tqdm.write(f"interrupted after step {step}; the state is kept in {folder}")
     finally:
         log.close()
     save_state(folder, model, optimisers, course, bias, step, tokens, seconds)
+    if asked.is_set():
+        tqdm.write(f"interrupted after step {step}; the state is kept in {folder}")
     model.backend = "auto"
     return model.eval()
 
@@ -142,16 +143,26 @@ def backend_of(device: torch.device) -> str:
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Let a SIGTERM interrupt as Ctrl-C does; threads other than the first cannot, and do not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def stops_between_steps() -> Iterator[threading.Event]:
+    """Note a Ctrl-C or a SIGTERM, as a step that is cut in two leaves a state of neither.
+
+    The second one interrupts at once. Threads other than the first hear of none.
+    """
+    asked = threading.Event()
+
+    def note(_number: int, _frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Course:

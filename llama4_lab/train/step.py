@@ -94,9 +94,11 @@ def read(
         inputs = torch.cat([drawn[i].inputs for i in together])
         pixels = [x for i in together if (x := drawn[i].pixel_values) is not None]
         tap = model.tap = RouterTap(bias)
-        with mixed(inputs.device), nullcontext() if kind[1] else whole(model):
-            x = model.hidden(inputs, torch.cat(pixels) if pixels else None)
-        model.tap = NO_TAP
+        try:
+            with mixed(inputs.device), nullcontext() if kind[1] else whole(model):
+                x = model.hidden(inputs, torch.cat(pixels) if pixels else None)
+        finally:
+            model.tap = NO_TAP
         is_real = inputs != model.config.pad_token_id
         routers.append([logits[is_real] for logits in tap.take()])
         sizes = [len(drawn[i].inputs) for i in together]
