@@ -221,7 +221,8 @@ class _Product(torch.autograd.Function):
 
 
 def _is_compiled(w: Packed) -> bool:
-    return w.device.type == "cpu" and w.kind in _COMPILED
+    is_traced = torch.compiler.is_compiling()  # which sees no kernels of ours
+    return w.device.type == "cpu" and w.kind in _COMPILED and not is_traced
 
 
 def _product_of_few(x: Tensor, w: Packed) -> Tensor:

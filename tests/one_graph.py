@@ -7,6 +7,7 @@ The backend ``eager`` runs what was traced as it is: graph breaks are found with
 import torch
 from tiny import tiny
 
+from llama4_lab.checkpoint.quantised import packable
 from llama4_lab.model.static import StaticDecoder
 from llama4_lab.packed import pack
 
@@ -25,11 +26,8 @@ def small(backend, kind=None):
     shape = {"num_hidden_layers": 3, "no_rope_layer_interval": 3, "vision_config": None}
     model = tiny(hidden_size=64, intermediate_size=32, **shape).bfloat16()
     model.backend = backend
-    for layer in model.layers if kind else ():
-        if hasattr(layer.feed_forward, "experts"):
-            held = layer.feed_forward.experts
-            for name in ("gate_up_proj", "down_proj"):
-                held.put(name, pack(getattr(held, name), kind))
+    for held, name in packable(model).values() if kind else ():
+        held.put(name, pack(getattr(held, name), kind))
     return model
 
 
@@ -54,5 +52,7 @@ def check_prefill(model):
 
 
 check_decoding(small("grouped"), 2)
-check_decoding(small("gather", "int4"), 1)
+check_decoding(small("gather", "int4").float(), 1)
+check_decoding(small("auto").float(), 2)
+check_decoding(small("auto", "int8").float(), 2)
 check_prefill(small("grouped"))

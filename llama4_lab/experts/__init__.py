@@ -41,6 +41,9 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "padded": padded.apply,
     "triton": lambda *arguments: _triton().apply(*arguments),
 }
+_TRACED = (
+    8  # tokens up to which "auto" is one graph on any device; the loop's depends on the routing
+)
 # Tokens up to which products that read codes beat unpacking all experts first; an estimate.
 _STREAMED = 512
 
@@ -95,7 +98,9 @@ def choose_backend(x: Tensor, weights: object = None) -> str:
     in_groups = isinstance(weights, Packed) and weights.kind in ("int8", "int4")
     if x.is_cuda and in_groups and len(x) <= _STREAMED and not torch.compiler.is_compiling():
         return "triton"
-    return "grouped" if grouped.has_fast_kernels(x) else "loop"
+    if grouped.has_fast_kernels(x):
+        return "grouped"
+    return "gather" if torch.compiler.is_compiling() and len(x) <= _TRACED else "loop"
 
 
 def backend_for(x: Tensor, asked: str, weights: object = None) -> str:
