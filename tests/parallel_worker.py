@@ -243,6 +243,20 @@ def what_cannot_be_is_refused(mesh, folder):
         "the ranks were given different input_ids: run the same lines on each, with the same seeds",
         lambda: model(torch.tensor([[4, 5 + rank]])),
     )
+    prompts = ([[5, 7]], [[7, 6]]), ([[5, 0, 7]], [[0, 6, 7]]), ([[5, 7]], [[5], [7]])
+    for both in prompts:  # of one weighted sum, and of one row after the other
+        refuses(
+            ValueError,
+            "the ranks were given different input_ids: run the same lines on each, with the same "
+            "seeds",
+            lambda both=both: model(torch.tensor(both[rank])),
+        )
+    refuses(
+        ValueError,
+        "this rank holds a part of the model, one of 2: save it from the process of a model that "
+        "was loaded whole",
+        lambda: l4.save(model, folder / f"part {rank}"),
+    )
     wanted = {"embed": lambda value: value.requires_grad_()}
     with torch.enable_grad(), l4.intervene(model, wanted):
         refuses(

@@ -42,13 +42,19 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
 
     Raises:
         FileExistsError: the folder holds something else than a Llama 4 checkpoint.
-        ValueError: some weights are packed and others are not, or experts are in a file.
+        ValueError: some weights are packed and others are not, experts are in a file, or the model
+            is spread over ranks.
         OSError: the files could not be written; those of an earlier checkpoint are intact.
     """
     if model.expert_memory is not None:
         raise ValueError(
             "the experts of this model stay in the folder that it was loaded from: copy that, or "
             "load it without experts='mmap'"
+        )
+    if model.ranks.size > 1:
+        raise ValueError(
+            f"this rank holds a part of the model, one of {model.ranks.size}: save it from the "
+            "process of a model that was loaded whole"
         )
     folder = Path(folder).expanduser()
     check_vacant(folder)

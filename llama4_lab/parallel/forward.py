@@ -143,6 +143,15 @@ class _Scattered(Tap):
         return whole.where(self.is_here, 0)
 
 
+def _checksum(x: Tensor) -> float:
+    """Return a number that tells a tensor from others: a random sum of its bytes and its sizes."""
+    sizes = torch.tensor(x.shape, dtype=torch.float64)
+    held = [each.detach().cpu().contiguous().flatten().view(torch.uint8) for each in (sizes, x)]
+    numbers = torch.cat(held).long()
+    factors = torch.randint(1 << 62, numbers.shape, generator=torch.Generator().manual_seed(0))
+    return float((numbers * factors).sum() & ((1 << 52) - 1))  # exact, in any order
+
+
 def _checks_inputs(ranks: Ranks, model: Llama4) -> Any:
     """Refuse inputs that differ between ranks, and a cache of other heads; one small exchange."""
     heads = model.config.num_key_value_heads // ranks.size
@@ -155,13 +164,10 @@ def _checks_inputs(ranks: Ranks, model: Llama4) -> Any:
         keep_last: int | None = None,
     ) -> None:
         found = [input_ids, pixel_values, attention_mask]
-        sums = [
-            torch.zeros((), dtype=torch.float64, device=ranks.device)
-            if x is None
-            else (x.flatten() * torch.arange(1, x.numel() + 1, device=x.device)).double().sum()
-            for x in found
-        ]
-        all_sums = ranks.gather(torch.stack(sums)[:, None])
+        sums = [0.0 if x is None else _checksum(x) for x in found]
+        all_sums = ranks.gather(
+            torch.tensor(sums, dtype=torch.float64, device=ranks.device)[:, None]
+        )
         differ = (all_sums != all_sums[:, :1]).any(dim=1).tolist()
         names = ("input_ids", "pixel_values", "attention_mask")
         if wrong := [name for name, is_wrong in zip(names, differ, strict=True) if is_wrong]:
