@@ -53,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", choices=("mini", "nano"))
     sub.add_argument("--corpus", type=Path, default=Path("corpus"))
     sub.add_argument("--out", type=Path, help="folder of the run (default runs/RECIPE)")
-    sub.add_argument("--steps", type=int, help="instead of the recipe's")
-    sub.add_argument("--budget-minutes", type=float, help="stop after this time, not after steps")
+    sub.add_argument("--steps", type=_count, help="instead of the recipe's")
+    sub.add_argument(
+        "--budget-minutes", type=_minutes, help="stop after this time, not after steps"
+    )
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--teacher", help="a shipped model's name or a folder with the same tokenizer")
     sub.add_argument("--compile", action="store_true", help="torch.compile the layers")
@@ -102,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="scout", help=f"{_CONFIGS} (default %(default)s)")
     sub.add_argument("--layers", type=_count, help="fewer than the model has")
     sub.add_argument("--quantize", choices=PRECISIONS, default="int4", help="(default int4)")
-    sub.add_argument("--minutes", type=float, default=10.0, help="for all (default 10)")
+    sub.add_argument("--minutes", type=_minutes, default=10.0, help="for all (default 10)")
     sub.add_argument("--only", default="", help="stages, with commas; an unknown one lists all")
     sub.add_argument("--json", type=Path, help="also write the figures to this file")
     sub.add_argument("--device", default="cuda")
@@ -162,6 +164,8 @@ def train_model(options: argparse.Namespace) -> None:
     minutes = recipe.minutes if options.budget_minutes is None else options.budget_minutes
     out = options.out or Path("runs") / recipe.name
     device, teacher = torch.device(options.device), None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA GPU was found: train on one, or with --device cpu")
     if options.teacher:
         read = l4.load(options.teacher, dtype=product_dtype(device))
         teacher = Teacher(read.to(device).eval())
@@ -186,6 +190,8 @@ def print_card(options: argparse.Namespace) -> None:
     from llama4_lab.train.promises import PROMISES, broken
 
     model = l4.load(options.model, dtype=torch.float32)
+    if model.tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer, and a card is measured on texts")
     texts = card.held_out_texts(options.corpus or card.HELD_OUT)
     trained_on = card.training_tokens(options.corpus) if options.corpus else None
     measured = card.measure(model, texts, trained_on=trained_on)
@@ -213,6 +219,8 @@ def _translated(model: l4.Llama4, corpus: Path) -> str:
 
 
 def convert(options: argparse.Namespace) -> None:
+    from llama4_lab.checkpoint.quantised import require_plain
+
     if not options.hugging_face:
         l4.convert(options.source, options.target, quantize=options.quantize)
     elif options.quantize:
@@ -221,7 +229,9 @@ def convert(options: argparse.Namespace) -> None:
             "give one of them"
         )
     else:
-        l4.save(l4.load(options.source), options.target)
+        model = l4.load(options.source)
+        require_plain(model, "--hugging-face")
+        l4.save(model, options.target)
     print(f"saved to {options.target}")
 
 
@@ -235,6 +245,8 @@ def plan(options: argparse.Namespace) -> None:
         return
     if (name := options.model or options.name) is None:
         raise ValueError("plan needs a model, or --table")
+    if options.name not in (None, name):
+        raise ValueError(f"plan takes one model, not {options.name} and {name}")
     config, weights = _config(name), options.quantize or "bf16"
     if options.gpu is None:
         for option in ("num_gpus", "cache_dtype", "context", "batch"):
@@ -307,15 +319,32 @@ def _count(text: str) -> int:
     return int(digits)
 
 
+def _minutes(text: str) -> float:
+    """Read a time above zero."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes above 0")
+    return minutes
+
+
 def _config(name: str) -> l4.Llama4Config:
     """Return a preset's config, or that of a shipped model or a folder."""
+    from llama4_lab.checkpoint.files import describing, read_json
+    from llama4_lab.checkpoint.params import config_from_params
     from llama4_lab.checkpoint.shipped import find
 
     presets = {"scout": l4.SCOUT, "maverick": l4.MAVERICK, "behemoth": l4.BEHEMOTH_ESTIMATE}
     if name.lower() in presets:
         return presets[name.lower()]
-    raw = (find(name) / "config.json").read_text(encoding="utf-8")
-    return l4.Llama4Config.from_dict(json.loads(raw))
+    file, read = find(name) / "config.json", l4.Llama4Config.from_dict
+    if not file.is_file() and file.with_name("params.json").is_file():
+        file, read = file.with_name("params.json"), config_from_params
+    raw = read_json(file)
+    with describing(file):
+        return read(raw)
 
 
 if __name__ == "__main__":

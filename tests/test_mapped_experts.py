@@ -188,6 +188,8 @@ def test_what_cannot_be_done_is_explained(folder, folders, tmp_path):
         l4.load(folder, experts="disk")
     with pytest.raises(ValueError, match=r"^experts=None: give 'mmap'.*memory_limit is for"):
         l4.load(folder, memory_limit=5)
+    with pytest.raises(ValueError, match=r"^memory_limit=-1: give bytes, a whole number from 0 up"):
+        l4.load(folder, experts="mmap", memory_limit=-1)
     with pytest.raises(ValueError, match=r"convert .* TARGET --quantize int4`, and load TARGET"):
         l4.load(folder, experts="mmap", quantize="int4")
     assert l4.load(folders["int4"], experts="mmap", quantize="int4").expert_memory is not None

@@ -82,7 +82,7 @@ def load(
     source.check(stored)
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if experts is not None or memory_limit is not None:
-        _check_experts(source, folder, experts, quantize)
+        _check_experts(source, folder, experts, quantize, memory_limit)
         assert isinstance(source, HuggingFaceFolder)
         left = leave_experts(model, source, memory_limit, device, dtype)
         stored = {name: tensor for name, tensor in stored.items() if name not in left}
@@ -162,13 +162,19 @@ def _check_kind(folder: Path, stored: str, asked: str | None) -> None:
 
 
 def _check_experts(
-    source: HuggingFaceFolder | MetaFolder, folder: Path, experts: str | None, quantize: str | None
+    source: HuggingFaceFolder | MetaFolder,
+    folder: Path,
+    experts: str | None,
+    quantize: str | None,
+    memory_limit: object,
 ) -> None:
     if experts != "mmap":
         raise ValueError(
             f"experts={experts!r}: give 'mmap' to leave the routed experts in their files, which "
             "memory_limit is for, or None to load them"
         )
+    if memory_limit is not None and not (isinstance(memory_limit, int) and memory_limit >= 0):
+        raise ValueError(f"memory_limit={memory_limit!r}: give bytes, a whole number from 0 up")
     if quantize is not None and source.quantisation is None:
         raise ValueError(
             f"{folder} is not quantised, and its experts cannot be both packed and left there: "
