@@ -41,9 +41,8 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "padded": padded.apply,
     "triton": lambda *arguments: _triton().apply(*arguments),
 }
-_TRACED = (
-    8  # tokens up to which "auto" is one graph on any device; the loop's depends on the routing
-)
+# Tokens up to which "auto" can be traced as one graph anywhere; the loop's depends on the routing.
+_TRACED = 8
 # Tokens up to which products that read codes beat unpacking all experts first; an estimate.
 _STREAMED = 512
 
