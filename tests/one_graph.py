@@ -54,5 +54,6 @@ def check_prefill(model):
 check_decoding(small("grouped"), 2)
 check_decoding(small("gather", "int4").float(), 1)
 check_decoding(small("auto").float(), 2)
+check_decoding(small("numba").float(), 2)
 check_decoding(small("auto", "int8").float(), 2)
 check_prefill(small("grouped"))

@@ -99,7 +99,11 @@ def choose_backend(x: Tensor, weights: object = None) -> str:
         return "triton"
     if grouped.has_fast_kernels(x):
         return "grouped"
-    return "gather" if torch.compiler.is_compiling() and len(x) <= _TRACED else "loop"
+    return _traceable(x) if torch.compiler.is_compiling() else "loop"
+
+
+def _traceable(x: Tensor) -> str:
+    return "gather" if len(x) <= _TRACED else "loop"
 
 
 def backend_for(x: Tensor, asked: str, weights: object = None) -> str:
@@ -111,6 +115,8 @@ def backend_for(x: Tensor, asked: str, weights: object = None) -> str:
     backend = choose_backend(x, weights) if asked == "auto" else asked
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose auto, {', '.join(BACKENDS)}")
+    if backend == "numba" and torch.compiler.is_compiling():
+        return _traceable(x)  # numba's kernels are not
     return backend
 
 
