@@ -161,8 +161,8 @@ def test_sizes_that_do_not_fit_are_refused(backend):
     gate, up, out = shared_weights()
 
     def refused(sentence, router=router, pair=(gate_up, down), shared=(gate, up, out), topk=1):
-        moe = inspect.unwrap(experts.moe)  # as it is outside of tests, where annotations are not
-        with pytest.raises(ValueError, match=sentence):  # checked
+        moe = inspect.unwrap(experts.moe)  # without the checks that only tests make
+        with pytest.raises(ValueError, match=sentence):
             moe(x, router, pair, shared, topk=topk, backend=backend)
 
     theirs = gate_up.mT.contiguous(), down.mT.contiguous()

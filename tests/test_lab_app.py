@@ -137,6 +137,8 @@ def test_the_bar_says_that_a_chat_is_shown(app):
     assert [message["role"] for message in app.prompt] == ["user", "assistant"]
     app.bar.text.value = TEXT
     assert app.prompt == TEXT and app.bar.shown.children == ()
+    app.bar.text.value = ""  # a text, too
+    assert app.prompt == "" and len(app.moment.tokens) == 1
 
 
 @pytest.mark.parametrize("prompt", ["\N{SLIGHTLY SMILING FACE} he", "picture", "chat"])

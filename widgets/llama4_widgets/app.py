@@ -151,7 +151,7 @@ class LabApp(ipywidgets.VBox):
         if isinstance(self._other, Llama4):
             return f"another model, {model_facts(self._other)['name']}"
         if isinstance(self._other, str):
-            return f"the text ‘{visible(textwrap.shorten(self._other, 60, placeholder=' …'))}’"
+            return f"the text ‘{visible(textwrap.shorten(self._other, 200, placeholder=' …'))}’"
         if all(isinstance(each, Edit) for each in self._other):
             return E.dumps(self._other) if self._other else "the clean run"
         return "other messages"
@@ -290,7 +290,8 @@ class LabApp(ipywidgets.VBox):
                 cells.append(self.views[name])
                 continue
             self.beside[name].board.title = f"{VIEWS[name].title}, beside: {told}"
-            two = ("this run", self.views[name]), (told, self.beside[name])
+            short = textwrap.shorten(told, 70, placeholder=" …")
+            two = ("this run", self.views[name]), (short, self.beside[name])
             pair = ipywidgets.Box(
                 [ipywidgets.VBox([ipywidgets.Label(whose), view]) for whose, view in two]
             )

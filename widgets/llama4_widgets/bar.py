@@ -28,7 +28,7 @@ class Bar(ipywidgets.VBox):
         self._pictures: list[Any] = []
         self._boxes: list[Any] = []
         self._rng = np.random.default_rng()
-        self._asked: Any = ""  # the prompt that is shown
+        self._chat: Any = ""  # the messages that are shown, where the prompt is no text
         self._beside = ""  # the text that stands beside
         self._is_led = False  # while code, and nobody on the page, chooses what is shown
         super().__init__()
@@ -57,9 +57,9 @@ class Bar(ipywidgets.VBox):
             ipywidgets.Image(value=png(open_picture(picture))) for picture in moment.pictures
         ]
         self._is_led = True
-        self._asked = prompt
-        self.text.value = prompt if isinstance(prompt, str) else ""
-        if not isinstance(prompt, str):
+        is_text = isinstance(prompt, str)
+        self.text.value, self._chat = (prompt, "") if is_text else ("", prompt)
+        if not is_text:
             shown.insert(0, ipywidgets.Label(f"a chat of {len(prompt)} messages is shown"))
         self._is_led = False
         self._pictures, self._boxes = moment.pictures, moment.boxes
@@ -98,7 +98,7 @@ class Bar(ipywidgets.VBox):
             self.text.is_busy = False
 
     def _run_text(self) -> None:
-        asked = self.text.value or self._asked  # the chat that is shown, while nothing is typed
+        asked = self.text.value or self._chat  # once more, while nothing is typed
         self.guard(lambda: self._run(asked, self._pictures, self._boxes))
 
     def _run_alone(self) -> None:
