@@ -152,9 +152,9 @@ def build_corpus(options: argparse.Namespace) -> None:
 def train_model(options: argparse.Namespace) -> None:
     import shutil
 
+    from llama4_lab.precision import product_dtype
     from llama4_lab.train.lessons import Material
     from llama4_lab.train.loop import train
-    from llama4_lab.train.precision import product_dtype
     from llama4_lab.train.recipes import RECIPES
     from llama4_lab.train.step import Teacher
 

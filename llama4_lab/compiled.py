@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
+from torch import Tensor
 
 LANES = 16 if get_host_cpu_features().get("avx512f", False) else 8
 """Numbers of a vector."""
@@ -69,6 +71,24 @@ def _kept(kernel: Any) -> Iterable[Path]:
     source = Path(inspect.getfile(kernel.py_func))
     name = f"{source.stem}.{kernel.py_func.__qualname__}"
     return Path(kernel.stats.cache_path).glob(f"{name}-*.nbi")
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """Share a tensor's memory; bfloat16 comes as its bits, which numpy has no name for."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def lift(weight):
+    """Return a weight as float32: bfloat16 comes as the 16 bits that are a float32's upper half."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(lift, inline="always")
+def _lift(weight):
+    if weight == numba.uint16:
+        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+    return lambda weight: weight
 
 
 # ---- threads

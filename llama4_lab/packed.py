@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from llama4_lab.precision import product_dtype
 
 KINDS = ("int8", "int4", "fp8")
 GROUP = 128
@@ -179,17 +182,20 @@ def unpack_nibbles(packed: UInt8[Tensor, "*rows half"], group: int) -> Tensor:
 # ---- products
 
 _BLOCK = 1 << 20  # as many weights are unpacked at a time: they stay in the cache
-# Up to so many rows, reading the codes in a kernel is faster than unpacking them for a library's
-# product (8192 x 5120 on an EPYC with AVX-512, whose products in bfloat16 are two times as fast).
-_FEW = {torch.float32: 32, torch.bfloat16: 8}
+# Up to so many rows, multiplying the codes is faster than to unpack them for a library's product
+# (8192 x 5120 on an EPYC with AVX-512 and bfloat16).
+_FEW = 48
 _COMPILED = ("int8", "int4")
+_ROWS_OF_NUMBERS = {torch.float32: 2, torch.bfloat16: 1}  # see `packed_kernels.whole_numbers`
 
 
 def linear(x: Float[Tensor, "*batch k"], w: "Tensor | Packed") -> Float[Tensor, "*batch out"]:
     """Return ``x @ w.T``, where the weight ``[out, k]`` may be packed.
 
     The product is that of the unpacked weight, up to the order of the sum. For few rows on the CPU
-    it is taken in float32, and else in x's dtype. Gradients reach x.
+    the codes are multiplied, with 30 bits of float32's numbers and 15 of bfloat16's, counted from
+    the largest of a group, and else the unpacked weight, in x's dtype; in float32 where that is
+    bfloat16 and the CPU has no units for it. Gradients reach x.
     """
     if isinstance(w, Tensor):
         return F.linear(x, w)
@@ -204,10 +210,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Packed) -> Tensor:
         ctx.w = w
-        if x.shape[:-1].numel() <= _FEW.get(x.dtype, 0) and _is_compiled(w):
-            return _product_of_few(x, w)
-        parts = [F.linear(x, block) for block in _blocks(w, x.dtype)]
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        if x.shape[:-1].numel() <= _FEW and (found := _product_of_codes(x, w)) is not None:
+            return found
+        y = x.float() if x.dtype == torch.bfloat16 != product_dtype(x.device) else x
+        parts = [F.linear(y, block) for block in _blocks(w, y.dtype)]
+        return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -225,17 +232,28 @@ def _is_compiled(w: Packed) -> bool:
     return w.device.type == "cpu" and w.kind in _COMPILED and not is_traced
 
 
-def _product_of_few(x: Tensor, w: Packed) -> Tensor:
-    from llama4_lab.compiled import beside, threads
-    from llama4_lab.packed_kernels import ROWS, product
+def _product_of_codes(x: Tensor, w: Packed) -> Tensor | None:
+    """Return the product by kernels that read the codes, or None where there are none."""
+    if not _is_compiled(w) or x.dtype not in _ROWS_OF_NUMBERS or x.numel() == 0:
+        return None
+    from llama4_lab import packed_kernels as kernels
+    from llama4_lab.compiled import array, beside, threads
 
-    rows, outputs = x.detach().float().reshape(-1, x.shape[-1]).contiguous(), w.codes.shape[0]
-    out = torch.empty(rows.shape[0], outputs)
-    products = outputs * (rows.numel() + rows.shape[1])  # codes become numbers, once for all
-    step = -(-outputs // threads(products) // ROWS) * ROWS
-    arrays = rows.numpy(), w.codes.numpy(), _bits(w.scales), out.numpy()
+    (outputs, width), groups = w.codes.shape, w.scales.shape[1]
+    if w.group > kernels.LARGEST_GROUP or width // groups % kernels.VECTOR:
+        return None
+    given = x.detach().float().reshape(-1, x.shape[-1]).contiguous()
+    n = len(given) * _ROWS_OF_NUMBERS[x.dtype]
+    numbers, steps = np.empty((n, given.shape[1]), np.int16), np.empty((n, groups), np.float32)
+    starts, is_int4 = np.empty((n, groups, kernels.LANES), np.int32), w.kind == "int4"
+    if not kernels.whole_numbers(given.numpy(), w.group, is_int4, numbers, steps, starts):
+        return None
+    out = torch.empty(len(given), outputs)
+    products = outputs * (given.numel() + given.shape[1])  # codes are read, once for all
+    step = -(-outputs // threads(products) // kernels.ROWS) * kernels.ROWS
+    arrays = numbers, steps, starts, array(w.codes), array(w.scales), out.numpy()
     beside(
-        partial(product, *arrays, start, min(start + step, outputs))
+        partial(kernels.product, *arrays, start, min(start + step, outputs))
         for start in range(0, outputs, step)
     )
     return out.view(*x.shape[:-1], outputs).to(x.dtype)
@@ -245,17 +263,14 @@ def _blocks(w: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the weight some rows at a time; a block is good until the next one is asked for."""
     step = max(1, (_ON_A_GPU if w.codes.is_cuda else _BLOCK) // w.shape[-1])
     parts = [w[start : start + step] for start in range(0, len(w), step)]
-    if not _is_compiled(w):
+    if not _is_compiled(w) or dtype not in _ROWS_OF_NUMBERS:
         yield from (part.unpack(dtype) for part in parts)
         return
+    from llama4_lab.compiled import array
     from llama4_lab.packed_kernels import unpack
 
-    space = torch.empty(parts[0].shape)
+    space = torch.empty(parts[0].shape, dtype=dtype)
     for part in parts:
         block = space[: len(part)]
-        unpack(part.codes.numpy(), _bits(part.scales), block.numpy())
-        yield block.to(dtype)
-
-
-def _bits(scales: Tensor) -> Any:
-    return scales.view(torch.uint16).numpy()
+        unpack(array(part.codes), array(part.scales), array(block))
+        yield block

@@ -1,18 +1,22 @@
 """Compiled CPU kernels for int8 and int4 codes; `llama4_lab.packed` chooses between them.
 
-A code is one byte to read where a float32 is four, so few tokens' products are made of the codes
-as they are: a vector of them becomes numbers in registers and meets the tokens there, and what a
-group's products add up to is scaled once. Scales come as the 16 bits of a bfloat16.
+A code is one byte to read where a float32 is four, but to make a number of it costs more than the
+product that it is for. So the inputs become whole numbers, too: of each group that shares a scale,
+in steps of its largest over 2**15 or 2**30. Products of whole numbers are added up exactly, two to
+an instruction's lane, and scaled once a group: what comes out does not depend on how many are
+multiplied at a time, nor by which kernel or thread. Scales come as the 16 bits of a bfloat16.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, no_type_check
 
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.extending import overload
 
 from llama4_lab.compiled import (
     AHEAD,
@@ -26,153 +30,125 @@ from llama4_lab.compiled import (
     compiled,
     in_all_lanes,
     in_llvm,
+    lift,
     vector,
-    vector_at,
     wide,
-    widened,
 )
 
 ROWS = 4
 """Rows of codes whose products are made at a time."""
-_BYTE = ir.IntType(8)
+VECTOR = 2 * LANES
+"""Codes, or pairs of them, that are read at a time; a group has to be whole ones."""
+LARGEST_GROUP = 4096
+"""Sums of a group this large stay below 2**31 in each lane."""
+_MOST = 4 if LANES == 16 else 2  # rows of inputs whose sums fit into the registers
+_AT_ONCE = 32  # rows of inputs: they stay in the second cache while all codes pass by
+_BYTES = ir.VectorType(ir.IntType(8), VECTOR)
+_HALVES = ir.VectorType(ir.IntType(16), VECTOR)
 
 
-class _Codes:
-    """Codes ``[rows, bytes]`` with scales ``[rows, groups]``, as LLVM's code reads them."""
-
-    def __init__(self, builder, codes, scales, is_int4: bool):
-        self.builder, self.codes, self.scales, self.is_int4 = builder, codes, scales, is_int4
-        self.num_rows, self.bytes = cgutils.unpack_tuple(builder, codes.shape)
-        self.groups = builder.extract_value(scales.shape, 1)
-        self.size = builder.sdiv(self.bytes, self.groups)  # bytes of a group
-        self.vectors_of_group = builder.sdiv(self.size, self.index(LANES))
-        self.whole = builder.mul(self.vectors_of_group, self.index(LANES))
-
-    def index(self, value: int) -> ir.Constant:
-        return ir.Constant(self.bytes.type, value)
-
-    def row(self, i) -> tuple:
-        """Return where a row of codes and its scales begin."""
-        codes = self.builder.gep(self.codes.data, [self.builder.mul(i, self.bytes)])
-        return codes, self.builder.gep(self.scales.data, [self.builder.mul(i, self.groups)])
-
-    def scale(self, row, group):
-        return widened(self.builder, self.builder.load(self.builder.gep(row[1], [group])))
-
-    def columns(self, group, byte) -> list:
-        """Return where the numbers of a group's byte stand: in int4 the second half is above."""
-        before = self.builder.mul(group, self.size)
-        first = self.builder.add(before, byte)
-        if not self.is_int4:
-            return [first]
-        first = self.builder.add(first, before)
-        return [first, self.builder.add(first, self.size)]
-
-    def vectors(self, row, group, byte) -> list:
-        """Return the numbers of `LANES` bytes, unscaled: a vector for each of their `columns`."""
-        at = self.builder.add(self.builder.mul(group, self.size), byte)
-        held = self.builder.load(vector_at(self.builder, row[0], at, _BYTE))
-        held.align = 1
-        return self._numbers(held, vector(WHOLE), vector(NUMBER), lambda value: [value] * LANES)
-
-    def numbers(self, row, group, byte) -> list:
-        """Return the numbers of one byte, unscaled."""
-        at = self.builder.add(self.builder.mul(group, self.size), byte)
-        held = self.builder.load(self.builder.gep(row[0], [at]))
-        return self._numbers(held, WHOLE, NUMBER, lambda value: value)
-
-    def _numbers(self, held, whole, number, lanes) -> list:
-        if not self.is_int4:
-            return [self.builder.sitofp(self.builder.sext(held, whole), number)]
-        held, zero = self.builder.zext(held, whole), whole(lanes(8))
-        low = self.builder.and_(held, whole(lanes(15)))
-        high = self.builder.lshr(held, whole(lanes(4)))
-        return [self.builder.sitofp(self.builder.sub(each, zero), number) for each in (low, high)]
+def _load(builder, start, i, kind: ir.VectorType):
+    loaded = builder.load(builder.bitcast(builder.gep(start, [i]), kind.as_pointer()))
+    loaded.align = 1
+    return loaded
 
 
-def _dots(tokens: int) -> Callable[..., Any]:
-    def dots(_typing, codes, scales, row, x, first, sums):
-        """Set ``sums[t, r] = x[first + t] @ weight[row + r]`` for `ROWS` rows and some tokens.
+def _codes(builder, held, is_int4: bool) -> list:
+    """Return the codes of a vector of bytes, of 16 bits; nibbles plus 8, low ones and high ones."""
+    if not is_int4:
+        return [builder.sext(held, _HALVES)]
+    held = builder.zext(held, _HALVES)
+    masks, fours = (_HALVES([value] * VECTOR) for value in (15, 4))
+    return [builder.and_(held, masks), builder.lshr(held, fours)]
 
-        ``x [m, k]`` and ``sums [tokens, ROWS]`` are contiguous. The last row stands in for those
-        that are missing, and so does the last token.
+
+def _add_pairs(builder, a, b, place):
+    """Add ``a * b``, two neighbours to a lane, to what lies in a place: one instruction on x86."""
+    a, b = (builder.sext(each, ir.VectorType(WHOLE, VECTOR)) for each in (a, b))
+    product = builder.mul(a, b)
+    even, odd = (
+        builder.shuffle_vector(product, product, vector(WHOLE)(list(range(first, VECTOR, 2))))
+        for first in (0, 1)
+    )
+    total = builder.add(builder.add(even, odd), builder.load(place))
+    builder.store(total, place)
+
+
+def _dots(count: int) -> Callable[..., Any]:
+    def dots(_typing, codes, factors, row, numbers, starts, first, sums):
+        """Set ``sums[n, r] = numbers[first + n] @ weight[row + r]`` for `ROWS` rows of codes.
+
+        ``numbers [n, k]`` and ``starts [n, groups, LANES]`` are as `whole_numbers` leaves them,
+        ``factors [count, ROWS, groups]`` say what a product is worth, and ``sums [count, ROWS]``
+        are contiguous. The last row of codes stands in for those that are missing.
         """
-        signature = types.void(codes, scales, types.intp, x, types.intp, sums)
+        signature = types.void(codes, factors, types.intp, numbers, starts, types.intp, sums)
 
         def code(context, builder, signature, arguments):
-            w, scales, x, sums = (
+            codes, factors, numbers, starts, sums = (
                 context.make_array(signature.args[i])(context, builder, arguments[i])
-                for i in (0, 1, 3, 5)
+                for i in (0, 1, 3, 4, 6)
             )
-            held = _Codes(builder, w, scales, signature.args[0].dtype == types.uint8)
-            m, k = cgutils.unpack_tuple(builder, x.shape)
+            is_int4 = signature.args[0].dtype == types.uint8
+            num_rows, width = cgutils.unpack_tuple(builder, codes.shape)
+            groups = builder.extract_value(factors.shape, 2)
+            size = builder.sdiv(width, groups)  # bytes of a group
 
-            def following(start, count, last):
-                last = builder.sub(last, held.index(1))
-                return [
-                    at_most(builder, builder.add(start, held.index(i)), last) for i in range(count)
-                ]
+            def index(value):
+                return ir.Constant(width.type, value)
 
-            def places():
-                return [[cgutils.alloca_once_value(builder, zeros) for _ in at] for _ in rows]
+            def begins(array, first, count, stride, last=None):
+                """Return where some rows of an array begin that lie one after the other."""
+                rows = [builder.add(first, index(i)) for i in range(count)]
+                rows = rows if last is None else [at_most(builder, each, last) for each in rows]
+                return [builder.gep(array.data, [builder.mul(each, stride)]) for each in rows]
 
-            rows = [held.row(i) for i in following(arguments[2], ROWS, held.num_rows)]
-            at = [
-                builder.gep(x.data, [builder.mul(i, k)]) for i in following(arguments[4], tokens, m)
-            ]
-            zeros = ir.Constant(vector(NUMBER), [0.0] * LANES)
-            totals, parts = places(), places()
-            # What no vector holds is added up here, in memory: registers are for the vectors.
-            rests = [
-                [builder.gep(sums.data, [held.index(t * ROWS + i)]) for t in range(tokens)]
-                for i in range(ROWS)
-            ]
-            for rest in (rest for own in rests for rest in own):
-                builder.store(NUMBER(0.0), rest)
-            ahead = builder.add(builder.mul(arguments[2], held.bytes), held.index(AHEAD * LINE))
-            with cgutils.for_range(builder, held.groups) as loop:
-                group = loop.index
-                for part in (part for own in parts for part in own):
-                    builder.store(zeros, part)
-                with cgutils.for_range(builder, held.vectors_of_group) as inner:
-                    byte = builder.mul(inner.index, held.index(LANES))
+            last = builder.sub(num_rows, index(1))
+            rows = begins(codes, arguments[2], ROWS, width, last)
+            inputs = begins(numbers, arguments[5], count, builder.extract_value(numbers.shape, 1))
+            starts = begins(starts, arguments[5], count, builder.mul(groups, index(LANES)))
+            factors = begins(factors, index(0), count * ROWS, groups)
+            zeros = vector(NUMBER)([0.0] * LANES)
+            totals = [cgutils.alloca_once_value(builder, zeros) for _ in factors]
+            parts = [cgutils.alloca_once(builder, vector(WHOLE)) for _ in factors]
+            ahead = builder.add(builder.mul(arguments[2], width), index(AHEAD * LINE))
+            with cgutils.for_range(builder, groups) as loop:
+                lanes = builder.mul(loop.index, index(LANES))
+                for n, start in enumerate(starts):
+                    start = _load(builder, start, lanes, vector(WHOLE))
+                    for part in parts[n * ROWS : (n + 1) * ROWS]:
+                        builder.store(start, part)
+                before = builder.mul(loop.index, size)
+                vectors = builder.sdiv(size, index(VECTOR))
+                with cgutils.for_range(builder, vectors) as inner:
+                    byte = builder.add(before, builder.mul(inner.index, index(VECTOR)))
                     # Of the rows to come, which lie one after the other, as much as is used here.
-                    done = builder.add(builder.mul(group, held.size), byte)
-                    begin_to_read(
-                        builder, w, builder.add(ahead, builder.mul(done, held.index(ROWS)))
-                    )
-                    columns = held.columns(group, byte)
-                    ys = [[vector_at(builder, y, i, NUMBER) for i in columns] for y in at]
-                    ys = [[builder.load(y) for y in own] for own in ys]
-                    for y in (y for own in ys for y in own):
-                        y.align = 4
-                    for row, own in zip(rows, parts, strict=True):
-                        for half, number in enumerate(held.vectors(row, group, byte)):
-                            for y, part in zip(ys, own, strict=True):
-                                add_product(builder, number, y[half], part)
-                left = held.whole, held.size, held.index(1)  # bytes of the group
-                with cgutils.for_range_slice(builder, *left) as (byte, _):
-                    columns = held.columns(group, byte)
-                    for row, own in zip(rows, rests, strict=True):
-                        scale = held.scale(row, group)
-                        for i, number in zip(columns, held.numbers(row, group, byte), strict=True):
-                            number = builder.fmul(number, scale)
-                            for y, rest in zip(at, own, strict=True):
-                                y = builder.load(builder.gep(y, [i]))
-                                add_product(builder, number, y, rest)
-                for row, *grids in zip(rows, parts, totals, strict=True):
-                    scale = in_all_lanes(builder, held.scale(row, group))
-                    for part, total in zip(*grids, strict=True):
-                        add_product(builder, scale, builder.load(part), total)
+                    to_come = builder.add(ahead, builder.mul(byte, index(ROWS)))
+                    for line in range(0, VECTOR * ROWS, LINE):
+                        begin_to_read(builder, codes, builder.add(to_come, index(line)))
+                    columns = [byte]
+                    if is_int4:  # the other half of a group lies as many numbers on as it has bytes
+                        columns = [builder.add(byte, before)]
+                        columns += [builder.add(columns[0], size)]
+                    xs = [[_load(builder, x, i, _HALVES) for i in columns] for x in inputs]
+                    for r, held in enumerate(rows):
+                        held = _load(builder, held, byte, _BYTES)
+                        for half, each in enumerate(_codes(builder, held, is_int4)):
+                            for n, x in enumerate(xs):
+                                _add_pairs(builder, each, x[half], parts[n * ROWS + r])
+                for factor, part, total in zip(factors, parts, totals, strict=True):
+                    factor = builder.load(builder.gep(factor, [loop.index]))
+                    part = builder.sitofp(builder.load(part), vector(NUMBER))
+                    add_product(builder, in_all_lanes(builder, factor), part, total)
             reduce = cgutils.get_or_insert_function(
                 builder.module,
                 ir.FunctionType(NUMBER, [NUMBER, vector(NUMBER)]),
                 f"llvm.vector.reduce.fadd.v{LANES}f32",
             )
-            for grids in zip(totals, rests, strict=True):
-                for total, rest in zip(*grids, strict=True):
-                    given = [builder.load(rest), builder.load(total)]
-                    builder.store(builder.call(reduce, given, fastmath=["reassoc"]), rest)
+            for i, total in enumerate(totals):
+                given = [NUMBER(0.0), builder.load(total)]
+                total = builder.call(reduce, given, fastmath=["reassoc"])
+                builder.store(total, builder.gep(sums.data, [index(i)]))
             return context.get_dummy_value()
 
         return signature, code
@@ -180,73 +156,125 @@ def _dots(tokens: int) -> Callable[..., Any]:
     return dots
 
 
-def _unpack(_typing, codes, scales, row, out):
-    """Set ``out[row]`` to the weight's row, in float32."""
-    signature = types.void(codes, scales, types.intp, out)
-
-    def code(context, builder, signature, arguments):
-        w, scales, out = (
-            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 3)
-        )
-        held = _Codes(builder, w, scales, signature.args[0].dtype == types.uint8)
-        row = held.row(arguments[2])
-        begin = builder.mul(arguments[2], builder.extract_value(out.shape, 1))
-        with cgutils.for_range(builder, held.groups) as loop:
-            scale = held.scale(row, loop.index)
-            spread = in_all_lanes(builder, scale)
-
-            def put(start, end, step, read, factor, place):
-                with cgutils.for_range_slice(builder, start, end, held.index(step)) as (byte, _):
-                    numbers = read(row, loop.index, byte)
-                    for i, number in zip(held.columns(loop.index, byte), numbers, strict=True):
-                        to = place(builder.add(begin, i))
-                        builder.store(builder.fmul(number, factor), to).align = 4
-
-            def vector_place(i):
-                return vector_at(builder, out.data, i, NUMBER)
-
-            def place(i):
-                return builder.gep(out.data, [i])
-
-            put(held.index(0), held.whole, LANES, held.vectors, spread, vector_place)
-            put(held.whole, held.size, 1, held.numbers, scale, place)
-        return context.get_dummy_value()
-
-    return signature, code
+_one, _two, _four = (in_llvm(_dots(count)) for count in (1, 2, 4))
 
 
-_one, _two, _four = (in_llvm(_dots(tokens)) for tokens in (1, 2, 4))
-_MOST = 4 if LANES == 16 else 2  # tokens whose sums with all rows fit into the registers
-_unpack_row: Any = in_llvm(_unpack)
+@no_type_check
+@compiled
+def whole_numbers(x, size, is_int4, numbers, steps, starts):
+    """Make whole numbers of inputs ``x [m, k]``; tell whether there are: all x have to be finite.
+
+    ``numbers [n, k]`` have a row for each input, of 16 bits, or two, of which the second holds 15
+    further bits; the product with an input is the sum of those with its rows. Groups of `size` have
+    steps of their own, ``steps [n, groups]``. In int4, codes are 8 too large: ``starts [n, groups,
+    LANES]`` are what that makes of each lane's sum, negative.
+    """
+    wide()
+    m, k = x.shape
+    parts, bits = len(numbers) // m, x.view(np.int32)
+    most = 2.0**15 - 1 if parts == 1 else 2.0**30 - 1
+    starts[:] = 0
+    for t in range(m):
+        for g in range(k // size):
+            begin, end, largest = g * size, (g + 1) * size, 0
+            for i in range(begin, end):
+                largest = max(largest, bits[t, i] & 0x7FFFFFFF)  # without its sign
+            if largest >= 0x7F800000:  # infinite, or no number
+                return False
+            top = np.float64(np.int32(largest).view(np.float32))
+            each = most / top if top > 0 else 0.0
+            row = t * parts
+            if parts == 1:
+                steps[row, g] = top / most
+                for i in range(begin, end):
+                    numbers[row, i] = np.int16(np.rint(x[t, i] * each))
+            else:
+                steps[row, g], steps[row + 1, g] = top / most * 2.0**15, top / most
+                for i in range(begin, end):
+                    whole = np.int32(np.rint(x[t, i] * each))
+                    numbers[row, i], numbers[row + 1, i] = whole >> 15, whole & 0x7FFF
+            if is_int4:
+                for n in range(row, row + parts):
+                    for i in range(begin, end, VECTOR):
+                        for lane in range(LANES):
+                            own = i + 2 * lane
+                            starts[n, g, lane] -= 8 * (numbers[n, own] + numbers[n, own + 1])
+    return True
 
 
-# Freed to reorder, LLVM adds up a byte's two halves first, and takes two instructions for one.
 @no_type_check
 @partial(compiled, fastmath=False)
-def product(x, codes, scales, out, begin, end):
-    """Set ``out [m, o]`` at the outputs from begin to end to ``x [m, k]`` times the weight."""
+def product(numbers, steps, starts, codes, scales, out, begin, end):
+    """Set ``out [m, o]`` at the outputs from begin to end to the product with the weight."""
     wide()
-    m, sums = len(x), np.empty((4, ROWS), np.float32)
-    for row in range(begin, end, ROWS):
-        i = 0
-        while i < m:
-            tokens = min(_MOST, m - i)
-            if tokens > 2:
-                _four(codes, scales, row, x, i, sums)
-            elif tokens == 2:
-                _two(codes, scales, row, x, i, sums)
-            else:
-                _one(codes, scales, row, x, i, sums)
-            for t in range(tokens):
-                for r in range(min(ROWS, end - row)):
-                    out[i + t, row + r] = sums[t, r]
-            i += tokens
+    parts, groups = len(numbers) // len(out), scales.shape[1]
+    sums, factors = np.empty((4, ROWS), np.float32), np.empty((4, ROWS, groups), np.float32)
+    out[:, begin:end] = 0
+    for first in range(0, len(numbers), _AT_ONCE):
+        for row in range(begin, end, ROWS):
+            i, last = first, min(first + _AT_ONCE, len(numbers))
+            while i < last:
+                count = min(_MOST, last - i)
+                count -= count == 3
+                for n in range(count):
+                    for r in range(ROWS):
+                        for g in range(groups):
+                            scale = lift(scales[min(row + r, end - 1), g])
+                            factors[n, r, g] = scale * steps[i + n, g]
+                if count == 4:
+                    _four(codes, factors, row, numbers, starts, i, sums)
+                elif count == 2:
+                    _two(codes, factors, row, numbers, starts, i, sums)
+                else:
+                    _one(codes, factors, row, numbers, starts, i, sums)
+                for n in range(count):
+                    for r in range(min(ROWS, end - row)):
+                        out[(i + n) // parts, row + r] += sums[n, r]
+                i += count
+
+
+@no_type_check
+@partial(compiled, forceinline=True)
+def rounded(number):
+    """Return the 16 bits of the nearest bfloat16."""
+    bits = np.float32(number).view(np.uint32)
+    odd = np.uint32(np.uint32(bits >> 16) & 1)
+    return np.uint16(np.uint32(np.uint32(bits + odd) + 0x7FFF) >> 16)
+
+
+def lower(number, array):
+    """Return a float32 as an array holds it."""
+    raise NotImplementedError("only compiled code calls it")
+
+
+@overload(lower, inline="always")
+def _lower(number, array):
+    if array.dtype == numba.uint16:
+        return lambda number, array: rounded(number)
+    return lambda number, array: number
 
 
 @no_type_check
 @compiled
 def unpack(codes, scales, out):
-    """Fill ``out [o, k]`` with the weight in float32."""
+    """Fill ``out [o, k]`` with the weight, in float32 or as the 16 bits of bfloat16."""
     wide()
+    groups = scales.shape[1]
+    size = codes.shape[1] // groups
     for row in range(len(out)):
-        _unpack_row(codes, scales, row, out)
+        for g in range(groups):
+            held, scale = codes[row, g * size : (g + 1) * size], lift(scales[row, g])
+            if out.shape[1] > codes.shape[1]:
+                to = out[row, 2 * g * size : 2 * (g + 1) * size]
+                low, high = to[:size], to[size:]
+                for i in range(size):
+                    low[i] = lower(
+                        scale * (np.float32(np.uint8(held[i] & 15)) - np.float32(8)), out
+                    )
+                    high[i] = lower(
+                        scale * (np.float32(np.uint8(held[i] >> 4)) - np.float32(8)), out
+                    )
+            else:
+                to = out[row, g * size : (g + 1) * size]
+                for i in range(size):
+                    to[i] = lower(scale * np.float32(held[i]), out)

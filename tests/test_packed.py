@@ -78,8 +78,8 @@ def test_what_cannot_be_packed_is_explained():
 # ---- products
 
 
-@pytest.mark.parametrize("rows", [(), (1,), (2,), (2, 3), (20,), (50,)])
-@pytest.mark.parametrize("k", [384, 96, 40])  # groups of 128, 32 and 8
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (2, 3), (20,), (50,), (70,)])
+@pytest.mark.parametrize("k", [384, 320, 96, 40])  # groups of 128, 64, 32 and 8
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_is_that_of_the_unpacked_weight(kind, k, rows):
     packed, x = pack(weight(7, k), kind), inputs(*rows, k)
@@ -95,7 +95,7 @@ def test_a_product_is_that_of_the_unpacked_weight(kind, k, rows):
 @pytest.mark.parametrize("threads", [2, 3, 9])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_several_threads_give_what_one_gives_to_the_bit(kind, threads, monkeypatch):
-    packed, x, used = pack(weight(21, 96), kind), inputs(5, 96), []
+    packed, x, used = pack(weight(21, 256), kind), inputs(5, 256), []
     alone, beside = linear(x, packed), compiled.beside
 
     def note(calls):
@@ -108,6 +108,71 @@ def test_several_threads_give_what_one_gives_to_the_bit(kind, threads, monkeypat
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert torch.equal(linear(x, packed), alone)
     assert used == [min(threads, 6)]  # four outputs at a time
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_inputs_are_as_exact_as_a_group_s_largest_allows(kind, dtype):
+    # One of each 256 inputs is ten thousand times as large as the others, so in every other group.
+    packed, x = pack(weight(9, 512), kind), inputs(6, 512)
+    x[:, ::256] *= 1e4
+    x[4], x[5] = 0.0, x[5] * 1e-20
+    x = x.to(dtype)
+    found = linear(x, packed).double()
+    exact, most = (f(x.double()) @ f(packed.unpack(torch.float64)).mT for f in (lambda y: y, abs))
+    largest = x.double().unflatten(-1, (-1, 128)).abs().amax(-1)
+    weights = packed.unpack(torch.float64).unflatten(-1, (-1, 128)).abs().sum(-1)
+    half_a_step = (
+        largest @ weights.mT * (0.5 / {torch.float32: 2**30, torch.bfloat16: 2**15}[dtype])
+    )
+    rounding = {torch.float32: 2**-20 * most, torch.bfloat16: 2**-8 * exact.abs()}[dtype]
+    assert ((found - exact).abs() <= 1.01 * half_a_step + rounding).all()
+    assert found[4].abs().max() == 0.0 and found[5].abs().max() > 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_row_s_product_does_not_depend_on_the_others(kind, dtype):
+    packed, x = pack(weight(6, 256), kind), inputs(48, 256).to(dtype)
+    together = linear(x, packed)
+    for i in (0, 1, 31, 32, 47):
+        assert torch.equal(linear(x[i], packed), together[i])
+    assert torch.equal(linear(x[:7], packed), together[:7])
+
+
+@pytest.mark.parametrize("group", [4096, 8192])  # the second is above what sums have room for
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_largest_sums_of_a_group_are_right(kind, group):
+    x = torch.ones(3, 8192)
+    x[1], x[2, ::2] = -1.0, -1.0
+    packed = pack(torch.ones(2, 8192), kind, group)
+    expected = torch.tensor([8192.0, -8192.0, 0.0])[:, None].expand(3, 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.testing.assert_close(linear(x.to(dtype), packed).float(), expected, atol=4, rtol=4e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_is_no_number_stays_none(kind, value):
+    packed, x = pack(weight(5, 256), kind), inputs(2, 256)
+    x[1, 7] = value
+    expected = x @ packed.unpack().mT
+    torch.testing.assert_close(linear(x, packed), expected, equal_nan=True)
+    assert not expected[1].isfinite().any() and expected[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_bfloat16_blocks_are_those_of_float32_rounded(kind):
+    packed = pack(weight(6, 96), kind)
+    (found,) = llama4_lab.packed._blocks(packed, torch.bfloat16)
+    assert torch.equal(found, packed.unpack().bfloat16())
+
+
+def test_without_units_for_bfloat16_many_rows_are_multiplied_in_float32(monkeypatch):
+    packed, x = pack(weight(7, 128), "int8"), inputs(49, 128).bfloat16()
+    monkeypatch.setattr(llama4_lab.packed, "product_dtype", lambda device: torch.float32)
+    expected = (x.float() @ packed.unpack().mT).bfloat16()
+    torch.testing.assert_close(linear(x, packed), expected)
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.008), ("int4", 0.14), ("fp8", 0.04)])

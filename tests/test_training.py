@@ -14,13 +14,13 @@ from tiny import CONFIG
 import llama4_lab as l4
 from llama4_lab.analysis.specialisation import mutual_information, specialisation
 from llama4_lab.points import NO_TAP
+from llama4_lab.precision import mixed, product_dtype
 from llama4_lab.train import loop, step
 from llama4_lab.train.balance import Bias, switch_loss
 from llama4_lab.train.behaviour import with_config
 from llama4_lab.train.lessons import Material, Text
 from llama4_lab.train.mixture import Mixture
 from llama4_lab.train.muon import Muon, orthogonalise
-from llama4_lab.train.precision import mixed, product_dtype
 from llama4_lab.train.recipes import MINI, NANO, Recipe, Stage
 from llama4_lab.train.rows import padded
 

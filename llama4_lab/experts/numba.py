@@ -22,10 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from numba.extending import overload
 from torch import Tensor
 
-from llama4_lab.compiled import AHEAD, LINE, beside, compiled, threads, wide
+from llama4_lab.compiled import AHEAD, LINE, array, beside, compiled, lift, threads, wide
 from llama4_lab.experts import loop, probe, tile
 from llama4_lab.experts.tile import PANEL, ROWS
 from llama4_lab.packed import Packed
@@ -40,18 +39,6 @@ _PRODUCTS_A_READ = 8  # made while a weight comes from memory
 
 
 # ---- kernels
-
-
-def lift(weight):
-    """Return a weight as float32: bfloat16 comes as the 16 bits that are a float32's upper half."""
-    raise NotImplementedError("only compiled code calls it")
-
-
-@overload(lift, inline="always")
-def _lift(weight):
-    if weight == numba.uint16:
-        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
-    return lambda weight: weight
 
 
 @inlined
@@ -394,12 +381,6 @@ def prepare() -> None:
 def takes(x: Tensor, *weights: "Tensor | Packed") -> bool:
     """Whether `moe` is the fastest for these tokens and weights."""
     return x.dtype == torch.float32 and len(x) <= probe.best(x.dtype).rows and can_run(x, *weights)
-
-
-def array(tensor: Tensor) -> np.ndarray:
-    """Share a tensor's memory; bfloat16 comes as its bits, which numpy has no name for."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def room(tokens: int, d: int, f: int) -> np.ndarray:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
+from llama4_lab.precision import product_dtype
 from llama4_lab.train.balance import Bias
 from llama4_lab.train.lessons import Material
 from llama4_lab.train.patches import teach_patches
-from llama4_lab.train.precision import product_dtype
 from llama4_lab.train.recipes import Recipe, Stage
 from llama4_lab.train.step import (
     Teacher,

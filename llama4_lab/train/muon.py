@@ -7,7 +7,7 @@ torch.optim.Muon takes two-dimensional parameters only; expert weights are stack
 import torch
 from torch import Tensor
 
-from llama4_lab.train.precision import product_dtype
+from llama4_lab.precision import product_dtype
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from llama4_lab.model import Llama4
 from llama4_lab.points import NO_TAP
+from llama4_lab.precision import mixed
 from llama4_lab.train.muon import Muon
-from llama4_lab.train.precision import mixed
 from llama4_lab.train.scenes import Scene, sample
 from llama4_lab.train.shapes import COLOURS, PLACES, SHAPES, draw
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from llama4_lab.model import Llama4
 from llama4_lab.points import NO_TAP
+from llama4_lab.precision import mixed
 from llama4_lab.train.balance import RouterTap, switch_loss
 from llama4_lab.train.lessons import Lesson, Text
 from llama4_lab.train.muon import Muon
-from llama4_lab.train.precision import mixed
 from llama4_lab.train.recipes import Recipe
 from llama4_lab.train.rows import Rows
 

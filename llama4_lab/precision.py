@@ -1,4 +1,4 @@
-"""The precision of training's products: bfloat16 where a device multiplies it, float32 elsewhere.
+"""The precision of products: bfloat16 where a device multiplies it, float32 elsewhere.
 
 A CPU without units for it takes ten times as long in bfloat16 (one thread of an AMD EPYC with AVX2:
 8.7 against 92 GFLOP/s).
