@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -244,14 +243,14 @@ def _product_of_codes(x: Tensor, w: Packed) -> Tensor | None:
         return None
     given = x.detach().float().reshape(-1, x.shape[-1]).contiguous()
     n = len(given) * _ROWS_OF_NUMBERS[x.dtype]
-    numbers, steps = np.empty((n, given.shape[1]), np.int16), np.empty((n, groups), np.float32)
-    starts, is_int4 = np.empty((n, groups, kernels.LANES), np.int32), w.kind == "int4"
-    if not kernels.whole_numbers(given.numpy(), w.group, is_int4, numbers, steps, starts):
+    numbers = torch.empty(n, given.shape[1], dtype=torch.int16).numpy()  # aligned, numpy's are not
+    steps = torch.empty(n, groups).numpy()
+    if not kernels.whole_numbers(given.numpy(), w.group, numbers, steps):
         return None
     out = torch.empty(len(given), outputs)
     products = outputs * (given.numel() + given.shape[1])  # codes are read, once for all
     step = -(-outputs // threads(products) // kernels.ROWS) * kernels.ROWS
-    arrays = numbers, steps, starts, array(w.codes), array(w.scales), out.numpy()
+    arrays = numbers, steps, array(w.codes), array(w.scales), out.numpy()
     beside(
         partial(kernels.product, *arrays, start, min(start + step, outputs))
         for start in range(0, outputs, step)

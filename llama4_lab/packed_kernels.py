@@ -54,12 +54,13 @@ def _load(builder, start, i, kind: ir.VectorType):
 
 
 def _codes(builder, held, is_int4: bool) -> list:
-    """Return the codes of a vector of bytes, of 16 bits; nibbles plus 8, low ones and high ones."""
+    """Return the codes of a vector of bytes in 16 bits; of nibbles, the low ones and the high."""
     if not is_int4:
         return [builder.sext(held, _HALVES)]
     held = builder.zext(held, _HALVES)
-    masks, fours = (_HALVES([value] * VECTOR) for value in (15, 4))
-    return [builder.and_(held, masks), builder.lshr(held, fours)]
+    masks, fours, eights = (_HALVES([value] * VECTOR) for value in (15, 4, 8))
+    nibbles = builder.and_(held, masks), builder.lshr(held, fours)
+    return [builder.sub(each, eights) for each in nibbles]
 
 
 def _add_pairs(builder, a, b, place):
@@ -75,19 +76,19 @@ def _add_pairs(builder, a, b, place):
 
 
 def _dots(count: int) -> Callable[..., Any]:
-    def dots(_typing, codes, factors, row, numbers, starts, first, sums):
+    def dots(_typing, codes, scales, factors, row, numbers, first, sums):
         """Set ``sums[n, r] = numbers[first + n] @ weight[row + r]`` for `ROWS` rows of codes.
 
-        ``numbers [n, k]`` and ``starts [n, groups, LANES]`` are as `whole_numbers` leaves them,
-        ``factors [count, ROWS, groups]`` say what a product is worth, and ``sums [count, ROWS]``
-        are contiguous. The last row of codes stands in for those that are missing.
+        ``numbers [n, k]`` are as `whole_numbers` leaves them, ``factors [count, ROWS, groups]`` say
+        what a product is worth, and ``sums [count, ROWS]`` are contiguous. The last row of codes
+        stands in for those that are missing.
         """
-        signature = types.void(codes, factors, types.intp, numbers, starts, types.intp, sums)
+        signature = types.void(codes, scales, factors, types.intp, numbers, types.intp, sums)
 
         def code(context, builder, signature, arguments):
-            codes, factors, numbers, starts, sums = (
+            codes, scales, factors, numbers, sums = (
                 context.make_array(signature.args[i])(context, builder, arguments[i])
-                for i in (0, 1, 3, 4, 6)
+                for i in (0, 1, 2, 4, 6)
             )
             is_int4 = signature.args[0].dtype == types.uint8
             num_rows, width = cgutils.unpack_tuple(builder, codes.shape)
@@ -104,20 +105,20 @@ def _dots(count: int) -> Callable[..., Any]:
                 return [builder.gep(array.data, [builder.mul(each, stride)]) for each in rows]
 
             last = builder.sub(num_rows, index(1))
-            rows = begins(codes, arguments[2], ROWS, width, last)
+            rows = begins(codes, arguments[3], ROWS, width, last)
             inputs = begins(numbers, arguments[5], count, builder.extract_value(numbers.shape, 1))
-            starts = begins(starts, arguments[5], count, builder.mul(groups, index(LANES)))
             factors = begins(factors, index(0), count * ROWS, groups)
             zeros = vector(NUMBER)([0.0] * LANES)
             totals = [cgutils.alloca_once_value(builder, zeros) for _ in factors]
-            parts = [cgutils.alloca_once(builder, vector(WHOLE)) for _ in factors]
-            ahead = builder.add(builder.mul(arguments[2], width), index(AHEAD * LINE))
+            nothing = vector(WHOLE)([0] * LANES)
+            parts = [cgutils.alloca_once(builder, nothing.type) for _ in factors]
+            ahead = builder.add(builder.mul(arguments[3], width), index(AHEAD * LINE))
+            scales_ahead = builder.mul(builder.add(arguments[3], index(4 * ROWS)), groups)
             with cgutils.for_range(builder, groups) as loop:
-                lanes = builder.mul(loop.index, index(LANES))
-                for n, start in enumerate(starts):
-                    start = _load(builder, start, lanes, vector(WHOLE))
-                    for part in parts[n * ROWS : (n + 1) * ROWS]:
-                        builder.store(start, part)
+                to_come = builder.add(scales_ahead, builder.mul(loop.index, index(ROWS)))
+                begin_to_read(builder, scales, builder.mul(to_come, index(2)))
+                for part in parts:
+                    builder.store(nothing, part)
                 before = builder.mul(loop.index, size)
                 vectors = builder.sdiv(size, index(VECTOR))
                 with cgutils.for_range(builder, vectors) as inner:
@@ -161,19 +162,17 @@ _one, _two, _four = (in_llvm(_dots(count)) for count in (1, 2, 4))
 
 @no_type_check
 @compiled
-def whole_numbers(x, size, is_int4, numbers, steps, starts):
+def whole_numbers(x, size, numbers, steps):
     """Make whole numbers of inputs ``x [m, k]``; tell whether there are: all x have to be finite.
 
     ``numbers [n, k]`` have a row for each input, of 16 bits, or two, of which the second holds 15
     further bits; the product with an input is the sum of those with its rows. Groups of `size` have
-    steps of their own, ``steps [n, groups]``. In int4, codes are 8 too large: ``starts [n, groups,
-    LANES]`` are what that makes of each lane's sum, negative.
+    steps of their own, ``steps [n, groups]``.
     """
     wide()
     m, k = x.shape
     parts, bits = len(numbers) // m, x.view(np.int32)
     most = 2.0**15 - 1 if parts == 1 else 2.0**30 - 1
-    starts[:] = 0
     for t in range(m):
         for g in range(k // size):
             begin, end, largest = g * size, (g + 1) * size, 0
@@ -193,18 +192,12 @@ def whole_numbers(x, size, is_int4, numbers, steps, starts):
                 for i in range(begin, end):
                     whole = np.int32(np.rint(x[t, i] * each))
                     numbers[row, i], numbers[row + 1, i] = whole >> 15, whole & 0x7FFF
-            if is_int4:
-                for n in range(row, row + parts):
-                    for i in range(begin, end, VECTOR):
-                        for lane in range(LANES):
-                            own = i + 2 * lane
-                            starts[n, g, lane] -= 8 * (numbers[n, own] + numbers[n, own + 1])
     return True
 
 
 @no_type_check
-@partial(compiled, fastmath=False)
-def product(numbers, steps, starts, codes, scales, out, begin, end):
+@compiled
+def product(numbers, steps, codes, scales, out, begin, end):
     """Set ``out [m, o]`` at the outputs from begin to end to the product with the weight."""
     wide()
     parts, groups = len(numbers) // len(out), scales.shape[1]
@@ -222,11 +215,11 @@ def product(numbers, steps, starts, codes, scales, out, begin, end):
                             scale = lift(scales[min(row + r, end - 1), g])
                             factors[n, r, g] = scale * steps[i + n, g]
                 if count == 4:
-                    _four(codes, factors, row, numbers, starts, i, sums)
+                    _four(codes, scales, factors, row, numbers, i, sums)
                 elif count == 2:
-                    _two(codes, factors, row, numbers, starts, i, sums)
+                    _two(codes, scales, factors, row, numbers, i, sums)
                 else:
-                    _one(codes, factors, row, numbers, starts, i, sums)
+                    _one(codes, scales, factors, row, numbers, i, sums)
                 for n in range(count):
                     for r in range(min(ROWS, end - row)):
                         out[(i + n) // parts, row + r] += sums[n, r]
@@ -266,14 +259,10 @@ def unpack(codes, scales, out):
             held, scale = codes[row, g * size : (g + 1) * size], lift(scales[row, g])
             if out.shape[1] > codes.shape[1]:
                 to = out[row, 2 * g * size : 2 * (g + 1) * size]
-                low, high = to[:size], to[size:]
+                low, high, eight = to[:size], to[size:], np.float32(8)
                 for i in range(size):
-                    low[i] = lower(
-                        scale * (np.float32(np.uint8(held[i] & 15)) - np.float32(8)), out
-                    )
-                    high[i] = lower(
-                        scale * (np.float32(np.uint8(held[i] >> 4)) - np.float32(8)), out
-                    )
+                    low[i] = lower(scale * (np.float32(np.uint8(held[i] & 15)) - eight), out)
+                    high[i] = lower(scale * (np.float32(np.uint8(held[i] >> 4)) - eight), out)
             else:
                 to = out[row, g * size : (g + 1) * size]
                 for i in range(size):

@@ -233,16 +233,17 @@ def test_a_layer_that_is_not_equal_is_not_timed(moe_layer, monkeypatch):
 def test_the_table_of_packed_weights_has_a_row_for_each_number_of_tokens():
     head, _, *rows = packed_weights.table(24, 32, [1, 3], repeats=1).splitlines()
     assert [part.strip() for part in head.split("|")] == [
-        *("tokens", "float32", "bfloat16", "int8", "int4")
+        *("tokens", "float32", "bfloat16", "int8", "int4"),
+        *("int8 of bfloat16", "int4 of bfloat16"),
     ]
     assert [row.split()[0] for row in rows] == ["1", "3"]
-    assert all(row.count("×") == 3 for row in rows)
+    assert all(row.count("×") == 5 for row in rows)
 
 
 def test_a_packed_model_decodes_what_the_rounded_one_does():
     head, _, row = packed_weights.steps(TINY, repeats=1).splitlines()
     assert head.split()[0] == "tokens" and row.split()[0] == "1"
-    assert row.count("ms") == 4 and row.count("×") == 3
+    assert row.count("ms") == 6 and row.count("×") == 5
 
 
 def test_a_packed_model_that_is_not_equal_is_not_timed(monkeypatch):
