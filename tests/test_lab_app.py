@@ -221,6 +221,28 @@ def test_prompts_of_other_lengths_are_explained_not_subtracted(app):
     assert [panel["name"] for panel in board.content.panels] == ["answers"]
 
 
+def test_runs_beside_each_other_have_one_scale(app):
+    def scales(view):
+        panels = {panel["name"]: panel.get("scale") for panel in view.board.content.panels}
+        return panels["loads"]["high"], panels["load"]["high"]
+
+    app.shown = ("experts",)
+    view = app.views["experts"]
+    alone = scales(view)
+    app.compare("= = = = = = = =")  # nearly all for one expert
+    beside = app.beside["experts"]
+    highest = 100 * float(beside.moment.clean(routing_of).load.max())
+    assert highest > alone[0] and scales(view)[0] == pytest.approx(highest)
+    assert scales(view) == scales(beside)
+    app.selection.layer = 2  # drawn anew
+    assert scales(view) == scales(beside)
+    app.compare(app.prompt)
+    assert scales(view) == scales(beside) and scales(view)[0] < highest
+    app.compare(None)
+    app.selection.layer = 0
+    assert scales(view) == alone
+
+
 def test_equal_runs_are_told_equal(app):
     app.compare(app.prompt)
     said = "the predictions are the same, up to rounding"

@@ -276,6 +276,8 @@ class LabApp(ipywidgets.VBox):
             self.views[name].is_shown = name in self.shown
         for name, view in self.beside.items():
             view.is_shown = name in self.shown and self.difference is not None
+            view.stand_beside(self.views[name] if view.is_shown else None)
+            self.views[name].stand_beside(view if view.is_shown else None)
         self._grid.children = self._cells()
         for name, chip in zip(VIEWS, self._chips.children, strict=True):
             chip.value = name in self.shown

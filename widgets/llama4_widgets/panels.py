@@ -1,7 +1,7 @@
 """What a board draws: named axes, arrays over them, and panels that show them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,17 @@ class Content:
         panel |= {"rows": [list(row) for row in rows], "choices": choices and list(choices)}
         self.panels.append(panel | options)
 
+    def beside(self, other: "Content") -> "Content":
+        """Return the same with scales that hold the numbers of another one's panels, too."""
+        theirs = {panel["name"]: panel.get("scale", {}) for panel in other.panels}
+        panels = [
+            {**panel, "scale": _wider(panel["scale"], theirs[panel["name"]])}
+            if "scale" in panel and panel["name"] in theirs
+            else panel
+            for panel in self.panels
+        ]
+        return replace(self, panels=panels)
+
     def message(self, *, is_whole: bool = True) -> dict[str, Any]:
         """Return plain values and bytes, as a browser takes them; `pages` of arrays follow."""
         axes = {name: dict(vars(axis)) for name, axis in self.axes.items()}
@@ -141,6 +152,14 @@ class Content:
                 size = len(packed["data"]) // packed["shape"][0]
                 found[name] = {"page": page, "data": packed["data"][page * size :][:size]}
         return found
+
+
+def _wider(one: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scale that holds what both hold; the first where they are not of one kind."""
+    if one.keys() != other.keys() or any(one[key] != other[key] for key in ("kind", "unit")):
+        return one
+    ends = {"low": min, "high": max}
+    return one | {key: end(one[key], other[key]) for key, end in ends.items() if key in one}
 
 
 def pack(values: Shaped[np.ndarray, "..."]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class View(ipywidgets.VBox):
         self.selection = Selection() if selection is None else selection
         self.board = Board(self.selection, title=self.title, help=self.help)
         self._is_stale = True
+        self._own = Content()  # what is drawn, with scales of its own
+        self._beside: View | None = None
         super().__init__(**traits)
         heading = ipywidgets.HTML(
             f"<details class='l4-heading'><summary><b>{self.title}</b><span>?</span></summary>"
@@ -83,8 +85,23 @@ class View(ipywidgets.VBox):
                 return
             with self.board.hold_sync():
                 self.board.problem = ""
-                self.board.content = content
+                self._own = content
+                self._draw()
                 self.board.summary = summary
+            if self._beside:
+                self._beside._draw()
+
+    def stand_beside(self, other: "View | None") -> None:
+        """Share the scales with a view of the same kind, or with none."""
+        self._beside = other
+        self._draw()
+
+    def _draw(self) -> None:
+        """Hand over what is drawn, where that is new or has other scales than it had."""
+        content = self._own.beside(self._beside._own) if self._beside else self._own
+        drawn = self.board.content
+        if content.arrays is not drawn.arrays or content.panels != drawn.panels:
+            self.board.content = content
 
     @contextmanager
     def working(self, what: str = "") -> Iterator[None]:
