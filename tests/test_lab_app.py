@@ -300,10 +300,10 @@ def test_the_bar_shows_what_code_puts_beside(app):
     assert (app.bar.sides.value, app.bar.beside.value) == (ANOTHER, "two")
     assert app.bar.beside.layout.display == ""
     app.compare([E.SkipLayer(0)])
-    assert app.bar.sides.value.startswith('beside [{"edit": "SkipLayer"')
+    assert app.bar.sides.value.startswith("beside SkipLayer(layer=0)")
     before = difference(app)
     app.edits = [E.SkipLayer(1)]
-    assert app.bar.sides.value.startswith("beside [") and difference(app) is before
+    assert app.bar.sides.value.startswith("beside Skip") and difference(app) is before
     app.bar.sides.value = CLEAN
     assert difference(app).other.edits == () and app.bar.beside.layout.display == "none"
     app.compare([E.SkipLayer(0)])

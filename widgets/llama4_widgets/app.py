@@ -9,7 +9,6 @@ from typing import Any
 import ipywidgets
 import traitlets
 
-from llama4_lab import edits as E
 from llama4_lab.edits import Edit
 from llama4_lab.model import Llama4
 from llama4_widgets.bar import Bar
@@ -153,7 +152,7 @@ class LabApp(ipywidgets.VBox):
         if isinstance(self._other, str):
             return f"the text ‘{visible(textwrap.shorten(self._other, 200, placeholder=' …'))}’"
         if all(isinstance(each, Edit) for each in self._other):
-            return E.dumps(self._other) if self._other else "the clean run"
+            return ", ".join(map(_spelled, self._other)) or "the clean run"
         return "other messages"
 
     # ---- keeping
@@ -330,6 +329,12 @@ class LabApp(ipywidgets.VBox):
         if is_on != (name in self.shown):
             others = tuple(each for each in self.shown if each != name)
             self.shown = (*others, name) if is_on else others
+
+
+def _spelled(edit: Edit) -> str:
+    """Return an edit as it is written in a cell, without what it leaves to the model."""
+    given = (f"{name}={value!r}" for name, value in vars(edit).items() if value is not None)
+    return f"{type(edit).__name__}({', '.join(given)})"
 
 
 def _asked(prompt: Any, pictures: Sequence[Any]) -> Any:
