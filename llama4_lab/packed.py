@@ -211,7 +211,7 @@ class _Product(torch.autograd.Function):
         ctx.w = w
         if x.shape[:-1].numel() <= _FEW and (found := _product_of_codes(x, w)) is not None:
             return found
-        y = x.float() if x.dtype == torch.bfloat16 != product_dtype(x.device) else x
+        y = x.float() if _is_slow(x) else x
         parts = [F.linear(y, block) for block in _blocks(w, y.dtype)]
         return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(x.dtype)
 
@@ -224,6 +224,12 @@ class _Product(torch.autograd.Function):
             to_x += grad[..., start : start + len(block)] @ block
             start += len(block)
         return to_x, None
+
+
+def _is_slow(x: Tensor) -> bool:
+    """Whether the CPU has no units for x's dtype; whatever Inductor makes of it is left to it."""
+    is_half = x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return is_half and product_dtype(x.device) != torch.bfloat16
 
 
 def _is_compiled(w: Packed) -> bool:

@@ -9,7 +9,7 @@ from tiny import tiny
 
 from llama4_lab.checkpoint.quantised import packable
 from llama4_lab.model.static import StaticDecoder
-from llama4_lab.packed import pack
+from llama4_lab.packed import linear, pack
 
 torch.set_grad_enabled(False)
 counters = torch._dynamo.utils.counters["stats"]
@@ -51,6 +51,13 @@ def check_prefill(model):
     assert counters["unique_graphs"] <= 2, counters  # one for each kind of length
 
 
+def check_product():
+    weight, x = pack(torch.randn(7, 128), "int4"), torch.randn(3, 128).bfloat16()
+    found = compiled(lambda x: linear(x, weight))(x)
+    torch.testing.assert_close(found, linear(x, weight), atol=0.1, rtol=0.02)
+
+
+check_product()
 check_decoding(small("grouped"), 2)
 check_decoding(small("gather", "int4").float(), 1)
 check_decoding(small("auto").float(), 2)
