@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -138,15 +139,27 @@ def in_all_lanes(builder, value):
 
 
 def widened(builder, bits):
-    """Make a float32 of a bfloat16 that comes as its 16 bits: they are the upper half."""
-    wide = builder.shl(builder.zext(bits, WHOLE), ir.Constant(WHOLE, 16))
-    return builder.bitcast(wide, NUMBER)
+    """Make float32 of bfloat16, one or a vector, that comes as its 16 bits: the upper half."""
+    whole, number, sixteen = WHOLE, NUMBER, WHOLE(16)
+    if isinstance(bits.type, ir.VectorType):
+        whole, number, sixteen = vector(WHOLE), vector(NUMBER), vector(WHOLE)([16] * LANES)
+    return builder.bitcast(builder.shl(builder.zext(bits, whole), sixteen), number)
 
 
 def add_product(builder, a, b, place):
     """Add ``a * b`` to what lies in a place, in one instruction where there is one."""
     product = builder.fmul(a, b, flags=["contract"])
     builder.store(builder.fadd(product, builder.load(place), flags=["contract"]), place)
+
+
+def sum_of_lanes(builder, first, lanes):
+    """Return a number plus all those of a vector."""
+    kind, name = (
+        ir.FunctionType(NUMBER, [NUMBER, vector(NUMBER)]),
+        f"llvm.vector.reduce.fadd.v{LANES}f32",
+    )
+    reduce = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(reduce, [first, lanes], fastmath=["reassoc"])
 
 
 def at_most(builder, i, last):

@@ -31,6 +31,7 @@ from llama4_lab.compiled import (
     in_all_lanes,
     in_llvm,
     lift,
+    sum_of_lanes,
     vector,
     wide,
 )
@@ -141,14 +142,8 @@ def _dots(count: int) -> Callable[..., Any]:
                     factor = builder.load(builder.gep(factor, [loop.index]))
                     part = builder.sitofp(builder.load(part), vector(NUMBER))
                     add_product(builder, in_all_lanes(builder, factor), part, total)
-            reduce = cgutils.get_or_insert_function(
-                builder.module,
-                ir.FunctionType(NUMBER, [NUMBER, vector(NUMBER)]),
-                f"llvm.vector.reduce.fadd.v{LANES}f32",
-            )
             for i, total in enumerate(totals):
-                given = [NUMBER(0.0), builder.load(total)]
-                total = builder.call(reduce, given, fastmath=["reassoc"])
+                total = sum_of_lanes(builder, NUMBER(0.0), builder.load(total))
                 builder.store(total, builder.gep(sums.data, [index(i)]))
             return context.get_dummy_value()
 

@@ -73,20 +73,20 @@ def product(weights, x, read, out, write, how):
     wide()
     n, k = weights.shape
     m = len(read)
+    if m == 1:
+        for a in range(n):
+            put(out, write[0], a, tile.dot(weights, a, x, read[0]), how)
+        return
     of_row = k * weights.itemsize // LINE
-    if m < 3:
-        y, z = read[0], read[m - 1]
+    if m == 2:
+        y, z = read[0], read[1]
         for a in range(n):
             tile.fetch(weights, a, AHEAD, of_row)
             ay = az = f32(0)
-            if m == 1:
-                for s in range(k):
-                    ay += lift(weights[a, s]) * x[y, s]
-            else:
-                for s in range(k):
-                    ay += lift(weights[a, s]) * x[y, s]
-                    az += lift(weights[a, s]) * x[z, s]
-                put(out, write[1], a, az, how)
+            for s in range(k):
+                ay += lift(weights[a, s]) * x[y, s]
+                az += lift(weights[a, s]) * x[z, s]
+            put(out, write[1], a, az, how)
             put(out, write[0], a, ay, how)
         return
     lines = 4 * of_row // ((m + 1) // 2) + 1

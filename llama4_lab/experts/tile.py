@@ -4,6 +4,9 @@ Numba's loops become vectors along one row, whose sum then has to be put togethe
 rows of a few hundred numbers that takes as long as the products. So this kernel is written in
 LLVM's terms: some rows of weights meet two vectors of tokens, column by column, which is how BLAS
 libraries do it (Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication").
+
+One token's products take as long as its weights come from memory; what helps is to ask for them
+steadily, which loops of numba's cannot.
 """
 
 from typing import Any
@@ -13,6 +16,7 @@ from numba import types
 from numba.core import cgutils
 
 from llama4_lab.compiled import (
+    AHEAD,
     LANES,
     LINE,
     NUMBER,
@@ -21,6 +25,7 @@ from llama4_lab.compiled import (
     begin_to_read,
     in_all_lanes,
     in_llvm,
+    sum_of_lanes,
     vector,
     vector_at,
     widened,
@@ -30,6 +35,7 @@ ROWS = 8 if LANES == 16 else 6
 """Rows of weights whose sums with a panel's tokens fit into the registers."""
 PANEL = 2 * LANES
 """Tokens that lie beside each other: a column of them is read from few lines of the cache."""
+_SUMS = 4  # that one token's product is made of: each waits for its last product
 
 
 def _tile(_typing, weights, row, x, panel, out):
@@ -85,6 +91,51 @@ def _tile(_typing, weights, row, x, panel, out):
     return signature, code
 
 
+def _dot(_typing, weights, row, x, y):
+    """Return ``weights[row] @ x[y]``; both ``[n, k]`` are contiguous, weights may be bfloat16."""
+    signature = types.float32(weights, types.intp, x, types.intp)
+
+    def code(context, builder, signature, arguments):
+        w, x = (
+            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 2)
+        )
+        is_half = signature.args[0].dtype == types.uint16
+        kind, size = (ir.IntType(16), 2) if is_half else (NUMBER, 4)
+        k = builder.extract_value(w.shape, 1)
+
+        def index(value):
+            return ir.Constant(k.type, value)
+
+        start = builder.gep(w.data, [builder.mul(arguments[1], k)])
+        token = builder.gep(x.data, [builder.mul(arguments[3], k)])
+        zeros = vector(NUMBER)([0.0] * LANES)
+        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(_SUMS)]
+        rest = cgutils.alloca_once_value(builder, NUMBER(0.0))
+        step = index(_SUMS * LANES)
+        whole = builder.mul(builder.sdiv(k, step), step)
+        ahead = builder.mul(builder.mul(arguments[1], k), index(size))
+        ahead = builder.add(ahead, index(AHEAD * LINE))
+        with cgutils.for_range_slice(builder, index(0), whole, step) as (s, _):
+            byte = builder.add(ahead, builder.mul(s, index(size)))
+            for line in range(0, _SUMS * LANES * size, LINE):
+                begin_to_read(builder, w, builder.add(byte, index(line)))
+            for v, total in enumerate(sums):
+                i = builder.add(s, index(v * LANES))
+                a = builder.load(vector_at(builder, start, i, kind))
+                b = builder.load(vector_at(builder, token, i, NUMBER))
+                a.align, b.align = size, 4
+                add_product(builder, widened(builder, a) if is_half else a, b, total)
+        with cgutils.for_range_slice(builder, whole, k, index(1)) as (s, _):
+            a, b = (builder.load(builder.gep(each, [s])) for each in (start, token))
+            add_product(builder, widened(builder, a) if is_half else a, b, rest)
+        total = builder.load(sums[0])
+        for each in sums[1:]:
+            total = builder.fadd(total, builder.load(each))
+        return sum_of_lanes(builder, builder.load(rest), total)
+
+    return signature, code
+
+
 def _fetch(_typing, weights, row, line, lines):
     """Begin to read so many lines of the cache, from number `line` of ``weights[row:]`` on.
 
@@ -107,4 +158,5 @@ def _fetch(_typing, weights, row, line, lines):
 
 
 tile: Any = in_llvm(_tile)
+dot: Any = in_llvm(_dot)
 fetch: Any = in_llvm(_fetch)
