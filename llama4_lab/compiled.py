@@ -154,10 +154,8 @@ def add_product(builder, a, b, place):
 
 def sum_of_lanes(builder, first, lanes):
     """Return a number plus all those of a vector."""
-    kind, name = (
-        ir.FunctionType(NUMBER, [NUMBER, vector(NUMBER)]),
-        f"llvm.vector.reduce.fadd.v{LANES}f32",
-    )
+    kind = ir.FunctionType(NUMBER, [NUMBER, vector(NUMBER)])
+    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
     reduce = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(reduce, [first, lanes], fastmath=["reassoc"])
 

@@ -1,7 +1,8 @@
-"""Products of many tokens at once: sums stay in vector registers, with a token in each lane.
+"""Products of many tokens at once, and of one.
 
+Of many, sums stay in vector registers, with a token in each lane.
 Numba's loops become vectors along one row, whose sum then has to be put together lane by lane: with
-rows of a few hundred numbers that takes as long as the products. So this kernel is written in
+rows of a few hundred numbers that takes as long as the products. So these kernels are written in
 LLVM's terms: some rows of weights meet two vectors of tokens, column by column, which is how BLAS
 libraries do it (Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication").
 
