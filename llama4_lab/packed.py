@@ -181,9 +181,9 @@ def unpack_nibbles(packed: UInt8[Tensor, "*rows half"], group: int) -> Tensor:
 # ---- products
 
 _BLOCK = 1 << 20  # as many weights are unpacked at a time: they stay in the cache
-# Up to so many rows, multiplying the codes is faster than to unpack them for a library's product
-# (8192 x 5120 on an EPYC with AVX-512 and bfloat16).
-_FEW = 48
+# Up to so many rows, multiplying the codes is faster than to unpack them for a library's product:
+# of 8192 x 5120, up to 48 on an EPYC with AVX-512, and 18 to 36 on a Xeon with units for matrices.
+_FEW = 32
 _COMPILED = ("int8", "int4")
 _ROWS_OF_NUMBERS = {torch.float32: 2, torch.bfloat16: 1}  # see `packed_kernels.whole_numbers`
 

@@ -133,9 +133,9 @@ def test_inputs_are_as_exact_as_a_group_s_largest_allows(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_row_s_product_does_not_depend_on_the_others(kind, dtype):
-    packed, x = pack(weight(6, 256), kind), inputs(48, 256).to(dtype)
+    packed, x = pack(weight(6, 256), kind), inputs(32, 256).to(dtype)
     together = linear(x, packed)
-    for i in (0, 1, 31, 32, 47):
+    for i in (0, 1, 15, 16, 31):
         assert torch.equal(linear(x[i], packed), together[i])
     assert torch.equal(linear(x[:7], packed), together[:7])
 
@@ -170,7 +170,7 @@ def test_bfloat16_blocks_are_those_of_float32_rounded(kind):
 
 
 def test_without_units_for_bfloat16_many_rows_are_multiplied_in_float32(monkeypatch):
-    packed, x = pack(weight(7, 128), "int8"), inputs(49, 128).bfloat16()
+    packed, x = pack(weight(7, 128), "int8"), inputs(33, 128).bfloat16()
     monkeypatch.setattr(llama4_lab.packed, "product_dtype", lambda device: torch.float32)
     expected = (x.float() @ packed.unpack().mT).bfloat16()
     torch.testing.assert_close(linear(x, packed), expected)
