@@ -70,8 +70,13 @@ def test_a_scene_asks_about_a_picture_with_known_boxes(mini):
     assert len(moment.pictures) == 1 and moment.prompt.pixel_values is not None
     assert "user" in moment.prompt.spans.roles  # asked as a chat
     assert all(len(box) == 5 and " " in box[4] for box in moment.boxes)
-    assert app.bar.shown.children[-1].value.startswith("right answer: ")
+    answer = app.bar.shown.children[-1].value
+    assert answer.startswith("right answer: ")
+    app.bar._run_text()  # the same once more
+    assert app.moment is not moment and app.bar.shown.children[-1].value == answer
+    moment = app.moment
     app.bar.text.value = "How many shapes are there?"
+    assert all("right" not in getattr(each, "value", "") for each in app.bar.shown.children[1:])
     assert app.moment is not moment and app.prompt == app.bar.text.value
     assert app.moment.pictures == moment.pictures and app.moment.boxes == moment.boxes
     app.bar.shown.children[1].click()  # no picture

@@ -30,6 +30,7 @@ class Bar(ipywidgets.VBox):
         self._rng = np.random.default_rng()
         self._chat: Any = ""  # the messages that are shown, where the prompt is no text
         self._beside = ""  # the text that stands beside
+        self._scene: tuple[Any, ...] = ()  # drawn last: question, pictures, answer
         self._is_led = False  # while code, and nobody on the page, chooses what is shown
         super().__init__()
         self.text = Prompt(value=text, layout={"width": "100%"})
@@ -65,6 +66,8 @@ class Bar(ipywidgets.VBox):
         self._pictures, self._boxes = moment.pictures, moment.boxes
         if moment.pictures:
             shown.append(button("No picture", "run the text alone", self._run_alone))
+        if self._scene and self._is_scene(prompt, moment.pictures):
+            shown.append(ipywidgets.Label(f"right answer: {self._scene[2]}"))
         self.shown.children = shown
 
     def show_beside(self, other: Any, told: str) -> None:
@@ -114,13 +117,13 @@ class Bar(ipywidgets.VBox):
         """Ask about a random picture of coloured shapes, of which the boxes are known."""
         example = scenes.sample(self._rng, str(self._rng.choice(scenes.ONE_PICTURE)))
         boxes = [(*thing.box, str(thing)) for thing in example.scenes[0].objects]
+        question, pictures, _ = self._scene = example.question, example.images, example.answer
+        self.guard(lambda: self._run(question, pictures, boxes))
 
-        def ask() -> None:
-            self._run(example.question, example.images, boxes)
-            answer = ipywidgets.Label(f"right answer: {example.answer}")
-            self.shown.children = [*self.shown.children, answer]
-
-        self.guard(ask)
+    def _is_scene(self, prompt: Any, pictures: Sequence[Any]) -> bool:
+        """Whether this is the question that was drawn last, about its pictures."""
+        question, drawn, _ = self._scene
+        return prompt == question and list(map(id, pictures)) == list(map(id, drawn))
 
     def _choose_sides(self, _change: Any) -> None:
         chosen = str(self.sides.value)
