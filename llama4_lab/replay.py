@@ -300,10 +300,11 @@ class Effect:
 
     def __str__(self) -> str:
         loss = self.loss_change[~self.loss_change.isnan()]
+        first, last, strongest = self.positions[[0, -1, int(self.kl.argmax())]].tolist()
         text = (
-            f"KL from the clean run: mean {self.kl.mean():.4f}, most {self.kl.max():.4f} nats at "
-            f"token {int(self.positions[self.kl.argmax()])}; top token changed at "
-            f"{int(self.top_changed.sum())} of {len(self.kl)} positions; "
+            f"KL from the clean run: mean {self.kl.mean():.4f} over tokens {first} to {last}, most "
+            f"{self.kl.max():.4f} nats at token {strongest}; top token changed at "
+            f"{int(self.top_changed.sum())} of {len(self.kl)}; "
             f"{sum(self.flips.values())} routing flips"
         )
         if len(loss):

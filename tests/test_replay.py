@@ -238,8 +238,9 @@ def test_an_edit_that_changes_nothing_says_so(replay):
 
 
 def test_a_text_tells_the_effect_in_units(replay):
-    text = str(replay.edited([E.SkipLayer(3)]).effect)
-    assert "KL from the clean run: mean 0." in text
+    effect = replay.edited([E.SkipLayer(3)]).effect
+    text, last = str(effect), int(effect.positions[-1])
+    assert f"KL from the clean run: mean {effect.kl.mean():.4f} over tokens 0 to {last}, " in text
     assert "routing flips; loss" in text
     assert text.endswith("nats")
 

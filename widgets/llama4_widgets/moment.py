@@ -25,6 +25,7 @@ from llama4_lab.replay import Edited, Replay
 from llama4_widgets.words import visible, word_of
 
 T = TypeVar("T")
+ROUNDING = 1e-6  # nats; of the same computed anew in float32, KL is less
 _TURN = threading.RLock()
 _SHORT = 512  # tokens; runs of fewer gain less from a second thread than the browser loses
 _REST = 1.0  # seconds in which nobody asked for compiled experts

@@ -11,6 +11,7 @@ import traitlets
 from llama4_lab import edits as E
 from llama4_lab.config import Llama4Config
 from llama4_lab.edits import Edit
+from llama4_widgets.moment import ROUNDING
 from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.views.router import add_flips
@@ -18,7 +19,6 @@ from llama4_widgets.views.router import add_flips
 _STRENGTH = [round(0.1 * i, 1) for i in range(31)]
 _WARMTH = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]
 _SCALES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0]
-_ROUNDING = 1e-6  # nats; what is computed anew in float32 differs by less
 
 Fits = Callable[[Llama4Config, int], bool]
 
@@ -359,7 +359,7 @@ class AblateView(View):
         config = self.moment.model.config
         if all(edit.first_token(config) >= count for edit in self.moment.edits):
             return "These edits change nothing in this prompt: it is no longer than a chunk."
-        is_same = effect.kl.max() < _ROUNDING and not any(effect.flips.values())
+        is_same = effect.kl.max() < ROUNDING and not any(effect.flips.values())
         if is_same and not effect.unseen:
             return "These edits change nothing in this prompt."
         return str(effect).replace("-", "−")

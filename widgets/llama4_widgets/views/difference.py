@@ -8,14 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama4_lab.analysis.routing import routing_of
-from llama4_widgets.moment import Moment
+from llama4_widgets.moment import ROUNDING, Moment
 from llama4_widgets.panels import Content, sequential
 from llama4_widgets.selection import Selection
 from llama4_widgets.view import View
 from llama4_widgets.views.router import add_flips, flips
 
 _AT_ONCE = 256  # tokens
-_ROUNDING = 1e-6  # nats
 
 
 class DifferenceView(View):
@@ -43,8 +42,9 @@ class DifferenceView(View):
                 where = int(kl.argmax())
                 strongest = f"{kl[where]:.3g} nats at token {where}"
                 source = "the run beside" if self._is_other_first() else "this run"
-                said = f"KL from {source} {kl.mean():.3g} nats per token, most {strongest}"
-                if kl[where] < _ROUNDING:
+                mean = f"mean {kl.mean():.3g} over all {len(kl)} tokens"
+                said = f"KL from {source}: {mean}, most {strongest}"
+                if kl[where] < ROUNDING:
                     strongest, said = "none", "the predictions are the same, up to rounding"
                 self._said.insert(0, said)
                 content.add(
