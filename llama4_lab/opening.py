@@ -10,7 +10,13 @@ from pathlib import Path
 STANDALONE = Path(__file__).parent / "standalone"  # the lab's page, and Voila's template for it
 _HERE = "127.0.0.1"
 _OF_NOTEBOOK = "@jupyter-notebook/lab-extension"
-_CALM = ("OMP_WAIT_POLICY", "PASSIVE")  # spinning pools of torch and numba slow each other down
+_FOR_KERNELS = {  # as `./lab` has it
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning pools of torch and numba slow each other down
+    # glibc gives large blocks back to the system at once, and every value that a trace keeps has to
+    # be paged in anew, which costs more than computing it: up to 256 MB stay.
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "268435456",
+}
 
 
 def open_notebook(notebook: Path | None = None, port: int | None = None) -> None:
@@ -27,7 +33,7 @@ def open_notebook(notebook: Path | None = None, port: int | None = None) -> None
         command.append(f"--port={port}")
     if notebook is not None:
         command.append(str(_found(notebook)))
-    os.environ.setdefault(*_CALM)
+    _set_for_kernels()
     os.execv(sys.executable, command)  # JupyterLab itself hears Ctrl-C
 
 
@@ -44,7 +50,7 @@ def open_page(notebook: Path | None = None, port: int | None = None) -> None:
     notebook = _found(notebook or STANDALONE / "lab.ipynb")
     paths = [str(STANDALONE), os.environ.get("JUPYTER_PATH", "")]
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, paths))
-    os.environ.setdefault(*_CALM)
+    _set_for_kernels()
 
     class Page(import_module("voila.app").Voila):
         def launch_browser(self) -> None:
@@ -57,6 +63,11 @@ def open_page(notebook: Path | None = None, port: int | None = None) -> None:
     options += [f"--VoilaConfiguration.extension_denylist={_OF_NOTEBOOK}"]
     page.initialize([str(notebook), *options, *([f"--port={port}"] if port else [])])
     page.start()
+
+
+def _set_for_kernels() -> None:
+    for name, value in _FOR_KERNELS.items():
+        os.environ.setdefault(name, value)
 
 
 def _require(module: str, name: str, extra: str) -> None:

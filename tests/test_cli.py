@@ -1,6 +1,9 @@
 """The command line: what a person types, and one sentence when it cannot be done."""
 
 import json
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from tiny import CONFIG, tiny
 import llama4_lab as l4
 from llama4_lab import cli
 from llama4_lab.checkpoint.params import config_from_params
+
+LAB = Path(__file__).parents[1] / "lab"
 
 
 def test_plan_counts_a_preset_and_marks_the_estimate(capsys):
@@ -115,3 +120,15 @@ def test_what_opens_a_page_is_named_where_it_is_missing(monkeypatch, capsys):
     assert cli.main(["open", "--app"]) == 1
     sentence = "Voila is not installed: pip install 'llama4-lab[app]'"
     assert capsys.readouterr().err == f"llama4-lab: {sentence}\n"
+
+
+def test_both_ways_to_open_a_notebook_give_kernels_the_same_surroundings(monkeypatch):
+    started = {}
+    monkeypatch.setattr("os.execv", lambda *_: started.update(os.environ))
+    opens = LAB.read_text(encoding="utf-8").partition("open_lab() {")[2].partition("\n}\n")[0]
+    exported = dict(re.findall(r"((?:OMP|MALLOC)_\w+)=(\w+)", opens))
+    for name in exported:
+        monkeypatch.setenv(name, "")  # so that it is put back in the end
+        monkeypatch.delenv(name)
+    assert cli.main(["open"]) == 0
+    assert len(exported) == 3 and exported.items() <= started.items()
