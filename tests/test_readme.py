@@ -18,8 +18,12 @@ def test_the_ten_lines_print_what_the_readme_says():
     assert len(printed.getvalue().splitlines()) >= 8
 
 
-def test_every_picture_and_file_that_the_readme_links_to_exists():
+def test_every_picture_and_file_that_readme_and_docs_link_to_exists():
     root = Path(__file__).parents[1]
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    links = {
+        page.parent / link
+        for page in (root / "README.md", *root.glob("docs/*.md"))
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    }
     assert len(links) >= 3
-    assert [link for link in links if not (root / link).exists()] == []
+    assert [link for link in links if not link.exists()] == []
