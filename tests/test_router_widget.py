@@ -112,6 +112,14 @@ def test_a_choice_is_described_in_one_sentence():
     )
 
 
+def test_what_was_chosen_clean_is_told_behind_it():
+    edited, clean = one_token([2], [0.0], 0, 0.5), one_token([0, 1, -1], [0.9, 0.5, np.nan], 2, 1.0)
+    assert describe(edited, 4, 0, clean) == (
+        "layer 4, token 0 ‘·a’: expert 2 with score 0.00, margin 0.50 logits over expert 0; "
+        "clean: expert 0 with score 0.90 and expert 1 with score 0.50"
+    )
+
+
 def test_domains_are_compared_on_one_scale():
     trained, control = np.eye(2), np.full((2, 2), 0.5)
     drawn = domains.figure(["prose", "code"], {"trained": trained, "control": control})

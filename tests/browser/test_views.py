@@ -239,6 +239,22 @@ def test_the_router_shows_choices_scores_and_probabilities(lab, model, prompt):
     assert told == f"token 2 ‘{spoken[2]}’: expert {routing.expert[layer, 2, 0]}"
 
 
+def test_the_router_says_what_a_token_chose_clean(lab, model, prompt):
+    view, clean = lab.show(), routing_of(model, prompt)
+    lab.on.page.mouse.move(0, 0)  # what lies under the pointer would be told
+    lab.kernel(f"app.edits = [l4.edits.TopK({LAYER}, 2), l4.edits.SkipLayer(6)]")
+    with E.edited(model, [E.TopK(LAYER, 2), E.SkipLayer(6)]):
+        edited = routing_of(model, prompt)
+    assert f"; clean: expert {clean.expert[LAYER, TOKEN, 0]} " in describe(
+        edited, LAYER, TOKEN, clean
+    )
+    for layer in (LAYER, 6):
+        lab.kernel(f"app.selection.layer = {layer}")
+        said = describe(edited, layer, TOKEN, clean)
+        expect(view.locator(".l4-summary")).to_have_text(said)
+        assert lab.kernel("print(app.views['router'].summary())") == said
+
+
 def test_experts_show_loads_and_the_tokens_that_each_takes(lab, model, prompt):
     view, routing = lab.show("experts"), routing_of(model, prompt)
     load = routing.load[LAYER]

@@ -59,19 +59,24 @@ def decimals(value: float) -> str:
     return str(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 
-def describe(routing: "Routing", layer: int, token: int) -> str:
-    """Say in one sentence which expert a token chose, how strongly, and over which other one."""
+def describe(routing: "Routing", layer: int, token: int, clean: "Routing | None" = None) -> str:
+    """Say in one sentence which expert a token chose, how strongly, and over which other one.
+
+    Of an edited run, also what it chose in the `clean` one.
+    """
     row = routing.row(layer)
-    chosen = [
-        f"expert {expert} with score {decimals(score)}"
-        for expert, score in zip(
-            routing.expert[row, token].tolist(), routing.score[row, token].tolist(), strict=True
-        )
-        if expert >= 0
-    ]
     sentence = f"layer {layer}, token {token} ‘{visible(routing.tokens[token])}’: "
-    sentence += " and ".join(chosen)
+    sentence += _chosen(routing, row, token)
     if (runner_up := routing.runner_up[row, token]) >= 0:
         margin = decimals(float(routing.margin[row, token]))
         sentence += f", margin {margin} logits over expert {runner_up}"
-    return sentence
+    return sentence if clean is None else f"{sentence}; clean: {_chosen(clean, row, token)}"
+
+
+def _chosen(routing: "Routing", row: int, token: int) -> str:
+    experts, scores = (each[row, token].tolist() for each in (routing.expert, routing.score))
+    return " and ".join(
+        f"expert {expert} with score {decimals(score)}"
+        for expert, score in zip(experts, scores, strict=True)
+        if expert >= 0
+    )

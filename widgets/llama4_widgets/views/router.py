@@ -31,14 +31,12 @@ class RouterView(View):
         is_edited = bool(self.moment.edits)
         content = Content(self.axes())
         scale = experts(edited.num_experts)
-        chosen = _add_choices(content, edited)
+        chosen = _add_choices(content, edited, clean if is_edited else None)
         content.add(
             "strip", "The text, by expert of the layer", None, _BOTH, scale,
             kind="strip", shown=("token",), array="chosen", chosen=chosen, walk="moe layer",
         )  # fmt: skip
         changed = flips(clean, edited)
-        if is_edited:
-            content.array("clean chosen", clean.expert[..., 0], _BOTH)
         is_marked = (changed != (clean.expert[..., 0] != edited.expert[..., 0])).any()
         if is_marked:  # others than the strongest experts changed, too
             content.array("flips", changed, _BOTH)
@@ -79,7 +77,8 @@ class RouterView(View):
         layer, token = self.selection.layer, self.selection.token
         if layer not in routing.layers:
             return f"layer {layer} is dense: it has no router"
-        return describe(routing, layer, token)
+        clean = self.moment.clean(routing_of) if self.moment.edits else None
+        return describe(routing, layer, token, clean)
 
 
 def flips(one: Routing, other: Routing) -> Int[np.ndarray, "l n"]:
@@ -131,27 +130,37 @@ def add_load(
     )
 
 
-def _add_choices(content: Content, routing: Routing) -> list[str]:
+def _add_choices(content: Content, routing: Routing, clean: Routing | None) -> list[str]:
     """Add what a sentence about a choice needs; return the arrays of the experts, strongest first.
 
     `words.describe` says the same.
     """
+    names, said = _add_chosen(content, routing)
+    content.array("runner up", routing.runner_up, _BOTH, paged=True)
+    content.sentence = (
+        f"{{moe layer}}, {{token}}: {said}[, margin {{margin:2}} logits over expert {{runner up}}]"
+    )
+    if clean is not None:
+        content.sentence += f"; clean: {_add_chosen(content, clean, 'clean ')[1]}"
+    content.otherwise = "{layer} is dense: it has no router"
+    return names
+
+
+def _add_chosen(content: Content, routing: Routing, of: str = "") -> tuple[list[str], str]:
+    """Add the chosen experts and their scores; return the experts' arrays and a part of a sentence.
+
+    The strongest are what maps draw, which have the scores of the shown run already.
+    """
     names, parts = [], []
     for k in range(routing.expert.shape[-1]):
-        chosen, score = (name + f" {k + 1}" * (k > 0) for name in ("chosen", "score"))
-        if k:
-            content.array(chosen, routing.expert[..., k], _BOTH, paged=True)
+        chosen, score = (of + name + f" {k + 1}" * (k > 0) for name in ("chosen", "score"))
+        if k or of:
+            content.array(chosen, routing.expert[..., k], _BOTH, paged=k > 0)
             content.array(score, routing.score[..., k], _BOTH, paged=True)
         said = f"expert {{{chosen}}} with score {{{score}:2}}"
         parts.append(f"[ and {said}]" if k else said)
         names.append(chosen)
-    content.array("runner up", routing.runner_up, _BOTH, paged=True)
-    content.sentence = (
-        f"{{moe layer}}, {{token}}: {''.join(parts)}"
-        "[, margin {margin:2} logits over expert {runner up}]"
-    )
-    content.otherwise = "{layer} is dense: it has no router"
-    return names
+    return names, "".join(parts)
 
 
 def _told_of_scores(routing: Routing) -> str:
