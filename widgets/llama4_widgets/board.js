@@ -516,7 +516,7 @@ function render({ model, el }) {
         const box = { x: middle - wide / 2, width: wide };
         draw("rect", bar, { ...box, y: 0, height: 200, fill: "transparent" }); // easy to point at
         draw("rect", bar, { ...box, y: y(v), height: y(0) - y(v), fill: panel.colours?.[i] ?? "#6c9cfc", class: "l4-bar-box" });
-        if (pitch >= 34) draw("text", bar, { x: middle, y: y(Math.max(v, ghosts?.[i] ?? v)) - 5, "text-anchor": "middle" }, spoken(v));
+        if (pitch >= 34) draw("text", bar, { x: middle, y: y(Math.max(v, ghosts?.[i] ?? v)) - 5, "text-anchor": "middle" }, pitch < 56 ? written(v) : spoken(v));
         if (ghosts) draw("line", bar, { x1: box.x, x2: box.x + wide, y1: y(ghosts[i]), y2: y(ghosts[i]), class: "l4-ghost" });
         if (size <= 32 || i % 8 === 0) draw("text", bar, { x: middle, y: 181, "text-anchor": "middle" }, place(name, i));
         bar.onclick = () => choose([[name, i]]);
@@ -548,7 +548,7 @@ function render({ model, el }) {
         draw("text", svg, { x: LEFT + 8 + before * 150, y: 12, style: `fill:${colour}` }, label);
       });
       if (axis(name).select) draw("line", svg, { x1: x(index(name)), x2: x(index(name)), y1: 18, y2: 150, class: "l4-reference" });
-      for (const i of [0, count >> 1, count - 1]) draw("text", svg, { x: i === count - 1 ? width - 2 : x(i), y: 163, "text-anchor": i === count - 1 ? "end" : "middle" }, place(name, i));
+      for (const i of width / count > 50 ? Array(count).keys() : [0, count >> 1, count - 1]) draw("text", svg, { x: Math.min(x(i), width - 2 - 3.3 * `${place(name, i)}`.length), y: 163, "text-anchor": "middle" }, place(name, i));
       draw("text", svg, { x: width / 2, y: 177, "text-anchor": "middle" }, `${axis(name).title} (${panel.scale.unit} upwards)`);
       svg.onclick = (event) => {
         const frame = svg.getBoundingClientRect();

@@ -69,7 +69,6 @@ class PlannerView(View):
         rows = [[part, round(size / 1e9, 2)] for part, size in needed.items()]
         rows.append(["together", round(sum(needed.values()) / 1e9, 2)])
         rows.append(["a GPU holds", round(plan.usable / 1e9, 2)])
-        content.table("memory", "Memory of each GPU", ["part", "GB"], rows, wide=False)
         steps = [
             (f"decode {batch} row{'s' * (batch > 1)}", plan.decode(batch, context)),
             (f"prefill {context:,} tokens", plan.prefill(context)),
@@ -82,8 +81,8 @@ class PlannerView(View):
                 [name, round(roof.tokens_per_second, 1), *_milliseconds(roof)]
                 for name, roof in steps
             ],
-            wide=False,
         )
+        content.table("memory", "Memory of each GPU", ["part", "GB"], rows, wide=False)
         speed = [
             plan.decode(batch, n).tokens_per_second if plan.fits(batch, n) else np.nan
             for n in _CONTEXTS
@@ -96,6 +95,7 @@ class PlannerView(View):
             ("context",),
             sequential(0, max(1.0, *np.nan_to_num(speed).tolist()), "tokens/s"),
             kind="lines",
+            wide=False,
             series=series,
             note="where it fits in memory; each step doubles the context"
             if np.isfinite(speed).any()
