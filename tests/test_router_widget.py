@@ -357,6 +357,10 @@ SCALES = {
         r"(\w+): \[(.*?)\]", re.search(r"const SCALES = {(.*?)\n};", BOARD, re.DOTALL)[1]
     )
 }
+FADED = {
+    name: float(most)
+    for name, most in re.findall(r"(\w+): (0\.\d+)", re.search(r"const FADED = {(.*?)}", BOARD)[1])
+}
 PAPERS = ("#ffffff", "#111111")  # JupyterLab's, light and dark
 
 
@@ -390,16 +394,40 @@ def test_the_two_sides_of_a_diverging_scale_differ_for_all_eyes(eyes):
 @pytest.mark.parametrize("paper", PAPERS)
 @pytest.mark.parametrize("eyes", EYES)
 def test_words_and_bars_stand_out_from_the_paper_for_all_eyes(eyes, paper):
-    """A strip's orange by strength, its blue and red at three quarters, a table's bars at half."""
+    """A strip's orange by strength, its blue and red, a table's bars at half."""
     orange = [int(x) for x in re.search(r'"sequential" \? \[(\d+), (\d+), (\d+)\]', BOARD).groups()]
     orange = "#" + "".join(f"{x:02x}" for x in orange)
-    light = oklab([blend(paper, orange, i / 10) for i in range(11)], eyes)[:, 0]
+    light = oklab([blend(paper, orange, FADED["sequential"] * i / 10) for i in range(11)], eyes)[
+        :, 0
+    ]
     rises = np.diff(light) * np.sign(light[-1] - light[0])
     assert (rises > 0).all() and abs(light[-1] - light[0]) > 0.2
-    for ends, share in ((SCALES["diverging"][::6], 0.75), (table_bars(), 0.5)):
+    for ends, share in ((SCALES["diverging"][::6], FADED["diverging"]), (table_bars(), 0.5)):
         seen = oklab([paper, *(blend(paper, end, share) for end in ends)], eyes)
         apart = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
         assert apart[~np.eye(3, dtype=bool)].min() > 0.06
+
+
+def test_words_stay_legible_on_their_colours():
+    """WCAG 2 asks for a contrast of 4.5 (success criterion 1.4.3)."""
+    orange = "#e08b00"
+    assert "[224, 139, 0]" in BOARD and f"{orange}{round(255 * FADED['sequential']):x}" in BOARD
+    behind = {
+        "category": PALETTE,
+        "sequential": [orange],
+        "diverging": [SCALES["diverging"][0], SCALES["diverging"][-1]],
+    }
+    for paper, word in (("#ffffff", "#212121"), ("#111111", "#ffffff"), ("#1b1b1b", "#ffffff")):
+        for kind, colours in behind.items():
+            for share in np.linspace(0, FADED[kind], 11):
+                for each in colours:
+                    assert contrast(blend(paper, each, share), word) >= 4.5, (paper, each, share)
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast of two colours by WCAG 2, from 1 to 21."""
+    dark, light = sorted(linear([one, other]) @ (0.2126, 0.7152, 0.0722))
+    return float((light + 0.05) / (dark + 0.05))
 
 
 def table_bars() -> list[str]:

@@ -12,6 +12,7 @@ const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 // What may change of a panel that stays on the page; with anything else it is another panel.
 const SAID = ["title", "note", "scale", "borders", "clean", "marks", "reference", "text", "columns", "rows", "bars", "choices"];
 const SETTLE = 120; // milliseconds without a zoom before finer numbers are asked for
+const FADED = { category: 0.45, sequential: 0.7, diverging: 0.65 }; // at most, behind words: they stay legible, in light and dark
 const [LEFT, TOP, RIGHT, BOTTOM] = [46, 6, 8, 30]; // margins of a map, in pixels
 
 // ---- numbers
@@ -208,8 +209,7 @@ function render({ model, el }) {
     const [name] = panel.axes;
     const slide = panel.walk && addSlider(figure, panel.walk);
     const box = make("div", figure, { className: "l4-words", tabIndex: 0 }, { ...OWN_KEYS, role: "listbox" });
-    let shown; // the word that was last brought into sight
-    let numbers = []; // arrays that are written at each word
+    let [shown, numbers] = [null, []]; // the word last brought into sight, and arrays that are written at each
     const words = axis(name).labels.map((word, i) => {
       if (/^(·|<\|)/.test(word)) make("wbr", box); // lines end between words, where that is possible
       const node = make("span", box, { textContent: word, onclick: () => choose([[name, i]]) }, { role: "option" });
@@ -227,17 +227,17 @@ function render({ model, el }) {
       slide?.();
       numbers = (panel.chosen ?? []).map((array) => picked(array)(panel.axes));
       box.setAttribute("aria-label", panel.title);
-      const value = picked(panel.array)(panel.axes);
-      const colour = colourOf(panel.scale);
-      const strength = panel.scale.kind === "category" ? () => 0.55 : (v) => clamp((v - panel.scale.low) / (panel.scale.high - panel.scale.low), 0, 1);
+      const [value, colour] = [picked(panel.array)(panel.axes), colourOf(panel.scale)];
+      const { kind, low, high } = panel.scale;
+      const strength = (v) => FADED[kind] * (kind === "category" ? 1 : clamp(kind === "diverging" ? Math.abs(v) / high : (v - low) / (high - low), 0, 1));
       const at = axis(name).select ? index(name) : -1;
       const chosen = words[at];
       if (chosen && chosen !== shown && (chosen.offsetTop < box.scrollTop || chosen.offsetTop > box.scrollTop + box.clientHeight - 24)) box.scrollTop = chosen.offsetTop - 60;
       shown = chosen;
       words.forEach((node, i) => {
         const v = value(i);
-        const [r, g, b] = panel.scale.kind === "sequential" ? [224, 139, 0] : colour(v);
-        node.style.background = v === v ? `rgb(${r} ${g} ${b} / ${panel.scale.kind === "diverging" ? 0.75 : strength(v)})` : "none";
+        const [r, g, b] = kind === "sequential" ? [224, 139, 0] : colour(kind === "diverging" ? Math.sign(v || 0) * high : v);
+        node.style.background = v === v ? `rgb(${r} ${g} ${b} / ${strength(v)})` : "none";
         node.classList.toggle("l4-nothing", v !== v);
         node.classList.toggle("l4-selected", i === at);
         node.setAttribute("aria-selected", i === at);
@@ -707,7 +707,7 @@ function render({ model, el }) {
       Object.assign(panel, change);
       write(title, panel.title);
       write(note, [panel.note, hint].map((text) => text && ` ${text}`).join(""));
-      if (legend && scaled !== (scaled = JSON.stringify(panel.scale))) fillScale(legend, isFaded ? { ...panel.scale, colours: ["#e08b0000", "#e08b00"] } : panel.scale);
+      if (legend && scaled !== (scaled = JSON.stringify(panel.scale))) fillScale(legend, isFaded ? { ...panel.scale, colours: ["#e08b0000", "#e08b00b2"] } : panel.scale);
     };
     watch.observe(figure);
     return { panel, key, figure, tell, again };
