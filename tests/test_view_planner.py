@@ -32,6 +32,15 @@ def test_memory_and_speed_are_those_of_the_plan(view):
     assert view.board.summary.startswith("It fits; the longest context is")
 
 
+def test_what_gpus_exchange_is_shown_where_there_are_several(view):
+    for count, columns in (("1", 4), ("8", 5)):
+        view.choices["GPUs"].value = int(count)
+        speed = panel(view, "speed")
+        assert len(speed["columns"]) == columns
+        assert all(len(row) == columns for row in speed["rows"])
+        assert (speed["columns"][-1] == "exchange (ms)") == (columns == 5)
+
+
 def test_what_cannot_be_is_told(view):
     view.choices["GPU"].value, view.choices["weights"].value = "rtx4090", "bf16"
     assert "It does not fit; the weights do not fit" in view.board.summary

@@ -32,6 +32,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,3 +223,14 @@ def lab_page(browser: Browser, lab_server: LabServer) -> Iterator[LabPage]:
     finally:
         lab_page.page.evaluate(SHUT_DOWN)
         context.close()
+
+
+def hindrances(page: Page, within: str | None = None) -> list[str]:
+    """Return what axe finds that keeps people from using a page (WCAG 2.1 AA, good practice)."""
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]
+    found = Axe().run(page, within, {"runOnly": tags, "resultTypes": ["violations"]})
+    return [
+        f"{each['id']}: {each['help']} – {node['html']}"
+        for each in found.response["violations"]
+        for node in each["nodes"]
+    ]

@@ -22,6 +22,8 @@ from llama4_widgets.app import LabApp
 from llama4_widgets.views import VIEWS
 from llama4_widgets.words import visible
 
+from .conftest import hindrances
+
 pytestmark = pytest.mark.browser
 
 expect.set_options(timeout=60_000)  # a busy machine must not fail a test
@@ -169,6 +171,21 @@ def test_a_kept_page_links_views_without_a_kernel(browser: Browser, model, tmp_p
     context.close()
     if SCREENSHOTS:
         photograph(browser, model, tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_keeps_people_from_using_a_kept_page(browser: Browser, model, tmp_path, scheme):
+    app = LabApp(model, shown=[*VIEWS])
+    app.edits = (E.DropExpert(3, expert=7),)
+    app.selection.layer, app.selection.token = 3, 9
+    app.to_html(tmp_path / "lab.html")
+    context = browser.new_context(color_scheme=scheme)
+    page = context.new_page()
+    page.goto((tmp_path / "lab.html").as_uri())
+    expect(page.locator(".l4-words").last).to_be_visible()
+    page.wait_for_timeout(500)  # until all are drawn
+    assert hindrances(page) == []
+    context.close()
 
 
 BRIGHTEST = """canvas => {

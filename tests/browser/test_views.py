@@ -28,9 +28,10 @@ from llama4_lab.config import SCOUT
 from llama4_lab.hardware import GPUS
 from llama4_lab.plan import Plan
 from llama4_lab.train import scenes
+from llama4_widgets.views import VIEWS
 from llama4_widgets.words import describe, visible
 
-from .conftest import SHUT_DOWN, LabPage
+from .conftest import SHUT_DOWN, LabPage, hindrances
 
 pytestmark = pytest.mark.browser
 
@@ -54,6 +55,7 @@ app.run({TEXT!r})
 app.selection.token, app.selection.layer = {TOKEN}, {LAYER}
 app.selection.head, app.selection.expert = {HEAD}, {EXPERT}
 """
+SET_THEME = "theme => jupyterapp.commands.execute('apputils:change-theme', { theme })"
 IN_KERNEL = """async (code) => {
     const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
     const future = kernel.requestExecute({ code });
@@ -566,3 +568,14 @@ def test_the_difference_of_two_runs_stands_between_them(lab, model, prompt):
     expect(lab.on.page.get_by_text("the clean run", exact=True).first).to_be_visible()
     sides.select_option(label="alone")
     expect(view).to_have_count(0)
+
+
+def test_nothing_keeps_people_from_using_a_view(lab):
+    lab.show(*[name for name in VIEWS if name != "router"])
+    lab.kernel(f"app.edits = [l4.edits.SkipLayer({LAYER})]")
+    expect(lab.view("Ablate").locator(".l4-summary")).to_contain_text("routing flips")
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        lab.on.page.evaluate(SET_THEME, theme)
+        expect(lab.on.page.locator("body")).to_have_attribute("data-jp-theme-name", theme)
+        lab.on.page.wait_for_timeout(1000)  # until its colours are there
+        assert hindrances(lab.on.page, ".l4-app") == []

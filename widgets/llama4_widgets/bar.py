@@ -44,7 +44,12 @@ class Bar(ipywidgets.VBox):
         )
         self.upload.observe(self._take_files, "value")
         self.scene = button("Scene", "a random picture of shapes, and a question", self._draw_scene)
-        self.sides = ipywidgets.Dropdown(options=_SIDES, layout={"width": "auto"})
+        self.sides = ipywidgets.Dropdown(
+            options=_SIDES,
+            description="Show it",
+            style={"description_width": "initial"},
+            layout={"width": "auto"},
+        )
         self.sides.observe(self._choose_sides, "value")
         self.shown = ipywidgets.HBox()
         self.shown.add_class("l4-app-pictures")

@@ -516,7 +516,7 @@ function render({ model, el }) {
         const box = { x: middle - wide / 2, width: wide };
         draw("rect", bar, { ...box, y: 0, height: 200, fill: "transparent" }); // easy to point at
         draw("rect", bar, { ...box, y: y(v), height: y(0) - y(v), fill: panel.colours?.[i] ?? "#6c9cfc", class: "l4-bar-box" });
-        if (pitch >= 34) draw("text", bar, { x: middle, y: y(Math.max(v, ghosts?.[i] ?? v)) - 5, "text-anchor": "middle" }, pitch < 56 ? written(v) : spoken(v));
+        if (pitch >= 34) draw("text", bar, { x: middle, y: y(ghosts?.[i] > v && y(v) - y(ghosts[i]) < 16 ? ghosts[i] : v) - 5, "text-anchor": "middle" }, pitch < 56 ? written(v) : spoken(v));
         if (ghosts) draw("line", bar, { x1: box.x, x2: box.x + wide, y1: y(ghosts[i]), y2: y(ghosts[i]), class: "l4-ghost" });
         if (size <= 32 || i % 8 === 0) draw("text", bar, { x: middle, y: 181, "text-anchor": "middle" }, place(name, i));
         bar.onclick = () => choose([[name, i]]);
@@ -590,7 +590,7 @@ function render({ model, el }) {
   // A table of words, `text[row][column]`, around the selected column, coloured by an array.
   function addWords(figure, panel) {
     const [down, across] = panel.axes;
-    const table = make("table", make("div", figure, { className: "l4-scroll" }));
+    const table = make("table", make("div", figure, { className: "l4-scroll", tabIndex: 0 }));
     return () => {
       const room = Math.max(axis(across).size > 16 ? 3 : 16, Math.floor((figure.wide - 120) / (panel.cell ?? 84)));
       const first = clamp(index(across) - Math.floor(room / 2), 0, Math.max(axis(across).size - room, 0));
@@ -617,7 +617,7 @@ function render({ model, el }) {
   }
 
   function addTable(figure, panel) {
-    const table = make("table", make("div", figure, { className: "l4-scroll" }));
+    const table = make("table", make("div", figure, { className: "l4-scroll", tabIndex: 0 }));
     let filled; // what stands there
     function fill() {
       filled = panel.rows;
@@ -631,8 +631,7 @@ function render({ model, el }) {
           const node = make("td", row, { textContent: typeof cell === "number" ? written(cell) : cell });
           const bound = panel.bars?.[j]; // of a column whose numbers are bars as well
           if (!bound || typeof cell !== "number") return;
-          const end = 50 + 50 * clamp(cell / bound, -1, 1);
-          const colour = cell < 0 ? "rgb(33 102 172 / 0.5)" : "rgb(178 24 43 / 0.5)";
+          const [end, colour] = [50 + 50 * clamp(cell / bound, -1, 1), cell < 0 ? "rgb(33 102 172 / 0.5)" : "rgb(178 24 43 / 0.5)"];
           const [from, to] = [Math.min(end, 50), Math.max(end, 50)];
           Object.assign(node.style, { minWidth: "150px", background: `linear-gradient(90deg, transparent ${from}%, ${colour} ${from}% ${to}%, transparent ${to}%)` });
         });
@@ -662,6 +661,7 @@ function render({ model, el }) {
     }
     which.forEach(show);
     say();
+    for (const slider of root.closest(".l4-view")?.querySelectorAll(".widget-slider") ?? []) slider.querySelector("[role=slider]")?.setAttribute("aria-label", slider.querySelector("label").textContent); // ipywidgets leaves them without
   }
   // A browser that is asked for a size after a change lays the whole page out for the answer; here it
   // tells sizes when it knows them, before it paints.

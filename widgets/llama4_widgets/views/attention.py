@@ -126,7 +126,7 @@ class AttentionView(View):
                 axes, values = ("token",), layer.row(self._head, token)[start:stop]
                 whose = f"head {self._head} looks from token {token} ‘{words[token]}’"
             content.array(name, in_decades(values), axes)
-            note = f"layer {self.selection.layer} ({_kind(layer)}); faint words are out of sight"
+            note = f"layer {self.selection.layer} ({_kind(layer)}); slanted words are out of sight"
             if is_part:
                 note += f"; tokens {start} to {stop - 1} of {count}"
             content.add(

@@ -73,12 +73,14 @@ class PlannerView(View):
             (f"decode {batch} row{'s' * (batch > 1)}", plan.decode(batch, context)),
             (f"prefill {context:,} tokens", plan.prefill(context)),
         ]
+        times = ["read (ms)", "products (ms)", "exchange (ms)"]
+        times = times if any(roof.exchange_seconds for _, roof in steps) else times[:2]
         content.table(
             "speed",
             "Speed at best",
-            ["what", "tokens/s", "read (ms)", "products (ms)", "exchange (ms)"],
+            ["what", "tokens/s", *times],
             [
-                [name, round(roof.tokens_per_second, 1), *_milliseconds(roof)]
+                [name, round(roof.tokens_per_second, 1), *_milliseconds(roof)[: len(times)]]
                 for name, roof in steps
             ],
         )
