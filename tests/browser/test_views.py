@@ -579,3 +579,22 @@ def test_nothing_keeps_people_from_using_a_view(lab):
         expect(lab.on.page.locator("body")).to_have_attribute("data-jp-theme-name", theme)
         lab.on.page.wait_for_timeout(1000)  # until its colours are there
         assert hindrances(lab.on.page, ".l4-app") == []
+
+
+def test_bars_lines_and_tables_are_walked_through_by_keyboard(lab):
+    view = lab.show("experts")
+    load = panel(view, "load").locator("svg")
+    load.press("ArrowRight")
+    lab.wait_for_selection(expert=EXPERT + 1, layer=LAYER)
+    load.press("Home")
+    lab.wait_for_selection(expert=0)
+    table = panel(view, "balance").locator(".l4-scroll")
+    table.press("ArrowDown")
+    lab.wait_for_selection(layer=LAYER + 1)
+    table.press("End")
+    lab.wait_for_selection(layer=7)
+    lab.kernel("app.views['experts'].measure()")
+    panel(view, "bits").locator("svg").press("ArrowLeft")
+    lab.wait_for_selection(layer=6)
+    expect(load).to_be_visible()
+    assert lab.kernel("print(app.selection.expert)") == "0"

@@ -497,9 +497,10 @@ function render({ model, el }) {
   }
 
   function addBars(figure, panel) {
-    const svg = draw("svg", figure, { role: "img", height: 200 });
     const [name] = panel.axes;
     const { title, size, select } = axis(name);
+    const svg = draw("svg", figure, { role: "img", height: 200, tabindex: select ? 0 : -1, ...OWN_KEYS });
+    onArrows(svg, (right, down) => choose([[name, clamp(index(name) + right + down, 0, size - 1)]]));
     const spoken = (v) => written(v, panel.scale.unit);
     const shine = (i) => select === "expert" && drawn.forEach((each) => each.again.shine?.(i));
     return () => {
@@ -530,8 +531,9 @@ function render({ model, el }) {
   }
 
   function addLines(figure, panel) {
-    const svg = draw("svg", figure, { role: "img", "aria-label": panel.title, height: 180 });
     const [name] = panel.axes;
+    const svg = draw("svg", figure, { role: "img", "aria-label": panel.title, height: 180, tabindex: axis(name).select ? 0 : -1, ...OWN_KEYS });
+    onArrows(svg, (right, down) => choose([[name, clamp(index(name) + right + down, 0, axis(name).size - 1)]]));
     return () => {
       const width = figure.wide;
       const series = panel.series.map((one) => ({ ...one, at: picked(one.array)(panel.axes) }));
@@ -590,13 +592,12 @@ function render({ model, el }) {
   // A table of words, `text[row][column]`, around the selected column, coloured by an array.
   function addWords(figure, panel) {
     const [down, across] = panel.axes;
-    const table = make("table", make("div", figure, { className: "l4-scroll", tabIndex: 0 }));
+    const table = make("table", make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { ...OWN_KEYS, role: "group", "aria-label": panel.title }));
     return () => {
       const room = Math.max(axis(across).size > 16 ? 3 : 16, Math.floor((figure.wide - 120) / (panel.cell ?? 84)));
       const first = clamp(index(across) - Math.floor(room / 2), 0, Math.max(axis(across).size - room, 0));
       const columns = Array.from({ length: Math.min(room, axis(across).size) }, (_, j) => first + j);
-      const value = picked(panel.array)(panel.axes);
-      const colour = colourOf(panel.scale);
+      const [value, colour] = [picked(panel.array)(panel.axes), colourOf(panel.scale)];
       table.replaceChildren();
       const top = make("tr", table);
       make("th", top, { textContent: axis(down).title });
@@ -617,7 +618,9 @@ function render({ model, el }) {
   }
 
   function addTable(figure, panel) {
-    const table = make("table", make("div", figure, { className: "l4-scroll", tabIndex: 0 }));
+    const box = make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { ...OWN_KEYS, role: "group", "aria-label": panel.title });
+    const table = make("table", box);
+    if (panel.choices) onArrows(box, (right, down) => table.rows[clamp([...table.rows].findIndex((row) => row.className) + right + down, 1, panel.rows.length)]?.onclick?.());
     let filled; // what stands there
     function fill() {
       filled = panel.rows;
@@ -641,7 +644,7 @@ function render({ model, el }) {
       if (filled !== panel.rows) fill();
       panel.rows.forEach((_, i) => {
         const fits = Object.entries(panel.choices?.[i] ?? { none: 1 }).every(([field, v]) => group.selection[field] === v);
-        table.rows[i + 1].classList.toggle("l4-selected", fits);
+        if (table.rows[i + 1].classList.toggle("l4-selected", fits) && document.activeElement === box) table.rows[i + 1].scrollIntoView({ block: "nearest" });
       });
     };
   }
@@ -724,11 +727,8 @@ function render({ model, el }) {
     group.selection = theirs;
     for (const again of group.boards) again();
   }
-  model.on("change:content", rebuild);
-  model.on("change:pages", () => turn() && redraw());
-  model.on("change:finer", answer);
-  model.on("change:selection", listen);
-  for (const trait of ["title", "help", "summary", "problem", "busy"]) model.on(`change:${trait}`, retitle);
+  const reactions = [["content", rebuild], ["pages", () => turn() && redraw()], ["finer", answer], ["selection", listen], ["title help summary problem busy", retitle]];
+  for (const [traits, react] of reactions) for (const trait of traits.split(" ")) model.on(`change:${trait}`, react);
   rebuild();
   retitle();
   watch.observe(body);
