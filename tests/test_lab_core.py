@@ -21,6 +21,7 @@ from llama4_widgets.selection import Selection
 from llama4_widgets.still import picked, unpack
 from llama4_widgets.views.difference import DifferenceView
 from llama4_widgets.views.experts import ExpertsView
+from llama4_widgets.views.lens import LensView
 from llama4_widgets.views.router import RouterView
 
 TEXT = "def add(a, b):\n    return a + b"
@@ -165,6 +166,60 @@ def test_a_failing_view_says_why_in_words(moment):
             raise ValueError("this model has no experts")
 
     assert Broken(moment).board.problem == "this model has no experts"
+
+
+@pytest.mark.parametrize("content", [RouterView.content, None])
+def test_what_takes_a_while_to_draw_is_announced(model, moment, content):
+    class Watched(RouterView):
+        def content(self):
+            told.append("drawn")
+            return content(self) if content else {}["missing"]
+
+    told: list[str] = []
+    view = Watched(moment)
+    view.board.observe(lambda change: told.append(change["new"]), "busy")
+    view.refresh()
+    assert told == ["drawn", "drawn"]
+    view._seconds = 1.0  # that it took to draw the last time
+    view.refresh()
+    assert told[2:] == ["drawing …", "drawn", ""]
+    view.moment = Moment(model, model.prompt("word " * 300))
+    assert told[5:] == ["drawing …", "drawn", ""]
+
+
+def test_a_choice_draws_those_once_that_follow_it(model, moment):
+    class Watched(LensView):
+        def content(self):
+            drawn.append((self.selection.layer, self.selection.token))
+            return super().content()
+
+    class Still(RouterView):
+        def content(self):
+            drawn.append("router")
+            return super().content()
+
+    drawn: list[Any] = []
+    selection = Selection()
+    lens, _ = Watched(moment, selection), Still(moment, selection)
+    assert drawn == [(0, 0), "router"]
+    chosen = {**selection.shared, "token": 4, "layer": 2, "seq": selection.shared["seq"] + 1}
+    lens.board.set_state({"selection": chosen})  # what a browser sends
+    assert drawn[2:] == [(2, 4)]
+    selection.head = 1
+    assert len(drawn) == 3
+    lens.moment = Moment(model, model.prompt("a"))  # of fewer tokens
+    assert drawn[3:] == [(2, 1)]
+
+
+def test_views_that_wait_for_their_turn_say_so(model):
+    app, told = LabApp(model, TEXT, shown=["router", "lens"]), []
+    for name in ("router", "lens"):
+        board = app.views[name].board
+        board.observe(lambda change, name=name: told.append((name, change["new"])), "busy")
+    app.run("word " * 300)
+    assert told == [
+        ("router", "drawing …"), ("lens", "drawing …"), ("router", ""), ("lens", ""),
+    ]  # fmt: skip
 
 
 def test_the_page_holds_everything_it_needs(moment):

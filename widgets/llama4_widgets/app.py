@@ -222,6 +222,9 @@ class LabApp(ipywidgets.VBox):
 
     @traitlets.observe("moment")
     def _show_moment(self, _change: Any) -> None:
+        for view in self.views.values():  # some wait for their turn
+            if view.moment is not self.moment:
+                view.announce(len(self.moment.words))
         if not self._is_dragged or not self._catch_up_soon():
             self._catch_up()
         if self.difference:

@@ -1,6 +1,7 @@
 """What all views are: a board and its controls, drawn from a moment and a selection."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from llama4_widgets.moment import Moment
+
+
+_DRAWING = "drawing …"
+_LONG = 256  # tokens; what is shorter is drawn before anybody would read that
+_SLOW = 0.3  # seconds; likewise
 
 
 class View(ipywidgets.VBox):
@@ -39,15 +45,17 @@ class View(ipywidgets.VBox):
         self.selection = Selection() if selection is None else selection
         self.board = Board(self.selection, title=self.title, help=self.help)
         self._is_stale = True
+        self._is_announced = False  # and drawn soon, whatever is selected meanwhile
         self._own = Content()  # what is drawn, with scales of its own
         self._beside: View | None = None
+        self._seconds = 0.0  # that it took to draw last
         super().__init__(**traits)
         heading = ipywidgets.HTML(
             f"<details class='l4-heading'><summary><b>{self.title}</b><span>?</span></summary>"
             f"<p>{self.help}</p></details>"
         )
         self.children = [heading, *self.controls(), self.board]
-        self.selection.observe(self._follow, list(self.follows))
+        self.selection.observe(self._follow, "shared")
         self.board.on_msg(self._receive)
         self.add_class("l4-view")
         self.moment = moment
@@ -66,6 +74,10 @@ class View(ipywidgets.VBox):
         """Say what is on screen."""
         return ""
 
+    def turn(self, chosen: Set[str]) -> None:
+        """Draw what was chosen; a click can choose several of what a view `follows`."""
+        self.refresh()
+
     def region(self, wish: dict[str, Any]) -> None:
         """Draw a part of a panel finer: ``{"panel", "x": [from, to], "y": [from, to]}``."""
 
@@ -73,10 +85,21 @@ class View(ipywidgets.VBox):
 
     def refresh(self) -> None:
         """Draw anew what is on screen, or tell there what went wrong."""
+        self._is_announced = False
         if not self.is_shown:
             self._is_stale = True
             return
         self._is_stale = False
+        self._say_busy(len(self.moment.words))
+        begin = time.monotonic()
+        try:
+            self._refresh()
+        finally:
+            self._seconds = time.monotonic() - begin
+            if self.board.busy == _DRAWING:
+                self.board.busy = ""
+
+    def _refresh(self) -> None:
         with self.moment.computing():  # and shown, so that the newest is shown last
             try:
                 content, summary = self.content(), self.summary()
@@ -90,6 +113,15 @@ class View(ipywidgets.VBox):
                 self.board.summary = summary
             if self._beside:
                 self._beside._draw()
+
+    def announce(self, tokens: int) -> None:
+        """Say that a prompt of so many tokens is about to be shown; until then nothing is drawn."""
+        self._is_announced = True
+        self._say_busy(tokens)
+
+    def _say_busy(self, tokens: int) -> None:
+        if self.is_shown and not self.board.busy and (tokens > _LONG or self._seconds > _SLOW):
+            self.board.busy = _DRAWING
 
     def stand_beside(self, other: "View | None") -> None:
         """Share the scales with a view of the same kind, or with none."""
@@ -151,6 +183,7 @@ class View(ipywidgets.VBox):
 
     @traitlets.observe("moment")
     def _show(self, _change: Any) -> None:
+        self._is_announced = True
         self.selection.bounds = self.moment.bounds
         self.refresh()
 
@@ -159,8 +192,11 @@ class View(ipywidgets.VBox):
         if self.is_shown and self._is_stale:
             self.refresh()
 
-    def _follow(self, _change: Any) -> None:
-        self.refresh()
+    def _follow(self, change: Any) -> None:
+        old, new = change["old"], change["new"]
+        chosen = {name for name in self.follows if old[name] != new[name]}
+        if chosen and not self._is_announced:
+            self.turn(chosen)
 
     def _receive(self, _board: Any, message: dict[str, Any], _buffers: Any) -> None:
         if "region" in message:

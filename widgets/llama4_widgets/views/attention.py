@@ -1,5 +1,6 @@
 """Where does each head look, how far, and across which borders?"""
 
+from collections.abc import Set
 from functools import partial
 from typing import Any
 
@@ -284,9 +285,9 @@ class AttentionView(View):
         if not self._is_offering:
             self.selection.layer = change["new"]
 
-    def _follow(self, change: Any) -> None:
+    def turn(self, chosen: Set[str]) -> None:
         is_there = "query" in self.board.content.arrays.get("row", {}).get("axes", ())
-        if is_there and change["name"] != "layer":
+        if is_there and "layer" not in chosen:
             self.board.summary = self.summary()  # the browser has all heads and rows
         else:
             self.refresh()
