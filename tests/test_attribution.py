@@ -350,6 +350,10 @@ def test_the_adapters_tokenizer_reads_names_and_refuses_words_of_several_tokens(
             "token 99 is out of range: this prompt",
         ),
         (
+            lambda m, p: token_features(m, p, positions=[2, -1, len(p.tokens) - 1]),
+            "is given twice: a part has one gate, so name it once",
+        ),
+        (
             lambda m, p: token_features(m, p, baseline="mask"),
             "baseline 'mask' stands for no token: g",
         ),

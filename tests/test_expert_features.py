@@ -177,6 +177,11 @@ def test_a_pair_that_does_not_exist_is_explained(model, prompt, build, pair, sen
         build(model, prompt, pairs=[pair])
 
 
+def test_a_pair_that_is_given_twice_is_named(model, prompt):
+    with pytest.raises(ValueError, match="layer 3, expert 2 is given twice: a part has one gate"):
+        expert_features(model, prompt, pairs=[(3, 2), (1, 2), (3, 2)])
+
+
 def test_a_model_without_experts_has_none_to_turn_off(prompt):
     with pytest.raises(ValueError, match="this model routes nothing: all its 4 layers are dense"):
         expert_features(opened(interleave_moe_layer_step=0), prompt)

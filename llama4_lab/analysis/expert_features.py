@@ -35,7 +35,8 @@ def expert_features(
             of every MoE layer: with all off, only the shared experts are left.
 
     Raises:
-        ValueError: a pair that is not there, a model without MoE layers, and as `Question.ask`.
+        ValueError: a pair that is not there or is given twice, a model without MoE layers, and as
+            `Question.ask`.
     """
 
     def of_expert(on: Tensor, chosen: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ def decision_features(
             at every MoE layer.
 
     Raises:
-        ValueError: a pair that is not there, a model without MoE layers, and as `Question.ask`.
+        ValueError: a pair that is not there or is given twice, a model without MoE layers, and as
+            `Question.ask`.
     """
 
     def of_token(on: Tensor, chosen: Tensor) -> Tensor:

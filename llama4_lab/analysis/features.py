@@ -120,6 +120,12 @@ class Features:
     target: Target
     device: torch.device
 
+    def __post_init__(self) -> None:
+        places, counts = np.unique(self.places, axis=0, return_counts=True)
+        for place in places[counts > 1]:
+            named = ", ".join(f"{name} {i}" for name, i in zip(self.axes, place, strict=True))
+            raise ValueError(f"{named} is given twice: a part has one gate, so name it once")
+
     def ends(self, fixed_routing: bool) -> tuple[float, float]:
         """Compute the target with all features off, and with all on."""
         gates = torch.tensor([[0.0], [1.0]], device=self.device)
@@ -146,7 +152,8 @@ def token_features(
         baseline: what an off token is: ``"pad"``, ``"bos"``, the id of a token, or an embedding.
 
     Raises:
-        ValueError: a baseline or a position that is not there, and as `Question.ask`.
+        ValueError: a baseline or a position that is not there, a position given twice, and as
+            `Question.ask`.
     """
     question = Question.ask(model, prompt, target)
     x = question.embedding
