@@ -234,7 +234,10 @@ def choose(logits, indices):
     for j in range(len(indices)):
         best = -1
         for e in range(len(logits)):
-            if (indices[:j] == e).any():
+            is_taken = False
+            for i in range(j):
+                is_taken |= indices[i] == e
+            if is_taken:
                 continue
             if best < 0 or logits[e] > logits[best] or logits[e] != logits[e]:
                 best = e
