@@ -3,6 +3,7 @@
 import base64
 import gzip
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -220,6 +221,21 @@ def test_views_that_wait_for_their_turn_say_so(model):
     assert told == [
         ("router", "drawing …"), ("lens", "drawing …"), ("router", ""), ("lens", ""),
     ]  # fmt: skip
+
+
+def test_an_interrupt_leaves_no_view_waiting(model, monkeypatch):
+    app = LabApp(model, TEXT, shown=["router", "lens"])
+    before = app.moment
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RouterView, "content", Mock(side_effect=KeyboardInterrupt))
+        app.run("word " * 300)
+    lens = app.views["lens"]
+    assert [view.board.busy for view in app.views.values()] == ["", ""]
+    assert lens.moment is before
+    app.selection.token = 3
+    assert "After token 3 " in lens.board.summary
+    app.run("one two")
+    assert lens.moment is app.moment is app.views["router"].moment
 
 
 def test_the_page_holds_everything_it_needs(moment):

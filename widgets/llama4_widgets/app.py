@@ -225,8 +225,13 @@ class LabApp(ipywidgets.VBox):
         for view in self.views.values():  # some wait for their turn
             if view.moment is not self.moment:
                 view.announce(len(self.moment.words))
-        if not self._is_dragged or not self._catch_up_soon():
-            self._catch_up()
+        try:
+            if not self._is_dragged or not self._catch_up_soon():
+                self._catch_up()
+        except BaseException:  # an interrupt, too
+            for view in self.views.values():
+                view.withdraw()
+            raise
         if self.difference:
             self.bar.guard(lambda: self.compare(self._other))
 

@@ -96,8 +96,7 @@ class View(ipywidgets.VBox):
             self._refresh()
         finally:
             self._seconds = time.monotonic() - begin
-            if self.board.busy == _DRAWING:
-                self.board.busy = ""
+            self.withdraw()
 
     def _refresh(self) -> None:
         with self.moment.computing():  # and shown, so that the newest is shown last
@@ -118,6 +117,12 @@ class View(ipywidgets.VBox):
         """Say that a prompt of so many tokens is about to be shown; until then nothing is drawn."""
         self._is_announced = True
         self._say_busy(tokens)
+
+    def withdraw(self) -> None:
+        """Take back what was announced: it is drawn, or will not be."""
+        self._is_announced = False
+        if self.board.busy == _DRAWING:
+            self.board.busy = ""
 
     def _say_busy(self, tokens: int) -> None:
         if self.is_shown and not self.board.busy and (tokens > _LONG or self._seconds > _SLOW):
