@@ -209,11 +209,14 @@ def test_the_selection_is_shared_as_far_as_it_goes(app):
     assert app.selection.layer == 0 and other.board.problem == mine.board.problem == ""
 
 
-def test_a_mirror_with_less_leaves_the_other_where_it_is():
+def test_a_mirror_with_less_leaves_the_other_where_it_is_and_finds_back():
     selection = Selection(token=7)
     mirror = Mirror(selection)
     mirror.bounds = {"token": 2}
     assert (selection.token, mirror.token) == (7, 1)
+    mirror.bounds = {"token": 9}
+    assert (selection.token, mirror.token) == (7, 7)  # found again where there is more
+    mirror.bounds = {"token": 2}
     mirror.token = 0
     assert selection.token == 0
 

@@ -79,12 +79,14 @@ class Mirror(Selection):
 
     def __init__(self, of: Selection):
         super().__init__()
+        self._of = of
         self.group = of.group
         of.observe(lambda change: self.follow(change["new"]), "shared")
         self.observe(lambda change: of.follow(change["new"]), "shared")
         self.follow(of.shared | {"seq": max(of.shared["seq"], self.shared["seq"] + 1)})
 
     @traitlets.observe("bounds")
-    def _stay_inside(self, change: Any) -> None:
+    def _stay_inside(self, _change: Any) -> None:
         with self._following():  # what is less here leaves the other where it is
-            super()._stay_inside(change)
+            for field, count in self.bounds.items():
+                setattr(self, field, min(self._of.shared[field], count - 1))
