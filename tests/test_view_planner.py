@@ -33,8 +33,8 @@ def test_memory_and_speed_are_those_of_the_plan(view):
 
 
 def test_what_gpus_exchange_is_shown_where_there_are_several(view):
-    for count, columns in (("1", 4), ("8", 5)):
-        view.choices["GPUs"].value = int(count)
+    for count, columns in ((1, 4), (8, 5)):
+        view.choices["GPUs"].value = count
         speed = panel(view, "speed")
         assert len(speed["columns"]) == columns
         assert all(len(row) == columns for row in speed["rows"])

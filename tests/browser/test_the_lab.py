@@ -182,8 +182,8 @@ def test_nothing_keeps_people_from_using_a_kept_page(browser: Browser, model, tm
     context = browser.new_context(color_scheme=scheme)
     page = context.new_page()
     page.goto((tmp_path / "lab.html").as_uri())
-    expect(page.locator(".l4-words").last).to_be_visible()
-    page.wait_for_timeout(500)  # until all are drawn
+    expect(page.locator(".l4-board")).to_have_count(len(VIEWS))
+    expect(page.locator(".l4-board").last.locator("td").first).to_be_visible()  # the last is drawn
     assert hindrances(page) == []
     context.close()
 

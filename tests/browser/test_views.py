@@ -571,14 +571,16 @@ def test_the_difference_of_two_runs_stands_between_them(lab, model, prompt):
 
 
 def test_nothing_keeps_people_from_using_a_view(lab):
+    def assert_nothing_hinders():
+        assert hindrances(lab.on.page, ".l4-app") == []
+
     lab.show(*[name for name in VIEWS if name != "router"])
     lab.kernel(f"app.edits = [l4.edits.SkipLayer({LAYER})]")
     expect(lab.view("Ablate").locator(".l4-summary")).to_contain_text("routing flips")
     for theme in ("JupyterLab Dark", "JupyterLab Light"):
         lab.on.page.evaluate(SET_THEME, theme)
         expect(lab.on.page.locator("body")).to_have_attribute("data-jp-theme-name", theme)
-        lab.on.page.wait_for_timeout(1000)  # until its colours are there
-        assert hindrances(lab.on.page, ".l4-app") == []
+        eventually(assert_nothing_hinders)  # its colours are there a little later
 
 
 def test_bars_lines_and_tables_are_walked_through_by_keyboard(lab):

@@ -30,7 +30,7 @@ class Bar(ipywidgets.VBox):
         self._rng = np.random.default_rng()
         self._chat: Any = ""  # the messages that are shown, where the prompt is no text
         self._beside = ""  # the text that stands beside
-        self._scene: tuple[Any, ...] = ()  # drawn last: question, pictures, answer
+        self._scene: tuple[str, Sequence[Any], str] = "", (), ""  # question, pictures, answer
         self._is_led = False  # while code, and nobody on the page, chooses what is shown
         super().__init__()
         self.text = Prompt(value=text, layout={"width": "100%"})
@@ -71,8 +71,8 @@ class Bar(ipywidgets.VBox):
         self._pictures, self._boxes = moment.pictures, moment.boxes
         if moment.pictures:
             shown.append(button("No picture", "run the text alone", self._run_alone))
-        if self._scene and self._is_scene(prompt, moment.pictures):
-            shown.append(ipywidgets.Label(f"right answer: {self._scene[2]}"))
+        if answer := self._answer(prompt, moment.pictures):
+            shown.append(ipywidgets.Label(f"right answer: {answer}"))
         self.shown.children = shown
 
     def show_beside(self, other: Any, told: str) -> None:
@@ -125,10 +125,11 @@ class Bar(ipywidgets.VBox):
         question, pictures, _ = self._scene = example.question, example.images, example.answer
         self.guard(lambda: self._run(question, pictures, boxes))
 
-    def _is_scene(self, prompt: Any, pictures: Sequence[Any]) -> bool:
-        """Whether this is the question that was drawn last, about its pictures."""
-        question, drawn, _ = self._scene
-        return prompt == question and list(map(id, pictures)) == list(map(id, drawn))
+    def _answer(self, prompt: Any, pictures: Sequence[Any]) -> str:
+        """Return the right answer, where the scene that was drawn last is asked about."""
+        question, drawn, answer = self._scene
+        is_asked = prompt == question and list(map(id, pictures)) == list(map(id, drawn))
+        return answer if is_asked else ""
 
     def _choose_sides(self, _change: Any) -> None:
         chosen = str(self.sides.value)

@@ -149,7 +149,7 @@ def _add_choices(content: Content, routing: Routing, clean: Routing | None) -> l
 def _add_chosen(content: Content, routing: Routing, of: str = "") -> tuple[list[str], str]:
     """Add the chosen experts and their scores; return the experts' arrays and a part of a sentence.
 
-    The strongest are what maps draw, which have the scores of the shown run already.
+    Of the run that is shown, panels bring the strongest expert and its score.
     """
     names, parts = [], []
     for k in range(routing.expert.shape[-1]):
