@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama4_lab.compiled import AHEAD, LINE, array, beside, compiled, lift, threads, wide
+from llama4_lab.compiled import AHEAD, LANES, LINE, array, beside, compiled, threads, wide
 from llama4_lab.experts import loop, probe, tile
 from llama4_lab.experts.tile import PANEL, ROWS
 from llama4_lab.packed import Packed
@@ -42,16 +42,6 @@ _PRODUCTS_A_READ = 8  # made while a weight comes from memory
 
 
 @inlined
-def put(out, i, j, total, how):
-    """Set, add to or multiply one number."""
-    if how == ADD:
-        total += out[i, j]
-    elif how == TIMES:
-        total *= out[i, j]
-    out[i, j] = total
-
-
-@inlined
 def store(out, i, j, sums, how):
     """Put sums into a row's places j; where places coincide, so do sums, and all are read first."""
     a, b, c, d = sums
@@ -66,58 +56,35 @@ def store(out, i, j, sums, how):
 def product(weights, x, read, out, write, how):
     """Set, add to or multiply ``out[write[i]]`` by ``weights @ x[read[i]]``.
 
-    Four rows of weights meet two tokens at a time, and are read once for all tokens; of one or two
-    tokens in all, each row by itself, so that few lines are asked for at once. Rows are indexed,
-    not sliced, because views are counted, in atomic operations.
+    Four rows of weights meet two tokens at a time. Of one or two tokens in all, the time is that of
+    reading weights, and memory is faster at four places at a time, each of which the processor
+    foresees. Of more, rows lie beside each other, are read once for all tokens, and asked for long
+    before, steadily: few lines can be on their way at a time. Rows are indexed, not sliced, because
+    views are counted, in atomic operations.
     """
     wide()
     n, k = weights.shape
-    m = len(read)
-    if m == 1:
-        for a in range(n):
-            put(out, write[0], a, tile.dot(weights, a, x, read[0]), how)
-        return
-    of_row = k * weights.itemsize // LINE
-    if m == 2:
-        y, z = read[0], read[1]
-        for a in range(n):
-            tile.fetch(weights, a, AHEAD, of_row)
-            ay = az = f32(0)
-            for s in range(k):
-                ay += lift(weights[a, s]) * x[y, s]
-                az += lift(weights[a, s]) * x[z, s]
-            put(out, write[1], a, az, how)
-            put(out, write[0], a, ay, how)
-        return
-    lines = 4 * of_row // ((m + 1) // 2) + 1
-    for a in range(0, n, 4):
-        # The last row stands in for those that are missing.
-        b, c, d = min(a + 1, n - 1), min(a + 2, n - 1), min(a + 3, n - 1)
+    m, groups = len(read), (n + 3) // 4
+    is_apart = m <= 2
+    step = groups if is_apart else 1
+    all_lines = 0 if is_apart else 4 * LANES * weights.itemsize // LINE  # of LANES columns
+    lines = -(-all_lines // ((m + 1) // 2))
+    for group in range(groups):
+        a = group if is_apart else 4 * group
+        # The first row stands in for those that are missing.
+        b, c, d = a + step, a + 2 * step, a + 3 * step
+        b, c, d = b if b < n else a, c if c < n else a, d if d < n else a
+        asked = 0
         for i in range(0, m - 1, 2):
-            tile.fetch(weights, a, AHEAD + i // 2 * lines, lines)
-            y, z = read[i], read[i + 1]
-            ay = by = cy = dy = az = bz = cz = dz = f32(0)
-            for s in range(k):
-                ay += lift(weights[a, s]) * x[y, s]
-                by += lift(weights[b, s]) * x[y, s]
-                cy += lift(weights[c, s]) * x[y, s]
-                dy += lift(weights[d, s]) * x[y, s]
-                az += lift(weights[a, s]) * x[z, s]
-                bz += lift(weights[b, s]) * x[z, s]
-                cz += lift(weights[c, s]) * x[z, s]
-                dz += lift(weights[d, s]) * x[z, s]
-            store(out, write[i], (a, b, c, d), (ay, by, cy, dy), how)
-            store(out, write[i + 1], (a, b, c, d), (az, bz, cz, dz), how)
+            line, now = AHEAD + asked * k // LANES, min(lines, all_lines - asked)
+            sums = tile.meet(weights, (a, b, c, d), x, (read[i], read[i + 1]), line, now)
+            store(out, write[i], (a, b, c, d), sums[:4], how)
+            store(out, write[i + 1], (a, b, c, d), sums[4:], how)
+            asked += now
         if m % 2:
-            tile.fetch(weights, a, AHEAD + m // 2 * lines, lines)
-            y = read[m - 1]
-            ay = by = cy = dy = f32(0)
-            for s in range(k):
-                ay += lift(weights[a, s]) * x[y, s]
-                by += lift(weights[b, s]) * x[y, s]
-                cy += lift(weights[c, s]) * x[y, s]
-                dy += lift(weights[d, s]) * x[y, s]
-            store(out, write[m - 1], (a, b, c, d), (ay, by, cy, dy), how)
+            line, now = AHEAD + asked * k // LANES, all_lines - asked
+            sums = tile.meet(weights, (a, b, c, d), x, (read[m - 1],), line, now)
+            store(out, write[m - 1], (a, b, c, d), sums, how)
 
 
 @inlined

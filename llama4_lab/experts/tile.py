@@ -17,7 +17,6 @@ from numba import types
 from numba.core import cgutils
 
 from llama4_lab.compiled import (
-    AHEAD,
     LANES,
     LINE,
     NUMBER,
@@ -36,7 +35,6 @@ ROWS = 8 if LANES == 16 else 6
 """Rows of weights whose sums with a panel's tokens fit into the registers."""
 PANEL = 2 * LANES
 """Tokens that lie beside each other: a column of them is read from few lines of the cache."""
-_SUMS = 4  # that one token's product is made of: each waits for its last product
 
 
 def _tile(_typing, weights, row, x, panel, out):
@@ -92,9 +90,15 @@ def _tile(_typing, weights, row, x, panel, out):
     return signature, code
 
 
-def _dot(_typing, weights, row, x, y):
-    """Return ``weights[row] @ x[y]``; both ``[n, k]`` are contiguous, weights may be bfloat16."""
-    signature = types.float32(weights, types.intp, x, types.intp)
+def _meet(_typing, weights, rows, x, tokens, line, lines):
+    """Return ``weights[rows] @ x[tokens]``, the sums of the first token first.
+
+    ``weights [n, k]``, which may be bfloat16, and ``x [m, k]`` are contiguous; rows and tokens are
+    tuples. With each `LANES` columns, `lines` of the cache are asked for, from number `line` of
+    ``weights[rows[0]:]`` on; rows may be missing there.
+    """
+    pairs = len(tokens) * len(rows)
+    signature = types.UniTuple(types.float32, pairs)(weights, rows, x, tokens, line, lines)
 
     def code(context, builder, signature, arguments):
         w, x = (
@@ -107,57 +111,48 @@ def _dot(_typing, weights, row, x, y):
         def index(value):
             return ir.Constant(k.type, value)
 
-        start = builder.gep(w.data, [builder.mul(arguments[1], k)])
-        token = builder.gep(x.data, [builder.mul(arguments[3], k)])
+        def begins(array, tuple_of_rows):
+            rows = cgutils.unpack_tuple(builder, tuple_of_rows)
+            return [builder.gep(array.data, [builder.mul(row, k)]) for row in rows]
+
+        def numbers(array_data, i, of, align, is_vector):
+            place = (
+                vector_at(builder, array_data, i, of) if is_vector else builder.gep(array_data, [i])
+            )
+            value = builder.load(place)
+            value.align = align
+            return widened(builder, value) if of != NUMBER else value
+
+        def add_products(i, sums, is_vector):
+            tokens = [numbers(each, i, NUMBER, 4, is_vector) for each in x_begin]
+            for j, each in enumerate(w_begin):
+                factor = numbers(each, i, kind, size, is_vector)
+                for t, token in enumerate(tokens):
+                    add_product(builder, factor, token, sums[t * len(w_begin) + j])
+
+        w_begin, x_begin = begins(w, arguments[1]), begins(x, arguments[3])
         zeros = vector(NUMBER)([0.0] * LANES)
-        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(_SUMS)]
-        rest = cgutils.alloca_once_value(builder, NUMBER(0.0))
-        step = index(_SUMS * LANES)
-        whole = builder.mul(builder.sdiv(k, step), step)
-        ahead = builder.mul(builder.mul(arguments[1], k), index(size))
-        ahead = builder.add(ahead, index(AHEAD * LINE))
-        with cgutils.for_range_slice(builder, index(0), whole, step) as (s, _):
-            byte = builder.add(ahead, builder.mul(s, index(size)))
-            for line in range(0, _SUMS * LANES * size, LINE):
-                begin_to_read(builder, w, builder.add(byte, index(line)))
-            for v, total in enumerate(sums):
-                i = builder.add(s, index(v * LANES))
-                a = builder.load(vector_at(builder, start, i, kind))
-                b = builder.load(vector_at(builder, token, i, NUMBER))
-                a.align, b.align = size, 4
-                add_product(builder, widened(builder, a) if is_half else a, b, total)
+        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(pairs)]
+        rest = [cgutils.alloca_once_value(builder, NUMBER(0.0)) for _ in range(pairs)]
+        first = builder.mul(cgutils.unpack_tuple(builder, arguments[1])[0], k)
+        first = builder.add(builder.mul(first, w.itemsize), builder.mul(arguments[4], index(LINE)))
+        byte = cgutils.alloca_once_value(builder, first)
+        whole = builder.mul(builder.sdiv(k, index(LANES)), index(LANES))
+        with cgutils.for_range_slice(builder, index(0), whole, index(LANES)) as (s, _):
+            with cgutils.for_range(builder, arguments[5]):
+                begin_to_read(builder, w, builder.load(byte))
+                builder.store(builder.add(builder.load(byte), index(LINE)), byte)
+            add_products(s, sums, is_vector=True)
         with cgutils.for_range_slice(builder, whole, k, index(1)) as (s, _):
-            a, b = (builder.load(builder.gep(each, [s])) for each in (start, token))
-            add_product(builder, widened(builder, a) if is_half else a, b, rest)
-        total = builder.load(sums[0])
-        for each in sums[1:]:
-            total = builder.fadd(total, builder.load(each))
-        return sum_of_lanes(builder, builder.load(rest), total)
+            add_products(s, rest, is_vector=False)
+        totals = [
+            sum_of_lanes(builder, builder.load(last), builder.load(total))
+            for last, total in zip(rest, sums, strict=True)
+        ]
+        return context.make_tuple(builder, signature.return_type, totals)
 
     return signature, code
 
 
-def _fetch(_typing, weights, row, line, lines):
-    """Begin to read so many lines of the cache, from number `line` of ``weights[row:]`` on.
-
-    Processors foresee what is read next within a page of memory, and few rows fill one. Some dozens
-    of lines can be on their way at a time, so a few are asked for between products. Rows may be
-    missing.
-    """
-
-    def code(context, builder, signature, arguments):
-        array, size = signature.args[0], arguments[1].type
-        w = context.make_array(array)(context, builder, arguments[0])
-        bytes_of_row = builder.mul(builder.extract_value(w.shape, 1), w.itemsize)
-        start = builder.mul(arguments[1], bytes_of_row)
-        with cgutils.for_range(builder, arguments[3]) as loop:
-            line = builder.mul(builder.add(arguments[2], loop.index), ir.Constant(size, LINE))
-            begin_to_read(builder, w, builder.add(start, line))
-        return context.get_dummy_value()
-
-    return types.void(weights, types.intp, types.intp, types.intp), code
-
-
 tile: Any = in_llvm(_tile)
-dot: Any = in_llvm(_dot)
-fetch: Any = in_llvm(_fetch)
+meet: Any = in_llvm(_meet)
