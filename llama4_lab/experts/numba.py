@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama4_lab.compiled import AHEAD, LANES, LINE, array, beside, compiled, threads, wide
+from llama4_lab.compiled import AHEAD, LANES, LINE, array, beside, compiled, floats, threads, wide
 from llama4_lab.experts import loop, probe, tile
 from llama4_lab.experts.tile import PANEL, ROWS
 from llama4_lab.packed import Packed
@@ -127,6 +127,13 @@ def panels(weights, x, out):
     for row in range(0, len(weights), ROWS):
         for p in range(len(x)):
             tile.tile(weights, row, x, p, out)
+
+
+@compiled
+def room(tokens, d, f):
+    """Return the scratch of `expert` for up to so many tokens."""
+    columns = min(-(-tokens // PANEL) * PANEL, MOST)
+    return np.empty(max(columns * (d + 2 * f), FEW * f), np.float32)
 
 
 @compiled
@@ -284,19 +291,32 @@ def begun(
 
 
 @compiled
-def block(
-    x, router, gate_up, down, shared_gate, shared_up, shared_down,
-    scratch, kept, made, logits, indices, scores, shared, out, known,
-):  # fmt: skip
-    """Fill in what a MoE block makes of n tokens, from logits to out: `begun` and `routed`."""
+def block(given, within, filled, sizes, known):
+    """Fill in what a MoE block makes of n tokens, from logits to out: `begun` and `routed`.
+
+    Args:
+        given: addresses of x, router, gate_up, down, and the shared expert's gate, up and down.
+        within: those of `routed`'s kept and made, or zeros.
+        filled: those of logits, indices, scores, shared and out.
+        sizes: n, d, e, f and topk.
+        known: how many of `filled` are given.
+    """
+    n, d, e, f, topk = sizes
+    x, scratch = floats(given[0], (n, d)), room(n * topk, d, f)
+    indices = floats(filled[1], (n, 2 * topk)).view(np.int64)
+    scores, out = floats(filled[2], (n, topk)), floats(filled[4], (n, d))
     begun(
-        x, router, shared_gate, shared_up, shared_down, scratch, logits, indices, scores, shared,
-        out, known,
+        x, floats(given[1], (e, d)),
+        floats(given[4], (f, d)), floats(given[5], (f, d)), floats(given[6], (d, f)),
+        scratch, floats(filled[0], (n, e)), indices, scores, floats(filled[3], (n, d)), out, known,
     )  # fmt: skip
-    order, offsets = ordered(indices.ravel(), len(router))
-    m = len(order)
+    order, offsets = ordered(indices.ravel(), e)
+    slots = len(order)
+    watched = slots if within[0] else 0
     routed(
-        0, m, scratch, x, order, offsets, scores.ravel(), gate_up, down, m, kept, made, out
+        0, slots, scratch, x, order, offsets, scores.ravel(),
+        floats(given[2], (e, 2 * f, d)), floats(given[3], (e, d, f)), slots,
+        floats(within[0], (watched, f)), floats(within[1], (watched, d)), out,
     )  # fmt: skip
 
 
@@ -330,7 +350,7 @@ def can_run(*tensors: "Tensor | Packed") -> bool:
     return dtype in probe.DEFAULT and all(
         isinstance(t, Tensor)
         and t.dtype == dtype
-        and t.device.type == "cpu"
+        and t.is_cpu
         and t.is_contiguous()
         and not (grad and t.requires_grad)
         for t in tensors
@@ -351,12 +371,6 @@ def prepare() -> None:
 def takes(x: Tensor, *weights: "Tensor | Packed") -> bool:
     """Whether `moe` is the fastest for these tokens and weights."""
     return x.dtype == torch.float32 and len(x) <= probe.best(x.dtype).rows and can_run(x, *weights)
-
-
-def room(tokens: int, d: int, f: int) -> np.ndarray:
-    """Return the scratch of `expert` for up to so many tokens."""
-    columns = min(-(-tokens // PANEL) * PANEL, MOST)
-    return np.empty(max(columns * (d + 2 * f), FEW * f), np.float32)
 
 
 def sort(
@@ -465,27 +479,29 @@ def moe(
     alone, out = torch.empty(n, d), torch.empty(n, d)
     slots = n * topk if any(map(record.watches, INSIDE)) else 0
     hidden, each = torch.empty(slots, experts[1].shape[2]), torch.empty(slots, d)
-    weights = [array(w) for w in (x, router, *experts, *shared)]
-    made = [array(y) for y in (logits, indices, scores, alone, out)]
-    within = array(hidden), array(each)
+    given, within = (x, router, *experts, *shared), (hidden, each)
+    filled = logits, indices, scores, alone, out
 
     def fill(known: int) -> None:
         shares = _spread(n * (topk + 1), experts[1])
         if shares == 1:
-            block(*weights, room(n * topk, d, f), *within, *made, known)
+            addresses = (tuple(map(Tensor.data_ptr, each)) for each in (given, within, filled))
+            block(*addresses, (n, d, e, f, topk), known)
             return
-        x, router, gate_up, down, *alone = weights
+        x, router, gate_up, down, *shared = map(array, given)
+        made = [array(y) for y in filled]
         step = max(n // shares // PANEL, 1) * PANEL
         starts = [*range(0, max(n - step, 0) + 1, step), n]
         beside(
             partial(
-                begun, x[a:b], router, *alone, room(b - a, d, f), *(y[a:b] for y in made), known
+                begun, x[a:b], router, *shared, room(b - a, d, f), *(y[a:b] for y in made), known
             )
             for a, b in pairwise(starts)
         )
         _routed(
-            x, *ordered(made[1].ravel(), e), made[2].ravel(), gate_up, down, n, *within, made[4]
-        )
+            x, *ordered(made[1].ravel(), e), made[2].ravel(), gate_up, down, n,
+            *map(array, within), made[4],
+        )  # fmt: skip
 
     fill(0)
     noting, routed = loop.Noting(record), None  # by the loop

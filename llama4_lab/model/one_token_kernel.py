@@ -5,47 +5,14 @@ sizes, rules and the memory addresses of the weights: to hand over a hundred arr
 long as to compute a layer. All weights are float32 and contiguous; `one_token` sees to that.
 """
 
-from typing import Any
-
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
-from numba.np.numpy_support import carray
 
-from llama4_lab.compiled import compiled
+from llama4_lab.compiled import compiled, floats
 from llama4_lab.experts.numba import exp, neurons, rows, token
 
 f32 = np.float32
 SIZE = 4  # bytes
-
-
-@intrinsic
-def at_address(_, address):
-    """Take a whole number for the address of a float32."""
-
-    def code(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(types.int64), code
-
-
-pointer: Any = at_address  # called without its first argument
-
-
-@compiled
-def vector(address, n):
-    return carray(pointer(address), (n,))
-
-
-@compiled
-def matrix(address, n, k):
-    return carray(pointer(address), (n, k))
-
-
-@compiled
-def stack(address, e, n, k):
-    return carray(pointer(address), (e, n, k))
 
 
 @compiled
@@ -73,7 +40,7 @@ def forward(idx, position, model, layers, frequency, logits, router_logits, scor
     steps = np.floor((f32(position) + f32(1)) / f32(m.floor_scale))
     temperature = f32(1) + f32(m.attn_scale) * np.log1p(steps)
 
-    embedding = vector(m.embed + idx * d * SIZE, d)
+    embedding = floats(m.embed + idx * d * SIZE, (d,))
     for i in range(d):
         x[i] = embedding[i]
     for i in range(len(layers)):
@@ -98,7 +65,7 @@ def forward(idx, position, model, layers, frequency, logits, router_logits, scor
         feed(y, layer, hidden, router_logits[i], scores[i], indices[i], out)
         add(x, out)
     norm(x, m.norm, m.norm_eps, y)
-    rows(matrix(m.head, m.v, d), y, logits)
+    rows(floats(m.head, (m.v, d)), y, logits)
 
 
 @compiled
@@ -109,7 +76,7 @@ def add(x, y):
 
 @compiled
 def norm(x, weight, eps, out):
-    w = vector(weight, len(x))
+    w = floats(weight, (len(x),))
     for i in range(len(x)):
         out[i] = x[i]
     unit_rms(out, len(x), eps)
@@ -131,9 +98,9 @@ def unit_rms(x, width, eps):
 
 @compiled
 def project(weight, bias, x, out):
-    rows(matrix(weight, len(out), len(x)), x, out)
+    rows(floats(weight, (len(out), len(x))), x, out)
     if bias != 0:
-        add(out, vector(bias, len(out)))
+        add(out, floats(bias, (len(out),)))
 
 
 @compiled
@@ -153,7 +120,7 @@ def mix(q, k, v, position, layer, m, pattern, z):
     dh, place = m.dh, position
     if layer.chunk:
         place = position % layer.chunk
-    cache = carray(pointer(layer.cache), (2, m.kv_heads, layer.capacity, dh))
+    cache = floats(layer.cache, (2, m.kv_heads, layer.capacity, dh))
     for j in range(m.kv_heads):
         for i in range(dh):
             cache[0, j, place, i] = k[j * dh + i]
@@ -194,17 +161,21 @@ def attend(q, keys, values, pattern, z):
 @compiled
 def feed(x, layer, hidden, router_logits, scores, indices, out):
     d, e, f = len(x), layer.e, layer.f
-    gate, up, down = matrix(layer.gate, f, d), matrix(layer.up, f, d), matrix(layer.down, d, f)
+    gate, up, down = (
+        floats(layer.gate, (f, d)),
+        floats(layer.up, (f, d)),
+        floats(layer.down, (d, f)),
+    )
     if e == 0:
         neurons(gate, up, x, f32(1), hidden[:f])
         rows(down, hidden[:f], out)
         return
     routed_gate_up, routed_down = (
-        stack(layer.routed_gate_up, e, 2 * f, d),
-        stack(layer.routed_down, e, d, f),
+        floats(layer.routed_gate_up, (e, 2 * f, d)),
+        floats(layer.routed_down, (e, d, f)),
     )
     token(
-        x, matrix(layer.router, e, d), routed_gate_up, routed_down, gate, up, down,
+        x, floats(layer.router, (e, d)), routed_gate_up, routed_down, gate, up, down,
         hidden, router_logits[:e], scores[: layer.topk], indices[: layer.topk], out,
     )  # fmt: skip
 
