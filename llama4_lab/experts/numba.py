@@ -35,6 +35,7 @@ f32 = numba.float32
 SET, ADD, TIMES = 0, 1, 2  # what a product does to its output
 FEW, MOST = 5 * PANEL // 8, 4 * PANEL  # tokens: that a panel is used for at least, and at a time
 _ONE = np.zeros(1, np.int64)
+_NOTHING = torch.empty(0, 0)
 _PRODUCTS_A_READ = 8  # made while a weight comes from memory
 
 
@@ -478,7 +479,7 @@ def moe(
     indices = torch.empty(n, topk, dtype=torch.long)
     alone, out = torch.empty(n, d), torch.empty(n, d)
     slots = n * topk if any(map(record.watches, INSIDE)) else 0
-    hidden, each = torch.empty(slots, experts[1].shape[2]), torch.empty(slots, d)
+    hidden, each = (torch.empty(slots, f), torch.empty(slots, d)) if slots else (_NOTHING, _NOTHING)
     given, within = (x, router, *experts, *shared), (hidden, each)
     filled = logits, indices, scores, alone, out
 

@@ -60,7 +60,7 @@ def can_run(model: Any, input_ids: Int[Tensor, "b t"], cache: KVCache) -> bool:
         return False
     if type(cache) is not KVCache or cache.batch_size > 1 or cache.pad != [0]:
         return False
-    if input_ids.device.type != "cpu" or not 0 <= input_ids.item() < model.config.vocab_size:
+    if not input_ids.is_cpu or not 0 <= input_ids.item() < model.config.vocab_size:
         return False
     table = _table(model)
     if not table.fits or (table.bytes > _MOST_BYTES and torch.get_num_threads() > 1):
@@ -96,9 +96,10 @@ def forward(model: Any, input_ids: Int[Tensor, "1 1"], cache: KVCache) -> Float[
     cache.slots += 1
     if asked := model.tap.records():
         for point, values, sizes in zip(_ROUTING, routing, ("e", "topk", "topk"), strict=True):
-            for i, size in enumerate(layers[sizes].tolist()):
+            rows = torch.from_numpy(values[:, None, None]).unbind()
+            for i, (row, size) in enumerate(zip(rows, layers[sizes].tolist(), strict=True)):
                 if (name := f"layers.{i}.{point}") in asked:
-                    model.tap(name, torch.from_numpy(values[i, None, None, :size]))
+                    model.tap(name, row if row.shape[2] == size else row[:, :, :size])
     return logits
 
 
@@ -128,7 +129,7 @@ def _is_usable(layer: LayerCache, chunk: int | None) -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+    return x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
 
 
 # ---- what the kernel reads
