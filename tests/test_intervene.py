@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 from tiny import CONFIG, tiny
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llama4_lab as l4
 from llama4_lab import experts
@@ -176,3 +178,79 @@ def test_watching_experts_leaves_the_logits_of_every_backend_as_they_are(prompt,
         assert torch.equal(model(**prompt), plain)
     with l4.intervene(model, dict.fromkeys(names, lambda value: value)):
         assert torch.equal(model(**prompt), plain)
+
+
+# ---- gradients of what is changed
+
+
+@pytest.fixture
+def frozen():
+    model = tiny(num_hidden_layers=3, vision_config=None)
+    with torch.enable_grad():
+        yield model.requires_grad_(False)
+
+
+BACKENDS = ["auto", *(name for name in experts.BACKENDS if name != "triton")]
+TOKENS = torch.arange(4, 24)[None]
+INSIDE = ["experts.in", "experts.hidden", "experts.out"]
+
+
+def gradient(model, point, backend, change):
+    """Return that of a logit with respect to what `change` mixes into a value."""
+    model.backend = backend
+    with torch.no_grad(), l4.trace(model, point) as cache:
+        model(TOKENS)
+    mixed = torch.zeros_like(cache[point], requires_grad=True)
+    with l4.intervene(model, {point: lambda value: change(value, mixed)}):
+        logits = model(TOKENS)
+    return torch.autograd.grad(logits[0, -1, 5], mixed)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", ["router.logits", "router.scores", "shared.out", *INSIDE])
+def test_a_change_has_the_same_gradient_in_every_backend(frozen, name, backend):
+    """Also one that changes nothing yet, which is where attribution begins."""
+    for change in (lambda value, mixed: value * 1.5 + mixed, lambda value, mixed: value + mixed):
+        expected = gradient(frozen, f"layers.1.{name}", "loop", change)
+        assert expected.abs().max() > 1e-4
+        found = gradient(frozen, f"layers.1.{name}", backend, change)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", ["router.logits", "router.scores", "shared.out", *INSIDE])
+def test_what_is_kept_with_its_graph_is_part_of_it(name, backend):
+    model = tiny(num_hidden_layers=3, vision_config=None)
+    model.backend, point = backend, f"layers.1.{name}"
+    with torch.enable_grad():
+        with l4.trace(model, point, detach=False) as cache:
+            logits = model(TOKENS)
+        (found,) = torch.autograd.grad(logits[0, -1, 5], cache[point])
+        expected = gradient(model, point, "loop", lambda value, mixed: value + mixed)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_derivatives_forward_are_whole(frozen):
+    tangent = torch.randn(1, TOKENS.shape[1], frozen.config.hidden_size)
+
+    def derivative(backend):
+        frozen.backend = backend
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            forward_ad.dual_level(),
+            l4.intervene(frozen, {"embed": lambda value: forward_ad.make_dual(value, tangent)}),
+        ):
+            return forward_ad.unpack_dual(frozen(TOKENS)).tangent
+
+    torch.testing.assert_close(derivative("numba"), derivative("loop"), atol=1e-4, rtol=1e-4)
+
+
+def test_parts_of_a_block_that_are_not_called_say_so(frozen):
+    shared = frozen.layers[1].feed_forward.shared_expert
+    handle = shared.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="a hook on shared_expert of a MoE block is not called"):
+        frozen(TOKENS)
+    handle.remove()
+    shared.down_proj.bias = torch.nn.Parameter(torch.ones(frozen.config.hidden_size))
+    with pytest.raises(ValueError, match=r"shared_expert\.down_proj of a MoE block has a bias"):
+        frozen(TOKENS)

@@ -207,6 +207,16 @@ def test_a_shared_past_is_attended_to_like_copies_of_it(t):
     assert torch.equal(later[:, :, : t - 1], shared[:, :, : t - 1])  # causal among the new ones
 
 
+def test_what_is_replaced_in_a_model_apart_stays_there():
+    model = tiny(vision_config=None)
+    ids = torch.arange(3, 40)[None]
+    expected, apart = model(ids), model.apart()
+    apart.norm.weight = torch.nn.Parameter(torch.zeros(model.config.hidden_size))
+    apart.layers[0].register_forward_hook(lambda *given: 0 * given[-1])
+    assert apart(ids).abs().max() == 0
+    assert torch.equal(model(ids), expected)
+
+
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_model_apart_shares_weights_and_no_edits(quantize):
     model = l4.load("nano", quantize=quantize)

@@ -111,6 +111,61 @@ def test_several_choices_of_a_token_are_added_up_on_one_thread(monkeypatch):
     assert torch.equal(experts.moe(x, *weights, topk=2, backend="numba"), expected)
 
 
+@torch.no_grad()
+def test_a_token_may_choose_an_expert_twice_on_several_threads(monkeypatch):
+    x, weights = torch.randn(300, D), layer()
+
+    class Twice(Tap):
+        def __call__(self, name, value):
+            return torch.zeros_like(value) if name == "router.indices" else value
+
+        def watches(self, name):
+            return False
+
+    expected = experts.moe(x, *weights, topk=2, backend="loop", record=Twice())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(compiled, "_PRODUCTS_A_THREAD", 1)
+    found = experts.moe(x, *weights, topk=2, backend="numba", record=Twice())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 40])
+@torch.no_grad()
+def test_defaults_of_torch_do_not_matter(n, dtype):
+    x, weights = torch.randn(n, D), layer()
+    half = layer(dtype=torch.bfloat16)
+
+    def results(backend):
+        return (
+            experts.moe(x, *weights, backend=backend),
+            experts.moe(x.bfloat16(), *half, backend=backend).float(),
+        )
+
+    expected = results("loop")
+    torch.set_default_dtype(dtype)
+    try:
+        found = results("numba")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    # bfloat16 keeps 8 bits, and rounds what is between in the loop.
+    torch.testing.assert_close(found[1], expected[1], atol=0.05 * expected[1].std().item(), rtol=0)
+
+
+@torch.no_grad()
+def test_what_torch_func_looks_at_is_left_to_torch():
+    x, weights = torch.randn(6, D), layer()
+
+    def block(backend):
+        return lambda x: experts.moe(x, *weights, backend=backend)
+
+    found, expected = (
+        torch.func.jvp(block(backend), (x,), (torch.ones_like(x),)) for backend in ("numba", "loop")
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system copies no processes")
 def test_a_copy_of_the_process_has_threads_of_its_own():
     code = """

@@ -1,5 +1,6 @@
 """Decoding in compiled code equals the readable path, and leaves to it whatever it cannot do."""
 
+import inspect
 import threading
 from typing import Any
 
@@ -14,7 +15,7 @@ import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab import loading
 from llama4_lab.analysis.quantisation import swapped
-from llama4_lab.cache import SharedPast
+from llama4_lab.cache import KVCache, SharedPast
 from llama4_lab.generate import tokens as generated
 from llama4_lab.model import one_token
 from llama4_lab.packed import pack
@@ -97,6 +98,51 @@ def test_every_weight_is_read(steps):
         with swapped({(model, name): weight + 0.3 * torch.randn(weight.shape)}):
             assert (assert_sees(model, steps, FEW) - before).abs().max() > 1e-3, name
         assert torch.equal(decode(model, FEW), before), name
+
+
+@pytest.mark.parametrize("of", ["self_attn.q_proj", "self_attn.o_proj", "feed_forward.down_proj"])
+def test_a_bias_that_the_config_does_not_know_is_left_to_the_readable_path(of, steps):
+    model = tiny(interleave_moe_layer_step=2, vision_config=None)
+    part = model.layers[0].get_submodule(of)
+    part.bias = nn.Parameter(torch.ones(part.out_features))
+    assert_close(decode(model, FEW), model(FEW))
+    assert not steps
+    model.lm_head.bias, part.bias = nn.Parameter(torch.ones(model.config.vocab_size)), None
+    assert_close(decode(model, FEW), model(FEW))
+    assert not steps
+
+
+def test_weights_that_are_turned_in_their_place_are_seen(steps):
+    model = tiny(vision_config=None, num_attention_heads=3, num_key_value_heads=1)
+    weight = model.layers[1].self_attn.q_proj.weight
+    assert weight.shape[0] == weight.shape[1]
+    assert_sees(model, steps, FEW)
+    weight.data = weight.data.t()
+    assert_close(decode(model, FEW), model(FEW))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([[5.7]]), torch.tensor([[True]]), [[5]]])
+def test_what_is_no_id_is_left_to_who_refuses_it(ids):
+    model = tiny()
+    assert not inspect.unwrap(one_token.can_run)(model, ids, model.new_cache())
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_attention_heads": 2, "num_key_value_heads": 1}, {"head_dim": 4}]
+)
+def test_a_cache_of_another_model_is_refused(change):
+    model = tiny(vision_config=None)
+    other = KVCache(model.config.replace(**change))
+    with pytest.raises(ValueError, match=r"this cache is for .* make it with .* new_cache\(\)"):
+        model(FEW[:, :1], cache=other)
+
+
+def test_a_patched_method_of_the_model_is_called(steps):
+    model = tiny(vision_config=None)
+    old = model.hidden
+    model.hidden = lambda *given: 0 * old(*given)
+    assert decode(model, FEW)[:, 3:].abs().max() == 0
+    assert not steps
 
 
 def test_changed_weights_are_seen(steps):

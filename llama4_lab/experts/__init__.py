@@ -156,7 +156,10 @@ def moe(
         backend = "loop"  # kernels expect a token
     on_disk = isinstance(experts[0], Mapped)
     inside = on_disk or any(record.watches(name) for name in INSIDE)
-    if backend == "numba" and not on_disk and _numba().takes(x, router, *experts, *shared):
+    # Kernels have no way back for the gradient of a value that is put in the place of theirs.
+    has_gradients = torch.is_grad_enabled() and record.records() is None
+    weights = router, *experts, *shared
+    if backend == "numba" and not (on_disk or has_gradients) and _numba().takes(x, *weights):
         return _numba().moe(x, router, experts, shared, topk, record)
     logits = record("router.logits", F.linear(x, router))
     expert, score = route(logits, topk, record)

@@ -52,5 +52,6 @@ class Noting(Tap):
     def __call__(self, name: str, value: Tensor) -> Tensor:
         before = value.clone() if self.watches(name) else value  # it may be changed in its place
         given = self._tap(name, value)
-        self.has_changed |= not (given is before or torch.equal(given, before))
+        is_new = given.requires_grad and given is not value  # a gradient may be asked for
+        self.has_changed |= is_new or not (given is before or torch.equal(given, before))
         return given

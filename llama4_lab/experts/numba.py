@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from llama4_lab.compiled import AHEAD, LANES, LINE, array, beside, compiled, floats, threads, wide
 from llama4_lab.experts import loop, probe, tile
@@ -35,7 +37,8 @@ f32 = numba.float32
 SET, ADD, TIMES = 0, 1, 2  # what a product does to its output
 FEW, MOST = 5 * PANEL // 8, 4 * PANEL  # tokens: that a panel is used for at least, and at a time
 _ONE = np.zeros(1, np.int64)
-_NOTHING = torch.empty(0, 0)
+_CPU: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+_NOTHING = torch.empty(0, 0, **_CPU)
 _PRODUCTS_A_READ = 8  # made while a weight comes from memory
 
 
@@ -344,17 +347,23 @@ def token(
 def can_run(*tensors: "Tensor | Packed") -> bool:
     """Whether kernels take these: dense CPU tensors of one float32 or bfloat16, without gradients.
 
-    Kernels have no backward pass: where a gradient is wanted, the plain products make it.
+    Kernels have no derivatives: where one is wanted, backward or forward, or torch.func looks on,
+    the plain products make it.
     """
     dtype = tensors[0].dtype if isinstance(tensors[0], Tensor) else None
     grad = torch.is_grad_enabled()
-    return dtype in probe.DEFAULT and all(
-        isinstance(t, Tensor)
-        and t.dtype == dtype
-        and t.is_cpu
-        and t.is_contiguous()
-        and not (grad and t.requires_grad)
-        for t in tensors
+    return (
+        dtype in probe.DEFAULT
+        and forward_ad._current_level < 0
+        and peek_interpreter_stack() is None
+        and all(
+            isinstance(t, Tensor)
+            and t.dtype == dtype
+            and t.is_cpu
+            and t.is_contiguous()
+            and not (grad and t.requires_grad)
+            for t in tensors
+        )
     )
 
 
@@ -418,7 +427,7 @@ def run(
 ) -> Float[Tensor, "n d"]:
     """Run experts of up to ``best.rows`` tokens in one compiled call, and each other by itself."""
     multiply = probe.LIBRARY[best.library]
-    out = torch.zeros(x.shape)
+    out = torch.zeros(x.shape, **_CPU)
     ends, nothing = offsets.tolist(), np.empty((0, 0), np.float32)
     loads = [end - start for start, end in pairwise(ends)]
     if any(0 < load <= best.rows for load in loads):
@@ -475,11 +484,11 @@ def moe(
     changes nothing leaves the result as it is, to the bit.
     """
     (n, d), e, f = x.shape, len(router), shared[2].shape[1]
-    logits, scores = torch.empty(n, e), torch.empty(n, topk)
-    indices = torch.empty(n, topk, dtype=torch.long)
-    alone, out = torch.empty(n, d), torch.empty(n, d)
+    empty = partial(torch.empty, **_CPU)
+    logits, scores, indices = empty(n, e), empty(n, topk), empty(n, topk, dtype=torch.long)
+    alone, out = empty(n, d), empty(n, d)
     slots = n * topk if any(map(record.watches, INSIDE)) else 0
-    hidden, each = (torch.empty(slots, f), torch.empty(slots, d)) if slots else (_NOTHING, _NOTHING)
+    hidden, each = (empty(slots, f), empty(slots, d)) if slots else (_NOTHING, _NOTHING)
     given, within = (x, router, *experts, *shared), (hidden, each)
     filled = logits, indices, scores, alone, out
 
@@ -500,7 +509,7 @@ def moe(
             for a, b in pairwise(starts)
         )
         _routed(
-            x, *ordered(made[1].ravel(), e), made[2].ravel(), gate_up, down, n,
+            x, *ordered(made[1].ravel(), e), made[2].ravel(), gate_up, down, n * topk,
             *map(array, within), made[4],
         )  # fmt: skip
 

@@ -175,6 +175,13 @@ class Llama4(nn.Module):
                 f"this cache keeps chunks of {kept}, and the layers attend in {self.chunks}: make "
                 "the cache with this model's new_cache(), inside the block of an edit of chunks"
             )
+        own = self.config.num_key_value_heads // self.ranks.size, self.config.head_dim
+        for layer in cache.layers if cache is not None else ():
+            if (held := (layer.buffer.shape[2], layer.buffer.shape[4])) != own:
+                raise ValueError(
+                    f"this cache is for {held[0]} heads of width {held[1]}, and the model has "
+                    f"{own[0]} of width {own[1]}: make it with this model's new_cache()"
+                )
         if attention_mask is not None or cache is None:
             pad = left_padding(attention_mask, b, t, cache)
         else:
@@ -227,6 +234,9 @@ class Llama4(nn.Module):
 def _copied(module: nn.Module) -> nn.Module:
     """Return a module with parts of its own, and with the same tensors."""
     copied = copy(module)
+    for name, value in vars(module).items():
+        if name.startswith("_") and isinstance(value, dict):  # of parameters, buffers and hooks
+            copied.__dict__[name] = value.copy()
     copied.__dict__["_modules"] = {
         name: part and _copied(part) for name, part in module._modules.items()
     }

@@ -4,6 +4,7 @@
 same mathematics. `one_token_kernel` holds it; it is imported, and compiled, at first use.
 """
 
+from itertools import repeat
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -54,18 +55,25 @@ def can_run(model: Any, input_ids: Int[Tensor, "b t"], cache: KVCache) -> bool:
     replaced, packed, hooked or patched are left to the readable path. The first call in a process
     loads the compiled code; what was never compiled on this machine is compiled in the background.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or input_ids.shape != (1, 1):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.long, torch.int):
+        return False
+    if input_ids.shape != (1, 1) or not input_ids.is_cpu:
         return False
     if model.backend not in ("auto", "numba") or model.ranks.size > 1 or _is_watched(model):
         return False
     if type(cache) is not KVCache or cache.batch_size > 1 or cache.pad != [0]:
         return False
-    if not input_ids.is_cpu or not 0 <= input_ids.item() < model.config.vocab_size:
+    if not 0 <= input_ids.item() < model.config.vocab_size:
         return False
     table = _table(model)
     if not table.fits or (table.bytes > _MOST_BYTES and torch.get_num_threads() > 1):
         return False
-    return all(map(_is_usable, cache.layers, table.chunks)) and LOADING.is_done()
+    if len(cache.layers) != len(table.chunks):
+        return False
+    usable = map(_is_usable, cache.layers, table.chunks, repeat(table.cached))
+    return all(usable) and LOADING.is_done()
 
 
 def forward(model: Any, input_ids: Int[Tensor, "1 1"], cache: KVCache) -> Float[Tensor, "1 1 v"]:
@@ -89,7 +97,7 @@ def forward(model: Any, input_ids: Int[Tensor, "1 1"], cache: KVCache) -> Float[
         np.empty(most, np.float32),
         np.empty(most, np.int64),
     )
-    logits = torch.empty(1, 1, model.config.vocab_size)
+    logits = torch.empty(1, 1, model.config.vocab_size, dtype=torch.float32, device="cpu")
     one_token_kernel.forward(
         input_ids.item(), position, whole, layers, table.frequency, logits.numpy()[0, 0], *routing
     )
@@ -121,11 +129,15 @@ def _is_watched(model: Any) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch.is_autocast_enabled("cpu")
         or bool(hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks)
+        or not vars(model).keys().isdisjoint(("hidden", "embed"))  # patched methods
     )
 
 
-def _is_usable(layer: LayerCache, chunk: int | None) -> bool:
-    return type(layer) is LayerCache and layer.chunk == chunk and _is_plain(layer.buffer)
+def _is_usable(layer: LayerCache, chunk: int | None, heads: tuple[int, int]) -> bool:
+    if type(layer) is not LayerCache or layer.chunk != chunk or not _is_plain(layer.buffer):
+        return False
+    two, rows, kv_heads, _, width = layer.buffer.shape
+    return (two, rows, kv_heads, width) == (2, 1, *heads)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -148,7 +160,7 @@ class _Table:
         self._dicts, self._names = zip(*held, strict=True)
         self._values = [each[name] for each, name in held]
         self._weights = [x for x in self._values if isinstance(x, nn.Parameter)]
-        self._places, self._shapes = self._now()
+        self._places = self._now()
         self._hooks = [x for part in parts for x in (part._forward_hooks, part._forward_pre_hooks)]
         self._num_hooks = sum(map(len, self._hooks))
         self._attributes = [vars(part) for part in parts]
@@ -158,24 +170,27 @@ class _Table:
             {type(part) for part in parts} <= _KNOWN
             and not any(hasattr(type(part), name) for part in parts for name in vars(part))
             and self._num_hooks == 0
+            and _has_biases_where_expected(model)
             and self._read(model)
         )
 
     def is_current(self) -> bool:
         return (
             all(map(is_, map(dict.get, self._dicts, self._names), self._values))
-            and self._now() == (self._places, self._shapes)
+            and self._now() == self._places
             and sum(map(len, self._attributes)) == self._num_attributes
             and sum(map(len, self._hooks)) == self._num_hooks
         )
 
-    def _now(self) -> tuple[list[int], list[torch.Size]]:
-        return list(map(Tensor.data_ptr, self._weights)), list(map(Tensor.size, self._weights))
+    def _now(self) -> list[list[Any]]:
+        kinds = Tensor.data_ptr, Tensor.size, Tensor.is_contiguous
+        return [list(map(kind, self._weights)) for kind in kinds]
 
     def _read(self, model: Any) -> bool:
         """Fill in the records; False where a weight is not a plain one of the config's shape."""
         config = model.config
         self.chunks = model.chunks
+        self.cached = config.num_key_value_heads, config.head_dim  # of a position
         self.frequency = text.rope_frequencies(config).numpy()
         self.whole, self.layers = np.zeros(1, MODEL), np.zeros(len(model.layers), LAYER)
         fits = _put(self.whole[0], _model_fields(model))
@@ -188,6 +203,18 @@ class _Table:
             x.nbytes // len(x) * self.topk if x.ndim > 2 else x.nbytes for x in self._weights
         )
         return fits
+
+
+def _has_biases_where_expected(model: Any) -> bool:
+    """Whether no other product has a bias than those of attention, if the config gives them one."""
+    attention = [layer.self_attn for layer in model.layers]
+    mine = {each for block in attention for each in block.children()}
+    parts = *model.layers.modules(), model.lm_head
+    products = (each for each in parts if isinstance(each, text.Linear))
+    return all(
+        (each.bias is not None) == (model.config.attention_bias and each in mine)
+        for each in products
+    )
 
 
 def _put(record: Any, fields: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ Llama 4 as transformers runs it; a comment says where the two differ.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -314,7 +315,11 @@ class Experts(Packable):
 
 
 class MoEBlock(nn.Module):
-    """The feed-forward part of a MoE layer: the chosen experts plus the shared expert."""
+    """The feed-forward part of a MoE layer: the chosen experts plus the shared expert.
+
+    The weights of its parts are read, the parts themselves are not called: their values have points
+    of their own, and hooks on them are warned of.
+    """
 
     def __init__(self, config: Llama4Config):
         super().__init__()
@@ -326,6 +331,8 @@ class MoEBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], tap: Tap, backend: str) -> Float[Tensor, "b t d"]:
         shared = self.shared_expert
+        if not torch.compiler.is_compiling():
+            self._look_for_what_is_not_read()
         out = experts.moe(
             x.flatten(0, 1),
             self.router.weight,
@@ -336,6 +343,20 @@ class MoEBlock(nn.Module):
             record=tap if type(tap) is Tap else _PerToken(tap, x.shape[:2]),
         )
         return out.view_as(x)
+
+    def _look_for_what_is_not_read(self) -> None:
+        for name, part in self.named_modules():
+            if name and (part._forward_hooks or part._forward_pre_hooks):
+                warnings.warn(
+                    f"a hook on {name} of a MoE block is not called: the block reads the weights "
+                    "of its parts; use llama4_lab.trace or intervene, or a hook on the block",
+                    stacklevel=2,
+                )
+            if getattr(part, "bias", None) is not None:
+                raise ValueError(
+                    f"{name} of a MoE block has a bias, and the block reads only weights: "
+                    "remove it, or change shared.out by llama4_lab.intervene"
+                )
 
 
 class _PerToken(Tap):
@@ -349,7 +370,8 @@ class _PerToken(Tap):
     def __call__(self, name: str, value: Tensor) -> Tensor:
         shown = value.unflatten(0, self.shape)
         given = self.tap(name, shown)
-        return value if given is shown else given.flatten(0, 1)
+        # What is kept has to be what goes on, or it would have no gradient.
+        return given.flatten(0, 1) if given is not shown or given.requires_grad else value
 
 
 class DecoderLayer(nn.Module):
