@@ -525,11 +525,18 @@ def test_edits_that_contradict_themselves_are_refused():
         ('[{"edit": "Fly"}]', "unknown edit 'Fly'; choose from SkipLayer"),
         ('[{"edit": "SkipLayer"}]', "SkipLayer needs layer as well"),
         ('[{"edit": "SkipLayer", "layer": 1, "x": 2}]', "SkipLayer has no x; it has layer, tokens"),
+        ('[{"edit": "Scale", "factor": NaN}]', "edits take finite numbers, and NaN is none"),
+        ('[{"edit": "Scale", "factor": -1e400}]', "edits take finite numbers, and -1e400 is none"),
     ],
 )
 def test_json_that_is_no_edit_is_refused(text, sentence):
     with pytest.raises(ValueError, match=sentence):
         E.loads(text)
+
+
+def test_what_json_cannot_say_is_not_written():
+    with pytest.raises(ValueError, match=r"finite numbers only, and these are edits: \[Scale"):
+        E.dumps([E.Scale("logits", float("inf"))])
 
 
 def test_edits_are_values():

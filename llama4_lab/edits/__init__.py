@@ -10,6 +10,7 @@ prompt, from 0; in a batch they count the padding on the left, too.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -226,8 +227,15 @@ def dumps(edits: Sequence[Edit]) -> str:
 
     >>> dumps([Route(3, token=7, expert=2)])
     '[{"edit": "Route", "layer": 3, "token": 7, "expert": 2, "gate": "own"}]'
+
+    Raises:
+        ValueError: an edit holds a number that is not finite.
     """
-    return json.dumps([{"edit": type(edit).__name__} | dataclasses.asdict(edit) for edit in edits])
+    values = [{"edit": type(edit).__name__} | dataclasses.asdict(edit) for edit in edits]
+    try:
+        return json.dumps(values, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"JSON has finite numbers only, and these are edits: {edits}") from error
 
 
 def loads(text: str) -> list[Edit]:
@@ -238,12 +246,18 @@ def loads(text: str) -> list[Edit]:
             values that they cannot have.
     """
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"edits must be JSON: {error}") from error
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise ValueError('edits must be a JSON list of objects such as {"edit": "SkipLayer", …}')
     return [_from_dict(each) for each in found]
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"edits take finite numbers, and {number} is none")
+    return value
 
 
 def _from_dict(values: dict[str, Any]) -> Edit:
