@@ -6,7 +6,8 @@ Field names are those of Hugging Face's ``config.json``. Read `llama4_lab.model.
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, cast, get_args
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        _check_values(self, "rope_scaling ")
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,13 @@ class VisionConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        _check_values(self, "vision ")
         _require(
             self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
         )
         _require(
-            self.grid % self.shuffle == 0 and self.shuffle * self.pixel_shuffle_ratio == 1,
+            self.shuffle * self.pixel_shuffle_ratio == 1 and self.grid % self.shuffle == 0,
             f"pixel_shuffle_ratio {self.pixel_shuffle_ratio} does not divide "
             f"a grid of {self.grid}x{self.grid} patches into whole blocks",
         )
@@ -83,7 +88,7 @@ class Llama4Config:
     """A Llama 4 model: the text decoder, and the vision encoder if there is one.
 
     Raises:
-        ValueError: sizes that contradict each other, with the values.
+        ValueError: values of the wrong kind, or sizes that contradict each other, with the values.
     """
 
     vocab_size: int = 202048
@@ -121,6 +126,7 @@ class Llama4Config:
     is_estimate: bool = field(default=False, compare=False)  # invented sizes of an unreleased model
 
     def __post_init__(self) -> None:
+        _check_values(self)
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -131,7 +137,7 @@ class Llama4Config:
             f"head_dim {self.head_dim} is odd: RoPE rotates pairs of numbers",
         )
         _require(
-            1 <= self.num_experts_per_tok <= self.num_local_experts,
+            self.num_experts_per_tok <= self.num_local_experts,
             f"num_experts_per_tok {self.num_experts_per_tok} must lie between 1 and "
             f"num_local_experts {self.num_local_experts}",
         )
@@ -223,18 +229,21 @@ class Llama4Config:
             f"hidden_act {text.get('hidden_act')!r} is not supported: Llama 4 uses 'silu'",
         )
         values |= _rope_fields(text)
-        values["attn_temperature_tuning"] = bool(text.get("attn_temperature_tuning", True))
+        if isinstance(tuning := values.get("attn_temperature_tuning"), int):
+            values["attn_temperature_tuning"] = bool(tuning)
         for name in ("no_rope_layers", "moe_layers", "eos_token_id"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         if not values.get("no_rope_layers"):
             values["no_rope_layers"] = None
-        if values.get("head_dim") is None:
-            values["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
         if (vision := raw.get("vision_config")) is not None:
             fields = _known_fields(VisionConfig, vision) | _rope_fields(vision)
             values["vision_config"] = VisionConfig(**fields)
-        return cls(**values)
+        if values.get("head_dim") is not None:
+            return cls(**values)
+        values["head_dim"] = cls.head_dim
+        config = cls(**values)  # what checks the numbers that are divided
+        return config.replace(head_dim=config.hidden_size // config.num_attention_heads)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a ``config.json`` that transformers and `from_dict` read."""
@@ -314,6 +323,43 @@ def _require(holds: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple[int, ...]: "a list of whole numbers",
+    NoneType: "None",
+}
+_MAY_BE_ZERO = ("num_hidden_layers", "interleave_moe_layer_step")
+_OF_ANY_SIGN = ("_id", "_index", "attn_scale")  # what the names of such numbers end in
+
+
+def _check_values(config: Any, where: str = "") -> None:
+    """Compare a config's values with its annotations, and refuse numbers that are not positive."""
+    for f in dataclasses.fields(config):
+        name, value, annotation = where + f.name, getattr(config, f.name), cast(Any, f.type)
+        kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        words = " or ".join(_WORDS.get(kind) or kind.__name__ for kind in kinds)
+        _require(
+            any(_is_of_kind(value, kind) for kind in kinds),
+            f"{name} {value!r:.80} must be {words}",
+        )
+        if annotation in (int, float) and not f.name.endswith(_OF_ANY_SIGN):
+            may_be_zero = f.name in _MAY_BE_ZERO
+            _require(
+                value > 0 or (may_be_zero and value == 0),
+                f"{name} {value} must be positive" + ", or 0" * may_be_zero,
+            )
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    if kind == tuple[int, ...]:
+        return isinstance(value, list | tuple) and all(isinstance(each, int) for each in value)
+    if isinstance(value, bool):  # which Python counts among the whole numbers
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
 def _known_fields(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
     names = {f.name for f in dataclasses.fields(cls)} - {"vision_config", "rope_scaling"}
     return {name: value for name, value in raw.items() if name in names}
@@ -330,7 +376,7 @@ def _rope_fields(raw: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     if theta is not None:
-        fields["rope_theta"] = float(theta)
+        fields["rope_theta"] = theta
     if kind == "llama3":
         names = [f.name for f in dataclasses.fields(RopeScaling)]
         missing = [name for name in names if name not in rope]

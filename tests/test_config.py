@@ -1,12 +1,16 @@
 """Sizes, per-layer rules, published variants of config.json."""
 
 import dataclasses
+import inspect
+import json
 
 import pytest
 import torch
 from tiny import CONFIG, VISION
 
 import llama4_lab as l4
+from llama4_lab.checkpoint import convert, load
+from llama4_lab.cli import main
 from llama4_lab.model.text import rope_frequencies
 
 
@@ -122,6 +126,86 @@ def test_scouts_frequencies_have_no_zone_in_between():
 def test_sizes_that_contradict_each_other_are_refused(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         CONFIG.replace(**change)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Configs as users make them, without the types checked."""
+    for kind in (l4.Llama4Config, l4.VisionConfig, l4.RopeScaling):
+        monkeypatch.setattr(kind, "__init__", inspect.unwrap(kind.__init__))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"hidden_size": "128"}, "hidden_size '128' must be a whole number"),
+        ({"hidden_size": "128", "head_dim": None}, "hidden_size '128' must be a whole number"),
+        ({"num_local_experts": 8.0}, "num_local_experts 8.0 must be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers True must be a whole number"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1 must be positive, or 0"),
+        ({"vocab_size": 0}, "vocab_size 0 must be positive"),
+        (
+            {"no_rope_layer_interval": 0, "no_rope_layers": []},
+            "no_rope_layer_interval 0 must be positive",
+        ),
+        ({"no_rope_layers": "1110"}, "no_rope_layers '1110' must be a list of whole numbers or "),
+        ({"moe_layers": [1.0]}, r"moe_layers \(1\.0,\) must be a list of whole numbers or None"),
+        ({"eos_token_id": None}, "eos_token_id None must be a whole number or a list of whole num"),
+        ({"attention_chunk_size": "8"}, "attention_chunk_size '8' must be a whole number or None"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps 'x' must be a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan must be positive"),
+        ({"rope_theta": "x"}, "rope_theta 'x' must be a number"),
+        ({"use_qk_norm": 1}, "use_qk_norm 1 must be true or false"),
+        ({"attn_temperature_tuning": "no"}, "attn_temperature_tuning 'no' must be true or false"),
+        (
+            {
+                "rope_scaling": dataclasses.asdict(l4.RopeScaling())
+                | {"type": "llama3", "factor": 0}
+            },
+            "rope_scaling factor 0 must be positive",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_values_of_the_wrong_kind_are_refused(change, sentence):
+    raw = CONFIG.replace(vision_config=None).to_dict()
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        l4.Llama4Config.from_dict(raw | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"hidden_size": "24"}, "vision hidden_size '24' must be a whole number"),
+        ({"patch_size": 0}, "vision patch_size 0 must be positive"),
+        ({"pixel_shuffle_ratio": "x"}, "vision pixel_shuffle_ratio 'x' must be a number"),
+        ({"pixel_shuffle_ratio": 3}, "pixel_shuffle_ratio 3 does not divide a grid"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_vision_values_of_the_wrong_kind_are_refused(change, sentence):
+    raw = CONFIG.to_dict()
+    raw["vision_config"] |= change
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        l4.Llama4Config.from_dict(raw)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_file_with_a_value_of_the_wrong_kind_is_named(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(CONFIG.to_dict() | {"text_config": {"hidden_size": "128"}}))
+    sentence = f"{file}: hidden_size '128' must be a whole number"
+    for read in (load, lambda at: convert(at, tmp_path / "target")):
+        with pytest.raises(ValueError) as caught:
+            read(tmp_path)
+        assert str(caught.value) == sentence
+    assert main(["plan", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"llama4-lab: {sentence}\n"
+
+
+def test_a_head_is_as_wide_as_the_model_allows_where_the_file_does_not_say():
+    raw = CONFIG.replace(vision_config=None).to_dict() | {"head_dim": None}
+    assert l4.Llama4Config.from_dict(raw).head_dim == 8
 
 
 def test_other_refusals():
