@@ -1,6 +1,7 @@
 """Decoding: one token after the other from a cache, sampled, streamed, interruptible."""
 
 from collections.abc import Collection, Iterator
+from numbers import Real
 from operator import index
 from typing import Any
 
@@ -99,9 +100,14 @@ def tokens(
     What a row yields after its stop token means nothing.
 
     Raises:
-        ValueError: a temperature below zero, a top_p outside (0, 1], or no tokens to make.
-        TypeError: a number of tokens, a seed or stop tokens that are no whole numbers.
+        ValueError: a temperature below zero, a top_p outside (0, 1], no tokens to make, or a seed
+            of more than 64 bits.
+        TypeError: a temperature or top_p that is no number; a number of tokens, a seed or stop
+            tokens that are no whole numbers.
     """
+    for name, given in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(given, Real):
+            raise TypeError(f"{name}={given!r}: give a number")
     if not temperature >= 0:
         raise ValueError(
             f"temperature {temperature} is negative or no number: use 0 for the likeliest token, "
@@ -112,7 +118,8 @@ def tokens(
     if _whole("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} makes no token: ask for at least 1")
     stops = _stops(model, stop)
-    seed = None if seed is None else _whole("seed", seed)
+    if seed is not None and not -(2**63) <= (seed := _whole("seed", seed)) < 2**64:
+        raise ValueError(f"seed {seed} is outside 64 bits: give -2**63 to 2**64 - 1")
     return _tokens(model, prompt, max_new_tokens, temperature, top_p, seed, stops)
 
 

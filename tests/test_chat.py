@@ -262,6 +262,8 @@ def test_a_model_without_eyes_refuses_images(tokenizer):
 def test_a_prompt_without_tokens_is_refused(tokenizer):
     with pytest.raises(ValueError, match="the prompt has no tokens: give a text"):
         build_prompt(tokenizer, "", add_bos=False)
+    with pytest.raises(ValueError, match=r"^text 1 of the batch has no tokens: give a text, or"):
+        build_prompt(tokenizer, ["a b", "", "c"], add_bos=False)
     assert build_prompt(tokenizer, "").tokens == ["<|begin_of_text|>"]
 
 

@@ -152,19 +152,40 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(folder, tmp_path, mo
         assert (target / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_files_of_another_source_or_kind_are_not_taken_over(folder, tmp_path, monkeypatch):
-    other = tmp_path / "other"
-    l4.save(tiny(seed=1), other, max_shard_bytes=150_000)
+def test_files_of_another_kind_are_not_taken_over(folder, tmp_path, monkeypatch):
     target = tmp_path / "target"
-    for source, kind in ((other, "int4"), (folder, None), (folder, "int8")):
+    for kind in (None, "int8"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_after(patch, 20)
-            convert(source, target, quantize=kind, max_shard_bytes=40_000)
+            convert(folder, target, quantize=kind, max_shard_bytes=40_000)
     convert(folder, target, quantize="int4", max_shard_bytes=40_000)
     found, expected = l4.load(target), l4.load(folder, quantize="int4")
     for name, tensor in found.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name]), name
     assert len(list(target.glob("*.safetensors"))) == len(contents_of_index(target))
+
+
+@pytest.mark.parametrize("held", ["saved", "converted", "unfinished", "half moved"])
+def test_what_was_made_from_something_else_is_not_replaced(folder, tmp_path, monkeypatch, held):
+    other, target = tmp_path / "other", tmp_path / "target"
+    l4.save(tiny(seed=1), other, max_shard_bytes=150_000)
+    if held == "saved":
+        l4.save(tiny(seed=1), target)
+    elif held == "converted":
+        convert(other, target, quantize="int4")
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 20) if held == "unfinished" else stop_moving(patch, target, 1)
+            convert(other, target, max_shard_bytes=40_000)
+    before = {f: f.read_bytes() for f in target.rglob("*") if f.is_file()}
+    with pytest.raises(FileExistsError) as caught:
+        convert(folder, target, quantize="int4")
+    first = min(before, key=lambda f: (f.parent == target, f.suffix != ".safetensors", f.name))
+    assert str(caught.value) == (
+        f"{target} holds {first.relative_to(target)}, which was not made from the files that are "
+        "converted now: give a new or empty folder, or remove what is there"
+    )
+    assert {f: f.read_bytes() for f in target.rglob("*") if f.is_file()} == before
 
 
 @pytest.mark.parametrize("moved", [1, 2, 1000])
@@ -209,9 +230,9 @@ def contents_of_index(folder):
     )
 
 
-def test_what_was_there_is_replaced_at_the_end(folder, tmp_path, monkeypatch):
+def test_an_earlier_conversion_is_replaced_at_the_end(folder, tmp_path, monkeypatch):
     target = tmp_path / "target"
-    l4.save(tiny(seed=1), target)
+    convert(folder, target)
     before = {file.name: file.read_bytes() for file in target.iterdir()}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 20)

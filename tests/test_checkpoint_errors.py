@@ -5,11 +5,15 @@ before it was spoilt, and ``{header}`` those before its numbers.
 """
 
 import codecs
+import inspect
 import json
+import os
 import pickle
 import resource
 import shutil
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -438,6 +442,14 @@ def test_weights_are_not_loaded_as_whole_numbers(good):
     )
 
 
+@pytest.mark.parametrize("given", [0, 1.5])
+def test_a_number_of_tiles_that_is_none_is_refused_before_anything_is_read(good, given):
+    with pytest.raises(ValueError) as caught:
+        inspect.unwrap(load)(good / "single", max_tiles=given)  # without the types checked
+    sentence = f"max_tiles {given} is no number of tiles: give a whole number from 1 up"
+    assert str(caught.value) == sentence
+
+
 # ---- saving
 
 
@@ -512,3 +524,25 @@ def test_an_interruption_leaves_the_earlier_checkpoint_intact(model, tmp_path, m
 
 def interrupt(*_):
     raise KeyboardInterrupt
+
+
+def test_what_killed_saves_left_goes_when_a_save_completes(model, tmp_path):
+    left = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=tmp_path))
+    (left / "model.safetensors").write_text("half")
+    kept = [tmp_path / ".unfinished-conversion", tmp_path / ".unfinished-Chapter3"]
+    for folder in kept:
+        folder.mkdir()
+    save(model, tmp_path)
+    assert not left.exists() and all(folder.is_dir() for folder in kept)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_who_may_read_a_saved_model_is_for_the_umask_to_say(model, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save(model, tmp_path / "single")
+        save(model, tmp_path / "shards", max_shard_bytes=650_000)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*/*")}
+    assert len(modes) > 4 and set(modes.values()) == {0o666 & ~mask}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -171,7 +172,15 @@ def test_a_multimodal_config_over_text_weights_gives_a_text_model(tmp_path):
     text, expected = pair(text_config())
     text.save_pretrained(tmp_path / "text")
     shutil.copy(tmp_path / "text/model.safetensors", tmp_path / "model.safetensors")
-    model = load(tmp_path)
+    sentence = (
+        f"^{tmp_path}/config.json has a vision_config but model.safetensors no vision encoder: "
+        "only the text model is read; fetch the other weights, or say text_only=True$"
+    )
+    with pytest.warns(UserWarning, match=sentence):
+        model = load(tmp_path)
+    with warnings.catch_warnings(action="error"):
+        load(tmp_path, text_only=True)
+        load(tmp_path / "text")
     assert model.config == expected.config.replace(image_token_index=PATCH_ID, vision_config=None)
     assert torch.equal(model.norm.weight, expected.norm.weight)
 

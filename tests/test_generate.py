@@ -105,6 +105,7 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p():
         ),
         ({"top_p": 0.0}, r"top_p 0.0 is outside \(0, 1\]"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 makes no token: ask for at least 1"),
+        ({"seed": 2**70}, rf"seed {2**70} is outside 64 bits: give -2\*\*63 to 2\*\*64 - 1"),
     ],
 )
 def test_settings_outside_their_range_are_refused(model, prompt, options, sentence):
@@ -112,9 +113,17 @@ def test_settings_outside_their_range_are_refused(model, prompt, options, senten
         l4.generate(model, prompt, **options)
 
 
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_every_seed_of_64_bits_is_taken(model, prompt, seed):
+    assert len(l4.generate(model, prompt, 2, seed=seed, stop=())) == 2
+
+
 def test_what_is_no_number_and_what_is_no_prompt_is_refused(model, prompt):
     with pytest.raises(TypeError, match=r"max_new_tokens=1\.5: give whole numbers"):
         inspect.unwrap(tokens)(model, prompt, 1.5)
+    for name in ("temperature", "top_p"):
+        with pytest.raises(TypeError, match=rf"^{name}='1': give a number$"):
+            inspect.unwrap(tokens)(model, prompt, **{name: "1"})
     with pytest.raises(ValueError, match="'role', 'content' make no prompt: give input_ids, or"):
         l4.generate(model, {"role": "user", "content": "hello"})
 

@@ -236,7 +236,7 @@ def test_sizes_that_cannot_tile_are_refused():
         Tiling(50, 4, 0.5)
     with pytest.raises(ValueError, match=r"a pixel-shuffle ratio of 0\.5"):
         Tiling(36, 12, 0.5)
-    with pytest.raises(ValueError, match="max_tiles 0 leaves no tile: give 1 or more"):
+    with pytest.raises(ValueError, match="max_tiles 0 is no number of tiles: give a whole"):
         Tiling(48, 4, 0.5, max_tiles=0)
     with pytest.raises(ValueError, match=r"5 channels: pictures have 1 \(grey\) or 3 \(RGB\)"):
         Tiling(48, 4, 0.5, num_channels=5)

@@ -20,6 +20,7 @@ from llama4_lab.checkpoint.shipped import MODELS, find
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Tokenizer, build_prompt
+from llama4_lab.prompt.images import check_max_tiles
 
 __all__ = ["convert", "load", "save"]
 
@@ -63,8 +64,10 @@ def load(
     Raises:
         FileNotFoundError, NotADirectoryError: no such folder, or a file that it needs is missing.
         ValueError: unknown model, or a file that is broken, foreign or contradicts the config; a
-            `quantize` that does not exist, or not the one of a quantised folder.
+            `quantize` that does not exist, or not the one of a quantised folder; a `max_tiles`
+            that is no number of tiles.
     """
+    check_max_tiles(max_tiles)
     if dtype is not None and dtype not in DTYPES.values():
         allowed = ", ".join(map(str, DTYPES.values()))
         raise ValueError(f"dtype {dtype} is not one for weights: give {allowed}, or None")
@@ -117,16 +120,18 @@ def convert(
 
     There all weights lie as the model holds them, so that `load` maps them and copies none;
     `llama4_lab.checkpoint.quantised` describes it. Only llama4_lab opens such a folder: `save`
-    writes those that transformers opens. The target becomes a checkpoint when all is written. After
-    an interruption a second call goes on behind the last whole file. Of Meta's folders the largest
-    matrix (the embeddings) is in memory at once.
+    writes those that transformers opens. The target becomes a checkpoint when all is written, and
+    replaces one that was made from the same source. After an interruption a second call goes on
+    behind the last whole file. Of Meta's folders the largest matrix (the embeddings) is in memory
+    at once.
 
     Args:
         quantize: packs weights as `load` does; None keeps them, in their own dtype.
 
     Raises:
         FileExistsError, FileNotFoundError, NotADirectoryError, OSError: there is no such source, or
-            the target holds something else or cannot be written.
+            the target cannot be written or holds something else, be it a checkpoint, whole or
+            unfinished, of another source.
         ValueError: as for `load`; a source that is quantised; or a target that is the source.
     """
     folder, target = find(name_or_folder), Path(target).expanduser()

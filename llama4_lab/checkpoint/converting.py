@@ -47,7 +47,7 @@ def convert_folder(
     """Write a folder that `load` maps: packed as ``load(..., quantize=)`` packs, or plain.
 
     Raises:
-        FileExistsError: the target holds something else than a Llama 4 checkpoint.
+        FileExistsError: the target holds something else than what was made from this source.
         OSError: a file could not be written; a second call goes on from there.
         ValueError: the source does not fit its config, or its rows cannot be packed.
     """
@@ -55,6 +55,8 @@ def convert_folder(
     is_moving = (new / CONFIG).is_file()  # it was interrupted while its files were moved
     if not is_moving:
         check_vacant(target)
+    origin = _origin(source)
+    _check_made_from(origin, target, new)
     with torch.device("meta"):
         model = Llama4(source.config)
     weights = dict(model.named_parameters())
@@ -71,7 +73,7 @@ def convert_folder(
     }
     sizes = {name: sum(tensor.nbytes for tensor in t.values()) for name, t in becomes.items()}
     new.mkdir(parents=True, exist_ok=True)
-    origin, weight_map = _origin(source), {}
+    weight_map: dict[str, str] = {}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="written") as bar:
         for file, names in in_shards(sizes, max_shard_bytes).items():
             layout = _Layout.of([becomes[name] for name in names], source.config, origin)
@@ -167,6 +169,18 @@ def _origin(source: Folder) -> str:
     files = sorted({stored.file for held in tensors for stored in held.values()})
     known = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _check_made_from(origin: str, target: Path, new: Path) -> None:
+    """Refuse to replace a checkpoint, whole or unfinished, that this source cannot give again."""
+    for file in (each for at in (new, target) for each in sorted(at.glob("model*.safetensors"))):
+        with file.open("rb") as held:
+            is_made_from = origin.encode() in held.read(200)  # it stands first in the header
+        if not is_made_from:
+            raise FileExistsError(
+                f"{target} holds {file.relative_to(target)}, which was not made from the files "
+                "that are converted now: give a new or empty folder, or remove what is there"
+            )
 
 
 def _check_room(folder: Path, size: int) -> None:

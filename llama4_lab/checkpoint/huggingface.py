@@ -5,6 +5,7 @@ stored transposed. Read `llama4_lab.checkpoint.quantised` for our own layout, wh
 writes, and `llama4_lab.checkpoint.meta` for Meta's format.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -95,6 +96,9 @@ class HuggingFaceFolder:
     def open(cls, folder: Path, text_only: bool = False) -> "HuggingFaceFolder":
         """Read the config and the headers of all files.
 
+        Weights of the text model alone give that, with a warning if the config has a vision
+        encoder and `text_only` does not leave it out.
+
         Raises:
             FileNotFoundError, ValueError: files missing or broken, another model, or quantised.
         """
@@ -112,6 +116,12 @@ class HuggingFaceFolder:
                         f"{file} holds {stored.name} again: it is in {twin.file.name} already"
                     )
         has_vision = any(name.startswith(_VISION) for name in tensors)
+        if config.vision_config is not None and not has_vision and not text_only:
+            warnings.warn(
+                f"{folder / CONFIG} has a vision_config but {listing.name} no vision encoder: only "
+                "the text model is read; fetch the other weights, or say text_only=True",
+                stacklevel=4,  # where `load` or `convert` was called
+            )
         if text_only or not has_vision:
             config = config.replace(vision_config=None)
         if text_only:

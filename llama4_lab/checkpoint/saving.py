@@ -1,6 +1,7 @@
 """Write a model as a Hugging Face folder, which transformers opens too."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from llama4_lab.model import Llama4
 from llama4_lab.prompt import Tokenizer
 
 UNFINISHED = ".unfinished-"
+_LEFT_BY_SAVE = re.compile(re.escape(UNFINISHED) + "[a-z0-9_]{8}")  # as tempfile names folders
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
@@ -33,8 +35,8 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
 
     Weights keep their dtype; packed ones stay packed, and only `load` opens such a folder.
     Everything is written under another name first, so that a full disk or an interruption leaves
-    what was there; an earlier checkpoint in the folder is replaced, with its tokenizer, and other
-    files of the folder stay.
+    what was there; an earlier checkpoint in the folder is replaced, with its tokenizer, what a
+    killed `save` left there is removed, and other files of the folder stay.
 
     Args:
         max_shard_bytes: more than that goes into several files with an index. Experts are
@@ -73,6 +75,8 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
             weight_map |= dict.fromkeys(content, file)
         size = sum(parameter.nbytes for parameter in state.values())
         write_listings(new, size, weight_map, config_as_json(model.config, model.dtype, layout))
+        for file in shards:  # safetensors writes them for the owner alone
+            shutil.copymode(new / CONFIG, new / file)
         copy_companions(model.tokenizer, new)
 
 
@@ -117,6 +121,8 @@ def _replaced(folder: Path) -> Iterator[Path]:
 def publish(new: Path, folder: Path, moved: Iterable[str] = ()) -> None:
     """Move files to where they belong, config.json last, and remove those that they replace.
 
+    What killed saves into the folder have left goes too; an unfinished conversion stays.
+
     Args:
         moved: files that may be there already, and belong to the new ones.
     """
@@ -127,6 +133,9 @@ def publish(new: Path, folder: Path, moved: Iterable[str] = ()) -> None:
     shards = (file.name for file in folder.glob("model-*-of-*.safetensors"))
     for old in {SINGLE, INDEX, *_COMPANIONS, *shards} - written - set(moved):
         (folder / old).unlink(missing_ok=True)
+    for left in folder.glob(f"{UNFINISHED}*"):
+        if _LEFT_BY_SAVE.fullmatch(left.name) and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def in_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:

@@ -135,9 +135,11 @@ def build_prompt(
     encoded = _encode(tokenizer, text_or_messages, len(layouts), add_bos, open_assistant)
     rows = [_label(tokenizer, row, layouts, tiling) for row in encoded]
 
+    for i, row in enumerate(rows):
+        if not row:
+            what = "the prompt" if len(rows) == 1 else f"text {i} of the batch"
+            raise ValueError(f"{what} has no tokens: give a text, or leave add_bos=True")
     length = max(map(len, rows))
-    if length == 0:
-        raise ValueError("the prompt has no tokens: give a text, or leave add_bos=True")
     pad = (tokenizer.pad_id, -1, -1, -1, -1)
     table = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
     input_ids, message, image, tile, patch = table.movedim(-1, 0).contiguous()

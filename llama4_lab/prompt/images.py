@@ -39,8 +39,7 @@ class Tiling:
                 f"patches of {self.patch_size} pixels and a pixel-shuffle ratio of "
                 f"{self.shuffle_ratio}"
             )
-        if self.max_tiles < 1:
-            raise ValueError(f"max_tiles {self.max_tiles} leaves no tile: give 1 or more")
+        check_max_tiles(self.max_tiles)
         if self.num_channels not in MODES:
             raise ValueError(f"{self.num_channels} channels: pictures have 1 (grey) or 3 (RGB)")
 
@@ -48,6 +47,13 @@ class Tiling:
     def grid(self) -> int:
         """Image tokens along one side of a tile."""
         return floor(self.image_size / self.patch_size * self.shuffle_ratio)
+
+
+def check_max_tiles(max_tiles: object) -> None:
+    if not isinstance(max_tiles, int) or max_tiles < 1:
+        raise ValueError(
+            f"max_tiles {max_tiles!r} is no number of tiles: give a whole number from 1 up"
+        )
 
 
 @dataclass(frozen=True)
