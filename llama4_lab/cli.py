@@ -3,7 +3,12 @@
 import argparse
 import dataclasses
 import json
+import os
+import shlex
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -16,10 +21,19 @@ _CONFIGS = "scout, maverick, behemoth, a shipped model's name, or a folder"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; a failure that a user can mend is one sentence, without a traceback."""
+    """Run one command; a failure that a user can mend, or a stop, is a sentence, no traceback."""
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+    except KeyboardInterrupt as stop:
+        said = ": ".join(["interrupted", *map(str, stop.args)])
+        print(f"\nllama4-lab: {said}", file=sys.stderr)  # below a progress bar
+        return 130  # as shells say it: 128 and the signal's number
+    except BrokenPipeError:
+        # `head` has read enough; what Python still flushes at its end must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, RuntimeError) as error:
         print(f"llama4-lab: {error}", file=sys.stderr)
         return 1
@@ -28,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="llama4-lab", description=__doc__)
+    top.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, about: str) -> argparse.ArgumentParser:
@@ -41,20 +56,21 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--port", type=_count)
 
     sub = command("corpus", build_corpus, "fetch, clean and encode the training texts")
-    sub.add_argument("folder", type=Path)
+    sub.add_argument("folder", type=_folder)
     sub.add_argument("--licence", choices=("all", "strict"), default="all")
     sub.add_argument("--allow-missing", action="store_true", help="go on without failed sources")
     sub.add_argument(
-        "--held-out", type=Path, help="also write the cards' free texts to this folder"
+        "--held-out", type=_folder, help="also write the cards' free texts to this folder"
     )
     sub.add_argument("--new-tokenizer", action="store_true", help="train one; default: mini's")
 
     sub = command("train", train_model, "train a model by its recipe, or go on with it")
     sub.add_argument("recipe", choices=("mini", "nano"))
     sub.add_argument("--corpus", type=Path, default=Path("corpus"))
-    sub.add_argument("--out", type=Path, help="folder of the run (default runs/RECIPE)")
-    sub.add_argument("--steps", type=_count, help="instead of the recipe's")
-    sub.add_argument(
+    sub.add_argument("--out", type=_folder, help="folder of the run (default runs/RECIPE)")
+    end = sub.add_mutually_exclusive_group()
+    end.add_argument("--steps", type=_count, help="instead of the recipe's")
+    end.add_argument(
         "--budget-minutes", type=_minutes, help="stop after this time, not after steps"
     )
     sub.add_argument("--device", default="cpu")
@@ -66,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("card", print_card, "measure a model as its card does, on held-out texts")
     sub.add_argument("model", help="a shipped model's name, or a folder")
     sub.add_argument("--corpus", type=Path, help="held-out texts of a corpus, not the shipped ones")
-    sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub.add_argument("--json", type=_new_file, help="also write the figures to this file")
     sub.add_argument(
         "--promises",
         choices=("mini", "nano"),
@@ -89,14 +105,19 @@ def parser() -> argparse.ArgumentParser:
     )
 
     sub = command("plan", plan, "count parameters; with --gpu, what fits and how fast it can be")
-    sub.add_argument("name", nargs="?", metavar="MODEL", help=_CONFIGS)
+    about = f"{_CONFIGS}; all is the same as --table"
+    sub.add_argument("name", nargs="?", metavar="MODEL", help=about)
     sub.add_argument("--model", help="the same")
     sub.add_argument("--gpu", help="h100, h200, a100, ...; an unknown name lists all")
     sub.add_argument("--num-gpus", type=_count, help="equal GPUs of one machine (default 1)")
     sub.add_argument("--quantize", choices=KINDS, help="of the text decoder's linears")
     sub.add_argument("--head", choices=PRECISIONS, help="of the read-out (default: the same)")
     sub.add_argument("--cache-dtype", choices=("bf16", "fp8"), help="(default bf16)")
-    sub.add_argument("--context", type=_count, help="tokens of each row (default 8192)")
+    sub.add_argument(
+        "--context",
+        type=_count,
+        help="tokens of each row (default 8192, or what the model is made for)",
+    )
     sub.add_argument("--batch", type=_count, help="rows that decode together (default 1)")
     sub.add_argument("--table", action="store_true", help="every preset on every GPU, in Markdown")
 
@@ -106,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--quantize", choices=PRECISIONS, default="int4", help="(default int4)")
     sub.add_argument("--minutes", type=_minutes, default=10.0, help="for all (default 10)")
     sub.add_argument("--only", default="", help="stages, with commas; an unknown one lists all")
-    sub.add_argument("--json", type=Path, help="also write the figures to this file")
+    sub.add_argument("--json", type=_new_file, help="also write the figures to this file")
     sub.add_argument("--device", default="cuda")
     sub.add_argument(
         "--scale",
@@ -154,7 +175,7 @@ def train_model(options: argparse.Namespace) -> None:
 
     from llama4_lab.precision import product_dtype
     from llama4_lab.train.lessons import Material
-    from llama4_lab.train.loop import train
+    from llama4_lab.train.loop import CHECKPOINT, train
     from llama4_lab.train.recipes import RECIPES
     from llama4_lab.train.step import Teacher
 
@@ -169,19 +190,20 @@ def train_model(options: argparse.Namespace) -> None:
     if options.teacher:
         read = l4.load(options.teacher, dtype=product_dtype(device))
         teacher = Teacher(read.to(device).eval())
-    model = train(
-        recipe,
-        Material(options.corpus, recipe.config.vision_config),
-        out,
-        budget_minutes=minutes,
-        device=options.device,
-        compile=options.compile,
-        teacher=teacher,
-        tensorboard=options.tensorboard,
-    )
-    l4.save(model.bfloat16().cpu(), out / "model")
-    shutil.copy(options.corpus / "tokenizer.json", out / "model" / "tokenizer.json")
-    card = f"llama4-lab card {out / 'model'} --promises {recipe.name}"
+    with _going_on(out, CHECKPOINT):
+        model = train(
+            recipe,
+            Material(options.corpus, recipe.config.vision_config),
+            out,
+            budget_minutes=minutes,
+            device=options.device,
+            compile=options.compile,
+            teacher=teacher,
+            tensorboard=options.tensorboard,
+        )
+        l4.save(model.bfloat16().cpu(), out / "model")
+        shutil.copy(options.corpus / "tokenizer.json", out / "model" / "tokenizer.json")
+    card = f"llama4-lab card {shlex.quote(str(out / 'model'))} --promises {recipe.name}"
     print(f"saved to {out / 'model'}; measure it with: {card}")
 
 
@@ -219,20 +241,43 @@ def _translated(model: l4.Llama4, corpus: Path) -> str:
 
 
 def convert(options: argparse.Namespace) -> None:
+    from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
     from llama4_lab.checkpoint.quantised import require_plain
+    from llama4_lab.checkpoint.saving import UNFINISHED
+    from llama4_lab.checkpoint.shipped import MODELS, find
 
+    target = options.target.expanduser()
     if not options.hugging_face:
-        l4.convert(options.source, options.target, quantize=options.quantize)
+        with _going_on(target / f"{UNFINISHED}conversion", "*.safetensors"):
+            l4.convert(options.source, target, quantize=options.quantize)
     elif options.quantize:
         raise ValueError(
             f"--quantize {options.quantize} is a format of our own, which --hugging-face is not: "
             "give one of them"
         )
     else:
-        model = l4.load(options.source)
+        folder = find(options.source)
+        if target.resolve() == folder.resolve():
+            raise ValueError(f"{target} is what is converted: give another folder to write to")
+        # By itself, `load` widens a shipped model.
+        dtype = HuggingFaceFolder.open(folder).dtype if folder.parent == MODELS else None
+        model = l4.load(folder, dtype=dtype)
         require_plain(model, "--hugging-face")
-        l4.save(model, options.target)
-    print(f"saved to {options.target}")
+        l4.save(model, target)
+    print(f"saved to {target}")
+
+
+@contextmanager
+def _going_on(folder: Path, kept: str) -> Iterator[None]:
+    """Add to an interruption that the same command goes on, if the folder holds what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if any(folder.glob(kept)):
+            raise KeyboardInterrupt(
+                f"the same command goes on from what is kept in {folder}"
+            ) from None
+        raise KeyboardInterrupt from None
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -240,19 +285,22 @@ def plan(options: argparse.Namespace) -> None:
     from llama4_lab.hardware import GPUS, find_gpu
     from llama4_lab.plan import Plan
 
-    if options.table or options.model == "all":
-        print(plan_page.table_page(), end="")
-        return
-    if (name := options.model or options.name) is None:
-        raise ValueError("plan needs a model, or --table")
+    name = options.name if options.model is None else options.model
     if options.name not in (None, name):
         raise ValueError(f"plan takes one model, not {options.name} and {name}")
+    of_gpus = ("num_gpus", "cache_dtype", "context", "batch")
+    if options.table or name == "all":
+        if name not in (None, "all"):
+            raise ValueError(f"--table is about every preset: leave out --table, or {name}")
+        why = "about every preset on every GPU: leave it out, or name one model"
+        _require_unset(options, ("gpu", "quantize", "head", *of_gpus), why)
+        print(plan_page.table_page(), end="")
+        return
+    if name is None:
+        raise ValueError("plan needs a model, or --table")
     config, weights = _config(name), options.quantize or "bf16"
     if options.gpu is None:
-        for option in ("num_gpus", "cache_dtype", "context", "batch"):
-            if getattr(options, option) is not None:
-                flag = option.replace("_", "-")
-                raise ValueError(f"--{flag} says nothing without --gpu; choose {', '.join(GPUS)}")
+        _require_unset(options, of_gpus, f"without --gpu; choose {', '.join(GPUS)}")
         print(plan_page.counts(config, weights, options.head))
         return
     planned = Plan(
@@ -263,7 +311,13 @@ def plan(options: argparse.Namespace) -> None:
         cache=options.cache_dtype or "bf16",
         head=options.head,
     )
-    print(plan_page.report(planned, options.batch or 1, options.context or plan_page.CONTEXT))
+    print(plan_page.report(planned, options.batch or 1, options.context))
+
+
+def _require_unset(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} says nothing {why}")
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -330,18 +384,51 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _version() -> str:
+    try:
+        return version("llama4-lab")
+    except PackageNotFoundError:
+        return "(not installed: run from its folder)"
+
+
+def _folder(text: str) -> Path:
+    """Read the name of a folder that exists or can be made."""
+    if (path := Path(text)).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file: give the name of a folder")
+    return path
+
+
+def _new_file(text: str) -> Path:
+    """Read the name of a file that can be written."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: give the name of a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: make {path.parent} first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} may not be written: give another file")
+    return path
+
+
 def _config(name: str) -> l4.Llama4Config:
     """Return a preset's config, or that of a shipped model or a folder."""
     from llama4_lab.checkpoint.files import describing, read_json
+    from llama4_lab.checkpoint.huggingface import CONFIG
+    from llama4_lab.checkpoint.meta import PARAMS
     from llama4_lab.checkpoint.params import config_from_params
     from llama4_lab.checkpoint.shipped import find
 
     presets = {"scout": l4.SCOUT, "maverick": l4.MAVERICK, "behemoth": l4.BEHEMOTH_ESTIMATE}
     if name.lower() in presets:
         return presets[name.lower()]
-    file, read = find(name) / "config.json", l4.Llama4Config.from_dict
-    if not file.is_file() and file.with_name("params.json").is_file():
-        file, read = file.with_name("params.json"), config_from_params
+    folder = find(name)
+    file, read = folder / CONFIG, l4.Llama4Config.from_dict
+    if not file.is_file():
+        file, read = folder / PARAMS, config_from_params
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint: it needs {CONFIG} (Hugging Face) or {PARAMS} (Meta)"
+        )
     raw = read_json(file)
     with describing(file):
         return read(raw)

@@ -107,9 +107,24 @@ def counts(config: Llama4Config, weights: str = "bf16", head: str | None = None)
     return "\n".join(lines)
 
 
-def report(plan: Plan, batch: int = 1, context: int = CONTEXT) -> str:
-    """Return what the model needs on these GPUs, whether it fits, and rooflines with reasons."""
+def report(plan: Plan, batch: int = 1, context: int | None = None) -> str:
+    """Return what the model needs on these GPUs, whether it fits, and rooflines with reasons.
+
+    Args:
+        context: tokens of each row; None stands for 8192, or fewer if the model is made for fewer.
+
+    Raises:
+        ValueError: the context is longer than the model is made for.
+    """
     config, gpu = plan.config, plan.gpu
+    most = config.max_position_embeddings
+    if context is None:
+        context = min(CONTEXT, most)
+    if context > most:
+        raise ValueError(
+            f"the context of {context:,} tokens is too long: the model is made for {most:,} tokens "
+            "only, give at most as many"
+        )
     needed = plan.needed(batch, context)
     nope = sum(config.attention_chunk(i) is None for i in range(config.num_hidden_layers))
     chunked = config.num_hidden_layers - nope
@@ -117,8 +132,8 @@ def report(plan: Plan, batch: int = 1, context: int = CONTEXT) -> str:
     chunks = cache_bytes(config, context, batch, plan.cache) - per_token * context * batch
     notes = {
         "weights": "as above" if plan.num_gpus == 1 else f"on each of {plan.num_gpus} GPUs",
-        "cache": f"{per_token:,.0f} bytes a token in {nope} layers that see all, "
-        f"{_gigabytes(chunks)} in {chunked} that see a chunk",
+        "cache": f"{per_token:,.0f} bytes a token in {_that_see(nope, 'all')}, "
+        f"{_gigabytes(chunks)} in {_that_see(chunked, 'a chunk')}",
         "activations": f"of {min(PIECE, batch * context):,} tokens at a time",
         "runtime": "an allowance for CUDA, its libraries and graphs",
     }
@@ -191,7 +206,11 @@ def reason(roofline: Roofline, plan: Plan) -> str:
 
 
 def _rows(batch: int) -> str:
-    return "one row" if batch == 1 else f"{batch} rows"
+    return "one row" if batch == 1 else f"{batch:,} rows"
+
+
+def _that_see(layers: int, what: str) -> str:
+    return f"1 layer that sees {what}" if layers == 1 else f"{layers} layers that see {what}"
 
 
 def _gigabytes(size: float) -> str:

@@ -15,6 +15,14 @@ TEXT = "The quick brown fox jumps over the lazy dog. Über den Fluß — " * 20
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    """Ask for little, so that short texts are enough."""
+    monkeypatch.setattr(card, "PROMPTS", {})
+    monkeypatch.setattr(card, "EDGES", (0, 20, 50))
+    monkeypatch.setattr(behaviour, "DISTANCES", ((1, 500),))
+
+
+@pytest.fixture
 def model(tmp_path):
     tokenizer = small_tokenizer(tmp_path)
     config = CONFIG.replace(
@@ -45,10 +53,7 @@ def test_windows_cover_the_text_without_overlap(model):
     assert rows.flatten().tolist() == ids[:96]
 
 
-def test_a_card_holds_every_domain_and_layer(model, monkeypatch):
-    monkeypatch.setattr(card, "PROMPTS", {})
-    monkeypatch.setattr(card, "EDGES", (0, 20, 50))
-    monkeypatch.setattr(behaviour, "DISTANCES", ((1, 500),))
+def test_a_card_holds_every_domain_and_layer(model, quick):
     texts = {"english": TEXT, "german": TEXT.upper()}
     measured = card.measure(model, texts, length=16, count=2)
     assert list(measured.bits_per_byte) == ["english", "german"]
@@ -97,3 +102,24 @@ def test_held_out_texts_are_cut_from_many_documents_and_read_from_the_declaratio
 def test_a_folder_without_texts_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no held-out texts"):
         card.held_out_texts(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/none: give that of"):
+        card.held_out_texts(tmp_path / "none")
+
+
+def test_domains_that_are_empty_or_too_short_are_left_out_and_named(model, quick, tmp_path, capsys):
+    for name, text in (("english", TEXT), ("german", ""), ("python", TEXT[:30])):
+        (tmp_path / f"{name}.held.txt").write_text(text)
+        np.array(model.tokenizer.encode(text), "<u2").tofile(tmp_path / f"{name}.train.bin")
+    trained_on = card.training_tokens(tmp_path)
+    assert list(trained_on) == ["english", "python"]
+    texts = card.held_out_texts(tmp_path)
+    measured = card.measure(model, texts, length=16, count=2)
+    size = len(model.tokenizer.encode(TEXT[:30]))
+    said = f"left out, with fewer than 51 tokens: german (0), python ({size})\n"
+    assert said in capsys.readouterr().err
+    assert list(measured.bits_per_byte) == list(measured.share) == ["english"]
+    del texts["english"]
+    with pytest.raises(
+        ValueError, match=r"no held-out text has the 51 tokens that a card needs: g"
+    ):
+        card.measure(model, texts)

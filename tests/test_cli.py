@@ -3,6 +3,10 @@
 import json
 import os
 import re
+import subprocess
+import sys
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,8 @@ from tiny import CONFIG, tiny
 
 import llama4_lab as l4
 from llama4_lab import cli
+from llama4_lab.checkpoint import convert
+from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
 from llama4_lab.checkpoint.params import config_from_params
 
 LAB = Path(__file__).parents[1] / "lab"
@@ -46,6 +52,12 @@ def test_plan_reads_a_folders_config(tmp_path, capsys):
         ),
         (["open", "no_such.ipynb"], "there is no notebook no_such.ipynb"),
         (["plan", "scout", "--model", "maverick"], "plan takes one model, not scout and maverick"),
+        (["plan", ""], ". is not a checkpoint: it needs config.json (Hugging Face) or params.json"),
+        (["points", "--model", str(LAB.parent)], f"{LAB.parent} is not a checkpoint: it needs"),
+        (
+            ["card", "nano", "--corpus", "no_such_corpus"],
+            "there is no folder no_such_corpus: give that of a built corpus",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_a_failure(arguments, sentence, capsys):
@@ -56,11 +68,107 @@ def test_what_cannot_be_done_is_one_sentence_and_a_failure(arguments, sentence, 
     assert "Traceback" not in err
 
 
+def refusal(capsys, *arguments: str) -> str:
+    """Return what is said about arguments that are refused before anything is done."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["card", "nano"], ["bench", "--device", "cpu"]])
+def test_figures_that_cannot_be_written_are_refused_before_they_are_measured(
+    command, tmp_path, capsys, monkeypatch
+):
+    assert f"'{tmp_path}' is a folder: give" in refusal(capsys, *command, "--json", str(tmp_path))
+    file = tmp_path / "new" / "a.json"
+    said = refusal(capsys, *command, "--json", str(file))
+    assert f"'{file}' cannot be written: make {tmp_path / 'new'} first" in said
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    said = refusal(capsys, *command, "--json", str(tmp_path / "a.json"))
+    assert f"'{tmp_path / 'a.json'}' may not be written: give another file" in said
+
+
+@pytest.mark.parametrize(
+    "command", [["corpus"], ["corpus", "c", "--held-out"], ["train", "nano", "--out"]]
+)
+def test_a_file_is_no_folder_to_write_to(command, tmp_path, capsys):
+    (tmp_path / "a.txt").touch()
+    said = refusal(capsys, *command, str(tmp_path / "a.txt"))
+    assert f"{tmp_path / 'a.txt'} is a file: give the name of a folder" in said
+
+
+def test_steps_and_minutes_are_not_both_taken(capsys):
+    said = refusal(capsys, "train", "nano", "--steps", "5", "--budget-minutes", "1")
+    assert "argument --budget-minutes: not allowed with argument --steps" in said
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"llama4-lab {metadata.version('llama4-lab')}\n"
+
+
+def test_a_reader_that_has_enough_is_no_failure():
+    command = [sys.executable, "-m", "llama4_lab.cli", "points", "--model", "behemoth"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("command", [["card", "nano"], ["convert", "nano", "t", "--hugging-face"]])
+def test_an_interrupted_command_says_so_without_a_traceback(command, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(l4, "load", stop)
+    assert cli.main(command) == 130
+    assert capsys.readouterr().err == "\nllama4-lab: interrupted\n"
+
+
+@pytest.mark.parametrize("shard_bytes", [1_000_000, 5_000_000_000])
+def test_an_interrupted_conversion_says_whether_the_same_command_goes_on(
+    shard_bytes, tmp_path, monkeypatch, capsys
+):
+    pieces, read = HuggingFaceFolder.pieces, []
+
+    def interrupted(self, name, shapes):
+        read.append(name)
+        if len(read) == 40:
+            raise KeyboardInterrupt
+        return pieces(self, name, shapes)
+
+    monkeypatch.setattr(HuggingFaceFolder, "pieces", interrupted)
+    monkeypatch.setattr(l4, "convert", partial(convert, max_shard_bytes=shard_bytes))
+    command = ["convert", "nano", str(tmp_path)]
+    assert cli.main(command) == 130
+    kept = tmp_path / ".unfinished-conversion"
+    goes_on = f": the same command goes on from what is kept in {kept}"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "llama4-lab: interrupted" + goes_on * (shard_bytes == 1_000_000)
+    assert cli.main(command) == 0
+    assert l4.load(tmp_path).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("option", [[], ["--hugging-face"]])
+def test_what_is_converted_is_not_replaced(option, tmp_path, capsys):
+    l4.save(tiny(), tmp_path)
+    held = (tmp_path / "model.safetensors").stat()
+    assert cli.main(["convert", str(tmp_path), f"{tmp_path}/../{tmp_path.name}", *option]) == 1
+    assert "is what is converted: give another folder to write to" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").stat() == held
+
+
 @pytest.mark.parametrize("command", [["plan"], ["points", "--model"]])
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ('{"model_type": "llama4_text"}', "does not describe a Llama 4 (KeyError: 'hidden_size')"),
+        (
+            '{"model_type": "llama4", "text_config": 3}',
+            "does not describe a Llama 4 (TypeError: 'int' object is not a mapping)",
+        ),
         ("[1]", "holds a JSON list where an object is needed"),
     ],
 )
@@ -110,7 +218,9 @@ def test_convert_writes_our_layout_or_the_one_that_transformers_opens(tmp_path):
         assert cli.main(["convert", "nano", str(tmp_path / str(is_ours)), *option]) == 0
         config = json.loads((tmp_path / str(is_ours) / "config.json").read_text())
         assert ("quantization_config" in config) == is_ours
-        found = l4.load(tmp_path / str(is_ours), dtype=torch.bfloat16).state_dict()
+        model = l4.load(tmp_path / str(is_ours))
+        assert model.dtype == torch.bfloat16  # as in the files, not as `load` widens them
+        found = model.state_dict()
         assert found.keys() == nano.keys()
         assert all(torch.equal(found[name], weight) for name, weight in nano.items())
 

@@ -387,6 +387,14 @@ def test_the_report_of_several_gpus_tells_what_they_say_to_each_other(capsys):
     assert "4 rows of 8,192 tokens" in out
 
 
+def test_a_model_made_for_few_tokens_is_planned_with_as_many(capsys):
+    out = printed(capsys, "nano", "--gpu", "h100", "--batch", "3000")
+    assert "3,000 rows of 2,048 tokens" in out
+    assert "fits; the longest context is 2,048 tokens, what the model is made for" in out
+    assert "bytes a token in 1 layer that sees all, " in out
+    assert "GB in 3 layers that see a chunk" in out
+
+
 def test_weights_that_leave_no_room_say_what_to_do(capsys):
     out = printed(capsys, "behemoth", "--gpu", "h100")
     assert out.startswith("AN ESTIMATE")
@@ -401,8 +409,8 @@ def test_the_page_of_tables_is_up_to_date():
     assert "| Behemoth (an estimate), " in page
 
 
-@pytest.mark.parametrize("arguments", [["--table"], ["--model", "all"]])
-def test_the_tables_can_be_asked_for_in_two_ways(arguments, capsys, monkeypatch):
+@pytest.mark.parametrize("arguments", [["--table"], ["all"], ["--model", "all"]])
+def test_the_tables_can_be_asked_for_in_several_ways(arguments, capsys, monkeypatch):
     monkeypatch.setattr(plan_page, "table_page", lambda: "the tables\n")
     assert printed(capsys, *arguments) == "the tables\n"
 
@@ -414,6 +422,17 @@ def test_the_tables_can_be_asked_for_in_two_ways(arguments, capsys, monkeypatch)
         (["scout", "--context", "9"], "--context says nothing without --gpu; choose a100, "),
         (["scout", "--num-gpus", "2"], "--num-gpus says nothing without --gpu; choose a100, "),
         ([], "plan needs a model, or --table\n"),
+        (["scout", "--table"], "--table is about every preset: leave out --table, or scout\n"),
+        (
+            ["--table", "--quantize", "int4"],
+            "--quantize says nothing about every preset on every GPU: leave it out, or name one",
+        ),
+        (["all", "--gpu", "h100"], "--gpu says nothing about every preset on every GPU: leave it"),
+        (["--model", "all", "--batch", "2"], "--batch says nothing about every preset on every"),
+        (
+            ["nano", "--gpu", "h100", "--context", "99999999"],
+            "the context of 99,999,999 tokens is too long: the model is made for 2,048 tokens only",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_made_is_one_sentence(arguments, sentence, capsys):

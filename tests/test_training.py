@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import shlex
 import shutil
 import signal
 
@@ -12,6 +13,7 @@ import torch
 from tiny import CONFIG
 
 import llama4_lab as l4
+from llama4_lab import cli
 from llama4_lab.analysis.specialisation import mutual_information, specialisation
 from llama4_lab.points import NO_TAP
 from llama4_lab.precision import mixed, product_dtype
@@ -21,7 +23,7 @@ from llama4_lab.train.behaviour import with_config
 from llama4_lab.train.lessons import Material, Text
 from llama4_lab.train.mixture import Mixture
 from llama4_lab.train.muon import Muon, orthogonalise
-from llama4_lab.train.recipes import MINI, NANO, Recipe, Stage
+from llama4_lab.train.recipes import MINI, NANO, RECIPES, Recipe, Stage
 from llama4_lab.train.rows import padded
 
 DOMAINS = {"low": 3.0, "high": 1.0}
@@ -116,7 +118,7 @@ def test_tensorboard_that_is_not_installed_is_said_before_anything_is_done(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_inside_a_step_ends_it_saves_and_returns(data, tmp_path, monkeypatch, number):
+def test_a_signal_inside_a_step_ends_it_saves_and_is_passed_on(data, tmp_path, monkeypatch, number):
     whole = loop.train(RECIPE, data, tmp_path / "whole")
     update, steps = loop.update, []
 
@@ -129,7 +131,8 @@ def test_a_signal_inside_a_step_ends_it_saves_and_returns(data, tmp_path, monkey
 
     before = signal.getsignal(number)
     monkeypatch.setattr(loop, "update", interrupted)
-    loop.train(RECIPE, data, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt, match=r"the state after step 4 is kept in .*run$"):
+        loop.train(RECIPE, data, tmp_path / "run")
     assert signal.getsignal(number) == before
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 4
     model = loop.train(RECIPE, data, tmp_path / "run")
@@ -147,6 +150,62 @@ def test_a_second_interrupt_breaks_off_and_leaves_what_was_saved(data, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         loop.train(RECIPE, data, tmp_path, on_step=interrupt, save_minutes=0)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
+
+
+def train_from_the_command_line(monkeypatch, data, out, recipe=RECIPE):
+    monkeypatch.setitem(RECIPES, "nano", recipe)
+    command = ["train", "nano", "--corpus", str(data.folder), "--out", str(out)]
+    return cli.main(command)
+
+
+def test_an_interrupted_command_goes_on_and_says_how_to_measure_what_is_whole(
+    data, tmp_path, monkeypatch, capsys
+):
+    def interrupted(*given, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return update(*given, **options)
+
+    update, out = loop.update, tmp_path / "my run"
+    monkeypatch.setattr(loop, "update", interrupted)
+    (data.folder / "tokenizer.json").write_text("{}")
+    assert train_from_the_command_line(monkeypatch, data, out) == 130
+    told = capsys.readouterr()
+    goes_on = f"the same command goes on from what is kept in {out}"
+    assert told.err.splitlines()[-1] == f"llama4-lab: interrupted: {goes_on}"
+    assert told.out == "" and not (out / "model").exists()
+    monkeypatch.setattr(loop, "update", update)
+    assert train_from_the_command_line(monkeypatch, data, out) == 0
+    said, _, command = capsys.readouterr().out.partition("; measure it with: ")
+    assert said == f"saved to {out}/model"
+    expected = ["llama4-lab", "card", f"{out}/model", "--promises", "tiny"]
+    assert shlex.split(command) == expected
+
+
+def test_an_interruption_before_anything_is_kept_promises_nothing(
+    data, tmp_path, monkeypatch, capsys
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "teach_patches", interrupted)
+    recipe = dataclasses.replace(RECIPE, config=CONFIG)
+    assert train_from_the_command_line(monkeypatch, data, tmp_path / "run", recipe) == 130
+    assert capsys.readouterr().err == "\nllama4-lab: interrupted\n"
+
+
+def test_a_run_without_its_corpus_leaves_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is missing: build the corpus"):
+        loop.train(RECIPE, Material(tmp_path / "corpus"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_damaged_state_is_named_with_what_to_do(data, tmp_path, share):
+    loop.train(dataclasses.replace(RECIPE, steps=1), data, tmp_path)
+    state = tmp_path / "state.pt"
+    os.truncate(state, int(share * state.stat().st_size))
+    with pytest.raises(ValueError, match=r"state\.pt is damaged: remove it to start again$"):
+        loop.train(RECIPE, data, tmp_path)
 
 
 def test_an_interrupted_pass_leaves_no_tap(data, monkeypatch):
@@ -275,6 +334,8 @@ def test_a_missing_domain_names_the_file_and_the_command(data):
         FileNotFoundError, match=r"none.train.bin is missing: build the corpus with"
     ):
         Mixture(data.folder, {"none": 1.0})
+    with pytest.raises(FileNotFoundError, match=r"`llama4-lab corpus 'my texts'`$"):
+        Mixture("my texts", {"none": 1.0})
 
 
 def test_an_empty_domain_is_refused(data):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ class Card:
 
 def held_out_texts(folder: Path = HELD_OUT) -> dict[str, str]:
     """Read ``{domain}.txt`` (shipped), or ``{domain}.held.txt`` (of a built corpus)."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: give that of a built corpus")
     found = sorted(folder.glob("*.held.txt")) or sorted(folder.glob("*.txt"))
     if not found:
         raise FileNotFoundError(f"{folder} holds no held-out texts (*.held.txt or *.txt)")
@@ -72,8 +75,8 @@ def held_out_texts(folder: Path = HELD_OUT) -> dict[str, str]:
 
 
 def training_tokens(folder: Path) -> dict[str, Integer[np.ndarray, " n"]]:
-    """Map the token files of a corpus's training texts into memory."""
-    files = sorted(folder.glob("*.train.bin"))
+    """Map the token files of a corpus's training texts into memory, leaving out the empty ones."""
+    files = [path for path in sorted(folder.glob("*.train.bin")) if path.stat().st_size]
     return {path.name.split(".")[0]: np.memmap(path, np.uint16, "r") for path in files}
 
 
@@ -89,10 +92,15 @@ def measure(
     """Measure everything that a card tells.
 
     Each text is read in windows of `length` tokens, up to `limit` tokens a domain; a window's first
-    token is not scored. The untrained control is the same model with random weights (seed 0).
-    `count` questions of each kind are asked. `trained_on` are the tokens of training texts, if
-    they are at hand: whether the model recites them is then tried in ten times as many places.
+    token is not scored. Texts too short for the losses by position are left out, which is said. The
+    untrained control is the same model with random weights (seed 0). `count` questions of each kind
+    are asked. `trained_on` are the tokens of training texts, if they are at hand: whether the model
+    recites them is then tried in ten times as many places.
+
+    Raises:
+        ValueError: all texts are too short.
     """
+    texts = long_enough(model.tokenizer, texts)
     rows = {name: windows(model.tokenizer, text, length, limit) for name, text in texts.items()}
     steps = tqdm(total=6, desc="card", leave=False)
 
@@ -182,6 +190,22 @@ def losses_by_position(
 
 def rounded(row: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in row.items()}
+
+
+def long_enough(tokenizer: Tokenizer, texts: dict[str, str]) -> dict[str, str]:
+    """Leave out the texts that do not fill a row of `losses_by_position`, and name them."""
+    needed = EDGES[-1] + 1
+    sizes = {name: len(tokenizer.encode(text)) for name, text in texts.items()}
+    short = {name: size for name, size in sizes.items() if size < needed}
+    found = ", ".join(f"{name} ({size:,})" for name, size in short.items())
+    if len(short) == len(texts):
+        raise ValueError(
+            f"no held-out text has the {needed:,} tokens that a card needs: {found}; give longer "
+            "ones"
+        )
+    if short:
+        tqdm.write(f"left out, with fewer than {needed:,} tokens: {found}", file=sys.stderr)
+    return {name: text for name, text in texts.items() if name not in short}
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int, limit: int) -> Int[Tensor, "rows length"]:

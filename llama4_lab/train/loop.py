@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import pickle
 import signal
 import threading
 import time
@@ -52,17 +53,18 @@ def train(
     a temporary name that is then renamed, and one line a step to ``log.csv``; with `tensorboard`
     the same curves as events that TensorBoard shows. With `budget_minutes` the schedule follows
     the clock (minutes of all runs together) instead of the recipe's steps. Ctrl-C or a SIGTERM
-    ends the step under way, saves and returns what there is; a second one breaks off at once, and
-    leaves what was saved before, as the first does while the vision encoder is taught.
+    ends the step under way, saves and raises KeyboardInterrupt; a second one breaks off at once,
+    and leaves what was saved before, as the first does while the vision encoder is taught.
 
     Raises:
+        KeyboardInterrupt: it was interrupted; the same call goes on.
         RuntimeError: `tensorboard` is asked for and not installed.
-        ValueError: a teacher with another vocabulary, or a state of another model in `folder`.
+        ValueError: a teacher with another vocabulary, or a damaged state or one of another model in
+            `folder`.
         FileNotFoundError: the material lacks what a lesson needs.
         FloatingPointError: the loss is no longer a number; the last saved state is kept.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if tensorboard and find_spec("tensorboard") is None:
         raise RuntimeError("TensorBoard is not installed: pip install 'llama4-lab[tensorboard]'")
     for lesson in [lesson for stage in recipe.stages for lesson in stage.lessons]:
@@ -72,6 +74,7 @@ def train(
             f"the teacher has {teacher.model.config.vocab_size} tokens and the student "
             f"{recipe.config.vocab_size}: both must read the same ones"
         )
+    folder.mkdir(parents=True, exist_ok=True)
     model = random(recipe.config, recipe.seed, device=device).train()
     model.backend = backend_of(model.device)
     with torch.no_grad():
@@ -130,7 +133,7 @@ def train(
         log.close()
     save_state(folder, model, optimisers, course, bias, step, tokens, seconds)
     if asked.is_set():
-        tqdm.write(f"interrupted after step {step}; the state is kept in {folder}")
+        raise KeyboardInterrupt(f"the state after step {step} is kept in {folder}")
     model.backend = "auto"
     return model.eval()
 
@@ -238,7 +241,12 @@ def restore(
     path = folder / CHECKPOINT
     if not path.exists():
         return 0, 0, 0.0
-    state = torch.load(path, map_location=model.device, weights_only=True)
+    try:
+        state = torch.load(path, map_location=model.device, weights_only=True)
+    except (PermissionError, torch.OutOfMemoryError):
+        raise  # the file may be whole
+    except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged: remove it to start again") from error
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

@@ -1,5 +1,6 @@
 """Batches of token rows, drawn from several domains by weight."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,8 @@ class Mixture:
         for name in self.domains:
             path = self.folder / f"{name}.{split}.bin"
             if not path.exists():
-                raise FileNotFoundError(
-                    f"{path} is missing: build the corpus with `llama4-lab corpus {self.folder}`"
-                )
+                command = f"llama4-lab corpus {shlex.quote(str(self.folder))}"
+                raise FileNotFoundError(f"{path} is missing: build the corpus with `{command}`")
             if path.stat().st_size == 0:
                 raise ValueError(
                     f"{path} is empty: this corpus has no text for the domain {name!r}; build it "
