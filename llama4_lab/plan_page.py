@@ -214,7 +214,7 @@ def _that_see(layers: int, what: str) -> str:
 
 
 def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
 
 
 def _seconds(seconds: float) -> str:

@@ -87,12 +87,25 @@ def test_pictures_can_be_uploaded_and_what_is_none_is_explained(mini):
     app = LabApp(mini, "What shape is red?", shown=["router"])
     pixels = np.full((48, 48, 3), 200, np.uint8)
     upload(app, "grey.png", png(pixels))
-    assert app.bar.problem.value == "" and app.bar.upload.value == ()
+    assert app.bar.problem.value == ""
     assert np.array_equal(np.asarray(app.moment.pictures[0]), pixels)
     before = app.moment
     upload(app, "<b>.png", b"no picture")
     assert "&lt;b&gt;.png is no PNG or JPEG picture that can be read" in app.bar.problem.value
     assert app.moment is before
+
+
+def test_the_button_for_pictures_counts_them(mini):
+    app = LabApp(mini, "What shape is red?", shown=["router"])
+    data = png(np.full((48, 48, 3), 200, np.uint8))
+    counts = []
+    for name, written in (("a.png", data), ("a.png", data), ("b.png", b"no picture")):
+        upload(app, name, written)
+        counts.append((len(app.bar.upload.value), len(app.moment.pictures)))
+    assert counts == [(1, 1), (2, 2), (2, 2)]
+    assert all(not len(file["content"]) for file in app.bar.upload.value)  # not sent to pages
+    app.bar.shown.children[-1].click()  # no picture
+    assert app.bar.upload.value == ()
 
 
 def test_a_model_without_eyes_says_so(app):
@@ -300,7 +313,73 @@ def test_the_bar_chooses_what_stands_beside(app):
     app.edits = ()
     assert app.bar.beside.value == "x" * 9000  # what was typed stays
     app.bar.sides.value = ALONE
-    assert app.difference is None and app._grid.children == (app.views["router"],)
+    assert app.difference is None and not app.beside["router"].is_shown
+
+
+def test_an_empty_field_ends_the_comparison(app):
+    app.compare("two")
+    app.bar.beside.value = ""
+    assert app.difference is None and app.bar.sides.value == ALONE
+    app.bar.sides.value = ANOTHER  # begins with the text that is shown
+    assert app.bar.beside.value == TEXT and difference(app).other.tokens == app.moment.tokens
+
+
+def test_a_comparison_takes_nothing_from_the_page(app):
+    """What a page is told to take away while it still makes it is an error there."""
+    app.shown = ("router", "ablate", "lens")
+    changes: list[Any] = []
+    for box in (app, app._across, app._grid, *app._grid.children):
+        box.observe(lambda change: changes.append((change["old"], change["new"])), "children")
+    app.compare(())
+    view, other = difference(app), app.beside["router"]
+    assert app._across.layout.display == other.layout.display == ""
+    app.compare(None)
+    assert app._across.layout.display == other.layout.display == "none"
+    assert not view.is_shown and not other.is_shown
+    app.compare("two")
+    assert difference(app) is view and view.is_shown and len(view.other.tokens) == 2
+    assert f"{len(app.moment.tokens)} and 2 tokens" in view.board.summary
+    assert app._across.layout.display == other.layout.display == ""
+    assert len(changes) == 3  # what is across, and two pairs
+    assert all(new[: len(old)] == old for old, new in changes)
+
+
+def test_a_comparison_says_whose_run_is_where(app):
+    def headings():
+        return app.views["router"].children[0].value, app.beside["router"].children[0].value
+
+    app.compare("<b>")
+    assert "<i>this run</i>" in headings()[0] and "<i>the text ‘&lt;b&gt;’</i>" in headings()[1]
+    app.compare(None)
+    assert "<i>" not in headings()[0]
+
+
+def test_a_comparison_says_which_run_has_the_edits(app):
+    def told():
+        return app.recording().about["beside"]
+
+    app.edits = (E.SkipLayer(1),)
+    app.compare(l4.load("nano"))
+    assert app.beside["router"].moment.edits == ()
+    assert told() == "another model, nano (float32), clean"
+    assert app.bar.sides.value == "beside another model, nano (float32), clean"
+    app.compare("two " * 90)
+    assert app.beside["router"].moment.edits == app.edits and told().endswith("…’, with the edits")
+    assert "…, with the edits</i>" in app.beside["router"].children[0].value
+    app.compare(())
+    assert told() == "the clean run"
+    app.edits = ()
+    app.compare("two")
+    assert told() == "the text ‘two’"
+
+
+def test_what_cannot_stand_beside_is_told(app):
+    for strange in (5, 2.5, {"a": 1}):
+        with pytest.raises(TypeError, match="cannot stand beside: give a text, messages, a model"):
+            app.compare(strange)
+    assert app.difference is None
+    app.compare(E.SkipLayer(1))  # one is enough
+    assert difference(app).other.edits == (E.SkipLayer(1),)
 
 
 def test_the_bar_shows_what_code_puts_beside(app):

@@ -20,6 +20,7 @@ from llama4_widgets.panels import Axis, Content, pack, sequential
 from llama4_widgets.plots import figure
 from llama4_widgets.selection import Selection
 from llama4_widgets.still import picked, unpack
+from llama4_widgets.views.attention import AttentionView
 from llama4_widgets.views.difference import DifferenceView
 from llama4_widgets.views.experts import ExpertsView
 from llama4_widgets.views.lens import LensView
@@ -223,19 +224,69 @@ def test_views_that_wait_for_their_turn_say_so(model):
     ]  # fmt: skip
 
 
-def test_an_interrupt_leaves_no_view_waiting(model, monkeypatch):
-    app = LabApp(model, TEXT, shown=["router", "lens"])
-    before = app.moment
+def test_an_interrupt_marks_what_is_behind(model, monkeypatch):
+    app = LabApp(model, TEXT, shown=["router", "attention", "lens", "ablate"])
+    app.compare("two")
+    old = app.views["lens"].board.content
+    assert app.difference is not None
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(AttentionView, "content", Mock(side_effect=KeyboardInterrupt))
+        app.run("word " * 300)
+    views = [*app.views.values(), app.difference, *app.beside.values()]
+    behind = ["interrupted: run the prompt again to draw this"] * (len(views) - 1)
+    assert [view.board.problem for view in views] == ["", *behind]
+    assert {view.board.busy for view in views} == {""}
+    assert app.bar.text.value == app.prompt == "word " * 300
+    app.selection.token = 250  # outside of what is drawn there
+    board = app.views["attention"].board
+    board._handle_custom_msg({"region": {"panel": "map", "x": [0, 9], "y": [0, 9]}}, [])
+    assert board.finer["count"] == 1 and board.finer["arrays"] == {}  # nothing of the new prompt
+    assert [view.board.problem for view in views] == ["", *behind]
+    assert {view.board.summary for view in views[1:]} == {""}
+    assert app.views["lens"].board.content is old
+    kept = app.recording().states
+    assert [bool(kept[name]["content"]["panels"]) for name in ("router", "lens")] == [True, False]
+    app.bar.text._handle_custom_msg({"again": True}, [])  # Run
+    assert {view.board.problem for view in views} == {""}
+    assert {view.moment for view in app.views.values()} == {app.moment}
+    app.selection.token = 3
+    assert "After token 3 " in app.views["lens"].board.summary
+
+
+def test_a_control_draws_what_an_interrupt_left(model, monkeypatch):
+    app = LabApp(model, TEXT, shown=["router", "attention"])
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(RouterView, "content", Mock(side_effect=KeyboardInterrupt))
-        app.run("word " * 300)
-    lens = app.views["lens"]
-    assert [view.board.busy for view in app.views.values()] == ["", ""]
-    assert lens.moment is before
-    app.selection.token = 3
-    assert "After token 3 " in lens.board.summary
-    app.run("one two")
-    assert lens.moment is app.moment is app.views["router"].moment
+        app.run("one two three")
+    view: Any = app.views["attention"]
+    view._pooling.value = "mean"
+    assert view.board.problem == "" and view.board.content.axes["query"].size == 4
+    app.shown = ("attention",)
+    app.shown = ("attention", "router")
+    assert app.views["router"].board.content.axes["token"].size == 4
+
+
+def test_a_view_alone_draws_anew_what_an_interrupt_left(moment, monkeypatch):
+    view = AttentionView(moment)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(AttentionView, "content", Mock(side_effect=KeyboardInterrupt))
+        view.selection.layer = 3
+    assert "interrupted" in view.board.problem
+    view.selection.token = 2  # else only turned, in the browser
+    assert view.board.problem == "" and "layer 3" in view.board.summary
+
+
+def test_the_begin_is_not_kept_where_it_was_alone(model):
+    app = LabApp(model, TEXT, shown=["router"])
+    found = []
+    for prompt in ("", TEXT, "one two three"):
+        app.run(prompt)
+        found.append(app.selection.token)
+        app.selection.token = len(app.moment.tokens) - 1
+    assert found == [0, 1, len(app.moment.tokens) - 1]
+    app.selection.token = 2
+    app.run(TEXT)
+    assert app.selection.token == 2
 
 
 def test_the_page_holds_everything_it_needs(moment):
@@ -289,4 +340,11 @@ def test_a_figure_of_one_low_map_can_be_drawn():
 def test_a_view_that_does_not_exist_is_named(model):
     with pytest.raises(ValueError, match="there is no view 'rooter'; choose from router, "):
         LabApp(model, TEXT, shown=["rooter"])
-    assert LabApp(model, TEXT, shown="router").shown == ("router",)
+    app = LabApp(model, TEXT, shown="router")
+    assert app.shown == ("router",)
+    app.shown = "lens"
+    assert app.shown == ("lens",) and app._grid.children[0].children == (app.views["lens"],)
+    app.shown = ["router", "lens", "router"]
+    assert app.shown == ("router", "lens") and len(app._grid.children) == 2
+    app.edits = E.SkipLayer(1)
+    assert app.edits == app.moment.edits == (E.SkipLayer(1),)

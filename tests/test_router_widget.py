@@ -18,11 +18,12 @@ from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.prompt import build_prompt
 from llama4_widgets import domains, still
 from llama4_widgets import explore as explore_module
-from llama4_widgets.board import unflat
+from llama4_widgets.board import flat, unflat
 from llama4_widgets.colours import PALETTE, colour, ink
 from llama4_widgets.explore import RouterExplorer, explore
+from llama4_widgets.panels import Content, diverging, pack, sequential
 from llama4_widgets.still import unpack
-from llama4_widgets.words import describe, visible
+from llama4_widgets.words import decimals, describe, visible
 
 TEXT = "for i in():\n  <b>\t\x07书"
 
@@ -230,13 +231,49 @@ def test_the_browser_gets_the_same_numbers(make_model, topk):
         np.testing.assert_array_equal(arrays[strip["chosen"][k]], shown.expert[..., k])
     np.testing.assert_array_equal(arrays["runner up"], shown.runner_up)
     np.testing.assert_array_equal(arrays["margin"], shown.margin.astype("<f4"))
+    told = shown.margin[shown.runner_up >= 0]
+    np.testing.assert_array_equal(
+        [f"{n / 100:.2f}" for n in arrays["told margin"][shown.runner_up >= 0]],
+        list(map(decimals, told.tolist())),
+    )
     np.testing.assert_array_equal(arrays["load"], (100 * shown.load).astype("<f4"))
     np.testing.assert_allclose(arrays["probability"], 1 / (1 + np.exp(-shown.logits)), rtol=1e-6)
-    second = "[ and expert {chosen 2} with score {score 2:2}]" * (topk == 2)
+    second = "[ and expert {chosen 2} with score {told score 2:2}]" * (topk == 2)
     assert message["sentence"] == (
-        "{moe layer}, {token}: expert {chosen} with score {score:2}" + second + ""
-        "[, margin {margin:2} logits over expert {runner up}]"
+        "{moe layer}, {token}: expert {chosen} with score {told score:2}" + second + ""
+        "[, margin {told margin:2} logits over expert {runner up}]"
     )
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_sentence_about_a_long_text_has_exact_numbers(make_model, times):
+    explorer = explore(make_model(8, 1), "a b c d e " * 320)
+    shown = explorer.routing
+    assert shown.margin.size > 8192 < shown.score.size  # panels get steps
+    shown.margin[:] *= times  # also more than two bytes hold
+    explorer.refresh()
+    arrays = explorer.board.content.arrays
+    for name, values in (("margin", shown.margin), ("score", shown.score[..., 0])):
+        told = unpack(arrays[f"told {name}"]).ravel()
+        expected = [decimals(value) for value in values.ravel().tolist()]
+        assert [f"{number / 100:.2f}" for number in told] == expected
+
+
+def test_what_is_not_finite_is_no_number_and_stops_no_page():
+    assert describe(one_token([0], [np.nan], 1, np.inf), 4, 0) == (
+        "layer 4, token 0 ‘·a’: expert 0 with score –, margin – logits over expert 1"
+    )
+    assert sequential(np.nan, np.inf) == sequential(0, 1)
+    assert sequential(2, np.nan)["high"] == 3 and diverging(np.inf) == diverging(1)
+    content = Content()
+    content.table("t", "T", ["a", "b"], [["x", np.nan], ["y", 1.0]], bars=[None, np.inf])
+    (table,) = content.message()["panels"]
+    assert table["rows"] == [["x", None], ["y", 1.0]] and table["bars"] == [None, None]
+    flat(content.message())
+
+
+def test_whole_numbers_that_two_bytes_do_not_hold_stay_exact():
+    np.testing.assert_array_equal(unpack(pack(np.array([-3, 40_000]))), [-3, 40_000])
 
 
 # ---- without a browser or a kernel

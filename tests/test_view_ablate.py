@@ -1,5 +1,7 @@
 """The ablate view: controls are edits, edits are shown, and what they did is the library's."""
 
+import time
+
 import ipywidgets
 import pytest
 import torch
@@ -173,6 +175,51 @@ def test_undo_clear_and_text(view):
         assert view._text.value == typed and view.edits == (E.Chunk(2, 8),)
         view.apply_text()
         assert wrong in view.board.problem
+
+
+@pytest.mark.parametrize("edits", [[], [E.SkipLayer(1)]])
+def test_what_was_wrong_with_a_text_is_gone_with_it(view, edits):
+    view._set(edits)
+    undo, clear = view.children[1].children[1:]
+
+    def apply(text):
+        view._text.value = text
+        view.apply_text()
+
+    for go_back in (lambda: apply(E.dumps(view.edits)), clear.click, undo.click):
+        apply("nonsense")
+        assert "must be JSON" in view.board.problem
+        go_back()
+        assert view.board.problem == ""
+
+
+def test_one_drag_of_a_slider_is_one_step_back(view, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def drag(name, *values):
+        for value in values:
+            control(view, name).value = value
+
+    drag("attention ×", 0.8, 0.5, 0.3)
+    drag("router temperature", 2.0, 3.0)
+    now += 5
+    drag("router temperature", 2.0, 1.5)
+    steps = []
+    for _ in range(4):
+        view.undo()
+        steps.append(view.edits)
+    slower, hotter = E.Scale("layers.0.attn.out", 0.3), E.RouterTemperature(0, 3.0)
+    assert steps == [(slower, hotter), (slower,), (), ()]
+    drag("attention ×", 0.8)
+    view.undo()
+    drag("attention ×", 0.5, 0.4)  # soon after, but of its own
+    view.undo()
+    assert view.edits == ()
+    control(view, "skip layer").value = True
+    control(view, "skip layer").value = False
+    view.undo()
+    assert view.edits == (E.SkipLayer(0),)  # a switch is no slider
 
 
 def test_undo_takes_back_what_others_changed_too(model):

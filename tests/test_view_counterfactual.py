@@ -103,7 +103,9 @@ def test_in_the_lab_the_route_reaches_all_views(model):
 
 def test_many_runs_wait_for_the_button(model):
     view = CounterfactualView(Moment(model, model.prompt("a b c d e f g h " * 80)))
+    assert view.board.summary.startswith("Not computed yet: ")
     assert view.board.summary.endswith("tokens in all take a while: press Run.")
+    assert view.board.state()["summary"].endswith("tokens in all take a while.")
     assert view.board.content.panels == []
     assert view.work.begin.layout.display == ""
     view.selection.token = len(view.moment.words) - 3

@@ -73,6 +73,7 @@ def test_kinds_of_text_are_measured_on_request(view):
     above = 100 * (found.share - found.mixed)
     np.testing.assert_allclose(shown, np.moveaxis(above, 1, 0), atol=1e-4)
     assert panel(view, "domains")["scale"]["unit"] == "points"
+    assert all("of the clean model" in panel(view, name)["note"] for name in ("domains", "bits"))
     np.testing.assert_allclose(
         unpack(view.board.content.arrays["bits"]), found.mutual_information, atol=1e-6
     )

@@ -39,7 +39,18 @@ def test_the_likeliest_tokens_are_those_of_generate(view, model):
     write(view, 6)
     expected = l4.generate(model, model.prompt(TEXT), max_new_tokens=6, temperature=0)
     assert view.text() == expected
-    assert "6 new tokens" in view.board.summary and "kB of" in view.board.summary
+    model_config = model.config
+    slots, chunks = (
+        view._cache.slots,
+        map(model_config.attention_chunk, range(len(view._cache.layers))),
+    )
+    live = sum(slots if chunk is None else slots % chunk for chunk in chunks)
+    size = live * 2 * model_config.num_key_value_heads * model_config.head_dim * 4 / 1e3
+    assert view.board.summary.startswith("6 new tokens")
+    assert f"the cache holds {size:,.0f} kB of {slots} tokens" in view.board.summary
+    last = view.written[-1]
+    said = f"{last.probability:.2f}; the model's distribution there has {last.entropy:.1f} bits"
+    assert said in view.board.summary
 
 
 def test_entropy_probability_and_experts_are_the_models(view, model):
@@ -120,3 +131,25 @@ def test_what_was_written_can_be_looked_at_in_all_views(model):
     assert app.prompt == text
     view.branch(0)
     assert view.branches == []
+
+
+def test_a_long_branch_is_shown_from_its_end(view):
+    write(view, 1)
+    view.branches = [" so it goes", "word " * 60]
+    view.refresh()
+    (panel,) = [panel for panel in view.board.content.panels if panel["name"] == "branches"]
+    (short,), (long,) = panel["rows"]
+    assert short == "so it goes"
+    assert long.startswith("… ") and long.endswith("word word") and len(long) <= 122
+
+
+def test_edits_that_leave_no_next_token_are_told_each_time(view, model):
+    edits = [E.AttentionTemperature(3, scale=1e300)]
+    view.moment = Moment(model, model.prompt("12 + 7 = 19\n" * 4), edits)
+    for _ in range(2):
+        view._write()
+        assert "there is no next token" in view.board.problem
+
+
+def test_a_kept_page_names_no_button(view):
+    assert view.board.state()["summary"] == "When this was kept: Nothing was written yet."

@@ -135,7 +135,8 @@ def test_edited_words_and_parts_stand_beside_the_clean_ones(moment, model):
     assert np.array_equal([["(was " in cell for cell in row] for row in text], differs)
     assert differs.any()
     values, old = (dict(zip(each.labels, each.values, strict=True)) for each in (parts, before))
-    for label, mine, theirs in panel(view, "parts")["rows"][:14]:
+    assert panel(view, "parts")["columns"] == ["part", "clean (logits)", "edited (logits)"]
+    for label, theirs, mine in panel(view, "parts")["rows"][:14]:
         assert mine == pytest.approx(values.get(label, 0.0), abs=1e-6)
         assert theirs == pytest.approx(old.get(label, 0.0), abs=1e-6)
     extra = parts.total - parts.values.sum()

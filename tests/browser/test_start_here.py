@@ -144,6 +144,7 @@ def test_of_a_long_text_the_page_gets_what_is_selected(lab_page, model):
         where = f"layer {layer}, token {token} "
         expect(explorer.get_by_role("status")).to_contain_text(where)
         expect(explorer.locator(".l4-late")).to_have_count(0)
+        expect(explorer.get_by_role("status")).to_have_text(describe(routing, layer, token))
         found = [float(bar.split()[-1]) for bar in bars(explorer, "probability")]
         expected = 1 / (1 + np.exp(-routing.logits[layer, token]))
         assert found == pytest.approx(expected.tolist(), abs=0.003)  # one of 254 steps

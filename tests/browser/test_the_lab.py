@@ -19,6 +19,10 @@ from llama4_lab import edits as E
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.train import scenes
 from llama4_widgets.app import LabApp
+from llama4_widgets.board import Board
+from llama4_widgets.board import page as board_page
+from llama4_widgets.panels import Axis, Content, sequential
+from llama4_widgets.selection import Selection
 from llama4_widgets.views import VIEWS
 from llama4_widgets.words import visible
 
@@ -186,6 +190,65 @@ def test_nothing_keeps_people_from_using_a_kept_page(browser: Browser, model, tm
     expect(page.locator(".l4-board").last.locator("td").first).to_be_visible()  # the last is drawn
     assert hindrances(page) == []
     context.close()
+
+
+def test_numbers_that_are_not_finite_break_no_page(browser: Browser, model, tmp_path):
+    app = LabApp(model, "The old man looked at the sea.\n12 + 7 = 19", shown=[*VIEWS])
+    app.edits = (E.AttentionTemperature(3, scale=1e300),)
+    app.selection.layer, app.selection.token = 3, 5
+    app.to_html(tmp_path / "lab.html")
+    page, wrong = browser.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto((tmp_path / "lab.html").as_uri())
+    board = page.locator(".l4-board")
+    expect(board).to_have_count(len(VIEWS))
+    router, lens = board.first, board.nth(list(VIEWS).index("lens"))
+    bars = router.locator("[data-panel=probability] svg")
+    expect(bars).to_have_attribute("aria-label", re.compile("^expert 0: no number, expert 1: no"))
+    expect(router.locator(".l4-summary")).to_have_text(app.views["router"].summary())
+    expect(lens.locator("[data-panel=parts]")).to_contain_text("no number")
+    expect(lens.locator("[data-panel=words] td").last).to_have_css(
+        "background-color", "rgb(128, 128, 128)"
+    )
+    assert wrong == []
+    page.close()
+
+
+def test_words_over_pictures_have_a_ground_and_room(browser: Browser, model, tmp_path):
+    app = LabApp(model, shown=["image"])
+    wide, large = (Image.new("RGB", size) for size in ((1600, 40), (1200, 900)))
+    app.run("What is it?", [wide, large])
+    app.to_html(tmp_path / "lab.html")
+    page = browser.new_page(viewport={"width": 560, "height": 900})
+    page.goto((tmp_path / "lab.html").as_uri())
+    for i, is_shown in ((0, False), (1, True)):
+        word = page.locator(f"[data-panel='bare {i}'] .l4-tile span").first
+        expect(word).to_have_text("tile 0")
+        expect(word).to_be_visible(visible=is_shown)
+        expect(word).to_have_css("background-color", "rgba(255, 255, 255, 0.75)")
+    page.close()
+
+
+@pytest.mark.parametrize("clean", [None, 12.0])
+def test_no_line_strikes_out_the_number_of_a_bar(browser: Browser, tmp_path, clean):
+    content = Content({"expert": Axis("expert", 4)})
+    if clean:
+        content.array("clean", np.array([10.0, clean, 40, 1]), ("expert",))
+    content.add(
+        "load", "Load", np.array([8.33, 11.0, 40, 2]), ("expert",), sequential(0, 60, "%"),
+        kind="bars", reference=12.5, clean="clean" if clean else None,
+    )  # fmt: skip
+    file = tmp_path / "bars.html"
+    file.write_text(board_page([Board(Selection(), content=content)], "Bars"))
+    page = browser.new_page(viewport={"width": 560, "height": 500})
+    page.goto(file.as_uri())
+    expect(page.locator("g > text").first).to_be_visible()
+    dashed = page.locator("line.l4-reference").bounding_box()["y"]
+    for text in page.locator("g > text:nth-of-type(1)").all():
+        box = text.bounding_box()
+        assert not box["y"] + 2 < dashed < box["y"] + box["height"] - 2, text.text_content()
+    page.close()
 
 
 BRIGHTEST = """canvas => {

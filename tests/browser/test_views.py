@@ -173,7 +173,7 @@ def cells(view: Locator, name: str) -> Locator:
 
 def number(text: str) -> float:
     """Read the last number of what the page says: ``… ‘x’: −0.12 nats``."""
-    return float(text.rsplit(": ", 1)[-1].split()[0].replace("−", "-"))
+    return float(text.rsplit(": ", 1)[-1].split()[0].replace("−", "-").replace(",", ""))
 
 
 def assert_reads(text: str, value: float) -> None:
@@ -485,7 +485,7 @@ def test_generate_writes_what_the_model_would_and_branches(lab, model, prompt):
     lab.kernel("app.views['generate']._at.value = 1")
     view.get_by_role("button", name="Branch", exact=True).click()
     expect(words(view, "entropy")).to_have_count(2)
-    assert rows_of(panel(view, "branches")) == [[text]]
+    assert rows_of(panel(view, "branches")) == [[text.strip()]]
     play = view.get_by_role("button", name="Play")
     play.click()
     expect(words(view, "entropy").nth(4)).to_be_visible()
@@ -534,8 +534,10 @@ def test_the_planner_shows_the_plan_of_its_controls(lab):
     needed = plan.needed(4, 8192)
     assert [row[0] for row in rows] == [*needed, "together", "a GPU holds"]
     for row, size in zip(rows, [*needed.values(), sum(needed.values()), plan.usable], strict=True):
-        assert_reads(row[1], round(size / 1e9, 2))
-    assert_reads(rows_of(panel(view, "speed"))[0][1], round(speed, 1))
+        assert_reads(row[1], size / 1e9)
+    speeds = rows_of(panel(view, "speed"))
+    assert_reads(speeds[0][1], speed)
+    assert speeds[1][1] == f"{plan.prefill(8192).tokens_per_second:,.0f}"
     expect(panel(view, "decode").locator("svg path")).to_be_visible()
 
 
@@ -567,7 +569,47 @@ def test_the_difference_of_two_runs_stands_between_them(lab, model, prompt):
     assert_reads(row[2], round(100 * float(beside[2, best].exp()), 1))
     expect(lab.on.page.get_by_text("the clean run", exact=True).first).to_be_visible()
     sides.select_option(label="alone")
-    expect(view).to_have_count(0)
+    expect(view).to_be_hidden()
+
+
+TOO_WIDE = """() => [...document.querySelectorAll(".l4-app .l4-of-table .l4-scroll")]
+    .filter((table) => table.scrollWidth > table.clientWidth + 1)
+    .map((table) => `${table.ariaLabel}: ${table.scrollWidth - table.clientWidth} px`)"""
+WITHOUT_KERNEL = """grid => {
+    grid.classList.add("jupyter-widgets-disconnected");
+    const { display } = getComputedStyle(grid, "::before");
+    grid.classList.remove("jupyter-widgets-disconnected");
+    return display;
+}"""
+
+
+def test_tables_and_fields_have_the_room_that_they_need(lab):
+    view = lab.show("experts", "lens", "planner", "attention", "ablate")
+    lab.kernel(
+        f"app.edits = [l4.edits.SkipLayer({LAYER})]; app.views['planner'].choices['GPUs'].value = 8"
+    )
+    attention, lens = lab.view("Attention (iRoPE)"), lab.view("Lens")
+    expect(panel(attention, "summaries")).to_contain_text("clean sink")
+    expect(panel(lens, "parts")).to_contain_text("edited (logits)")
+    expect(panel(lab.view("Planner"), "speed")).to_contain_text("exchange (ms)")
+    size = lab.on.page.viewport_size
+    try:
+        for width in (1280, 1440, 1920):
+            lab.on.page.set_viewport_size({"width": width, "height": 1000})
+            eventually(lambda: assert_equal(lab.on.page.evaluate(TOO_WIDE), []))
+    finally:
+        lab.on.page.set_viewport_size(size)
+        lab.kernel("app.views['planner'].choices['GPUs'].value = 1")
+    field = view.locator("textarea")
+    if not field.is_visible():
+        view.get_by_text("Edits as text and code").click()
+    expect(field).to_be_visible()
+    assert field.evaluate("field => field.clientHeight") > 4 * 17  # lines
+    assert lab.on.page.locator(".l4-app-grid").evaluate(WITHOUT_KERNEL) == "none"
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    assert found == expected
 
 
 def test_nothing_keeps_people_from_using_a_view(lab):

@@ -2,7 +2,8 @@
 
 import asyncio
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ _PAUSE = 0.12  # seconds without a new wish that count as rest
 _TEXT = "The old man looked at the sea.\ndef add(a, b):\n    return a + b\n12 + 7 = 19\n"
 
 
+class _Several(traitlets.Tuple):
+    """A tuple that can be set to one name or edit, too."""
+
+    def validate(self, obj: Any, value: Any) -> Any:
+        if isinstance(value, str | Edit):
+            value = (value,)
+        return super().validate(obj, tuple(value) if isinstance(value, Iterable) else value)
+
+
 class LabApp(ipywidgets.VBox):
     """Runs a prompt (a text, chat messages, pictures) and shows what happened in linked views.
 
@@ -45,8 +55,8 @@ class LabApp(ipywidgets.VBox):
             does not exist.
     """
 
-    edits = traitlets.Tuple(help="what is different from the clean run")
-    shown = traitlets.Tuple(help="the names of the views on the page")
+    edits = _Several(help="what is different from the clean run")
+    shown = _Several(help="the names of the views on the page")
     moment = traitlets.Any()
 
     def __init__(
@@ -69,14 +79,16 @@ class LabApp(ipywidgets.VBox):
         super().__init__()
         self.bar = Bar(prompt if isinstance(prompt, str) else "", self.run, self.compare)
         self._chips = in_row(*self._made_chips())
+        self._cells: dict[str, ipywidgets.VBox] = {}
+        self._across = ipywidgets.VBox(layout={"display": "none", "margin": "0 0 12px"})
         self._grid = ipywidgets.Box()
         self._grid.add_class("l4-app-grid")
         top = ipywidgets.HTML(f"<style>{STYLE}</style>")
-        self.children = [top, self.bar, self._chips, self._grid]
+        self.children = [top, self.bar, self._chips, self._across, self._grid]
         self.add_class("l4-app")
         self.run(prompt, pictures)
         self.selection.token = min(1, len(self.moment.tokens) - 1)  # what stands behind the begin
-        self.shown = (shown,) if isinstance(shown, str) else tuple(shown)
+        self.shown = shown
 
     # ---- running
 
@@ -93,8 +105,10 @@ class LabApp(ipywidgets.VBox):
             moment = moment.with_edits(self.edits)
         except ValueError as error:
             raise ValueError(f"{error}; Clear in Ablate takes all edits away") from error
-        self.prompt, self.moment = asked, moment
-        self.bar.show(asked, moment)
+        try:
+            self.prompt, self.moment = asked, moment
+        finally:
+            self.bar.show(asked, moment)
 
     def _moment_of(
         self, model: Llama4, prompt: Any, pictures: Sequence[Any], boxes: Sequence[Any]
@@ -112,28 +126,40 @@ class LabApp(ipywidgets.VBox):
     def compare(self, other: Any) -> None:
         """Show another run beside this one, with a shared selection; None ends it.
 
-        `other` is a prompt (text, messages), a model, or a sequence of edits; ``()`` is the clean
-        run.
+        `other` is a prompt (text, messages), a model, or edits; ``()`` is the clean run.
 
         Raises:
             ValueError: a prompt or edits that the model cannot have.
+            TypeError: what is none of these.
         """
+        other = (other,) if isinstance(other, Edit) else other
         moment = self._moment_beside(other)
         self._other = other
-        if moment is None:
-            if self.difference is not None:
-                self.difference.is_shown = False
+        with self._marking():
+            self._show_difference(moment)
+            for view in self.beside.values():
+                view.moment = moment or view.moment
+            self.bar.show_beside(other, "".join(self._told()) if moment else "")
+            self._show_views()
+
+    def _show_difference(self, other: Moment | None) -> None:
+        """Show how a run differs from this one.
+
+        A page that still makes a view cannot take it away: it stays, hidden, for the next run.
+        """
+        view = next(iter(self._across.children), None)  # none before the first
+        if other is None:
             self.difference = None
-        elif self.difference is None:
-            self.difference = DifferenceView(self.moment, self.selection, moment)
-            self.difference.add_class("l4-app-wide")
+        elif not isinstance(view, DifferenceView):
+            view = self.difference = DifferenceView(self.moment, self.selection, other)
+            self._across.children = [view]
         else:
-            self.difference.other, self.difference.moment = moment, self.moment
-            self.difference.refresh()
-        for view in self.beside.values():
-            view.moment = moment or view.moment
-        self.bar.show_beside(other, self._told() if moment else "")
-        self._show_views()
+            self.difference, view.is_shown = view, False
+            view.other, view.moment = other, self.moment
+            view.refresh()  # when it is shown
+        self._across.layout.display = "" if self.difference else "none"
+        if view:
+            view.is_shown = self.difference is not None
 
     def _moment_beside(self, other: Any) -> Moment | None:
         now = self.moment
@@ -141,19 +167,25 @@ class LabApp(ipywidgets.VBox):
             return None
         if isinstance(other, Llama4):
             return self._moment_of(other, self.prompt, now.pictures, now.boxes)
-        if not isinstance(other, str) and all(isinstance(each, Edit) for each in other):
+        if _are_edits(other):
             return now.with_edits(other)
+        if not isinstance(other, str | list | tuple):
+            raise TypeError(
+                f"{other!r:.60} cannot stand beside: give a text, messages, a model or edits"
+            )
         return self._moment_of(self.model, other, now.pictures, now.boxes).with_edits(self.edits)
 
-    def _told(self) -> str:
-        """Say what stands beside."""
+    def _told(self) -> tuple[str, str]:
+        """Say what stands beside, and whether it has the edits that are here."""
+        clean, edited = (", clean", ", with the edits") if self.edits else ("", "")
         if isinstance(self._other, Llama4):
-            return f"another model, {model_facts(self._other)['name']}"
+            return f"another model, {model_facts(self._other)['name']}", clean
         if isinstance(self._other, str):
-            return f"the text ‘{visible(textwrap.shorten(self._other, 200, placeholder=' …'))}’"
-        if all(isinstance(each, Edit) for each in self._other):
-            return ", ".join(map(_spelled, self._other)) or "the clean run"
-        return "other messages"
+            short = textwrap.shorten(self._other, 200, placeholder=" …")
+            return f"the text ‘{visible(short)}’", edited
+        if _are_edits(self._other):
+            return ", ".join(map(_spelled, self._other)) or "the clean run", ""
+        return "other messages", edited
 
     # ---- keeping
 
@@ -183,7 +215,8 @@ class LabApp(ipywidgets.VBox):
         """Return what is shown, as it is kept."""
         self._catch_up()
         boards = {name: view.board for name, view in self._on_page()}
-        return record(self.prompt, self.moment, boards, self._told() if self.difference else "")
+        told = "".join(self._told()) if self.difference else ""
+        return record(self.prompt, self.moment, boards, told)
 
     def _on_page(self) -> list[tuple[str, View]]:
         """Return the views from top to bottom, those beside others right after them."""
@@ -208,7 +241,7 @@ class LabApp(ipywidgets.VBox):
     def _check_shown(self, proposal: Any) -> tuple[str, ...]:
         if strange := [name for name in proposal["value"] if name not in VIEWS]:
             raise ValueError(f"there is no view {strange[0]!r}; choose from {', '.join(VIEWS)}")
-        return proposal["value"]
+        return tuple(dict.fromkeys(proposal["value"]))  # each once
 
     @traitlets.observe("edits")
     def _edit(self, _change: Any) -> None:
@@ -217,21 +250,18 @@ class LabApp(ipywidgets.VBox):
         self.bar.problem.value = ""
         known = [view.trait_values().get("edits") for view in self.views.values()]
         self._is_dragged = self.edits in known  # it came from a view: more of it may be on its way
-        self.moment = self.moment.with_edits(self.edits)
-        self._is_dragged = False
+        try:
+            self.moment = self.moment.with_edits(self.edits)
+        finally:
+            self._is_dragged = False
 
     @traitlets.observe("moment")
     def _show_moment(self, _change: Any) -> None:
         for view in self.views.values():  # some wait for their turn
             if view.moment is not self.moment:
                 view.announce(len(self.moment.words))
-        try:
-            if not self._is_dragged or not self._catch_up_soon():
-                self._catch_up()
-        except BaseException:  # an interrupt, too
-            for view in self.views.values():
-                view.withdraw()
-            raise
+        if not self._is_dragged or not self._catch_up_soon():
+            self._catch_up()
         if self.difference:
             self.bar.guard(lambda: self.compare(self._other))
 
@@ -257,14 +287,29 @@ class LabApp(ipywidgets.VBox):
             if view.moment is not self.moment and name in names
         ]
         if behind:
-            behind[0].moment = self.moment
+            with self._marking():
+                behind[0].moment = self.moment
             self._timer = loop.call_soon(self._catch_up_next, loop, names)
         elif names is _AT_ONCE:
             self._timer = loop.call_later(_PAUSE, self._catch_up_next, loop, self.views)
 
     def _catch_up(self) -> None:
-        for view in self.views.values():
-            view.moment = self.moment
+        with self._marking():
+            for view in self.views.values():
+                view.moment = self.moment
+
+    @contextmanager
+    def _marking(self) -> Iterator[None]:
+        """Draw inside the block, and mark what is behind if that ends early."""
+        try:
+            yield
+        except BaseException:  # an interrupt, too
+            for view in self.views.values():
+                view.put_off(self.moment)
+            if self.difference:
+                for view in (self.difference, *self.beside.values()):
+                    view.put_off()
+            raise
 
     @traitlets.observe("shown")
     def _show_views(self, _change: Any = None) -> None:
@@ -281,32 +326,27 @@ class LabApp(ipywidgets.VBox):
         # The one with the most controls first: they reach the page while the model runs.
         for name in sorted(self.views, key=lambda name: name != "ablate"):
             self.views[name].is_shown = name in self.shown
+        what, how = self._told() if self.difference else ("", "")
+        short = textwrap.shorten(what, 55, placeholder=" …") + how
         for name, view in self.beside.items():
             view.is_shown = name in self.shown and self.difference is not None
-            view.stand_beside(self.views[name] if view.is_shown else None)
-            self.views[name].stand_beside(view if view.is_shown else None)
-        self._grid.children = self._cells()
+            view.board.title = f"{VIEWS[name].title}, beside: {what}{how}"
+            view.stand_beside(self.views[name] if view.is_shown else None, short)
+            self.views[name].stand_beside(view if view.is_shown else None, "this run")
+        self._grid.children = [self._cell(name) for name in self.shown]
         for name, chip in zip(VIEWS, self._chips.children, strict=True):
             chip.value = name in self.shown
 
-    def _cells(self) -> list[ipywidgets.Widget]:
-        if self.difference is None:
-            return [self.views[name] for name in self.shown]
-        cells: list[ipywidgets.Widget] = [self.difference]
-        told = self._told()
-        for name in self.shown:
-            if name not in self.beside:
-                cells.append(self.views[name])
-                continue
-            self.beside[name].board.title = f"{VIEWS[name].title}, beside: {told}"
-            short = textwrap.shorten(told, 70, placeholder=" …")
-            two = ("this run", self.views[name]), (short, self.beside[name])
-            pair = ipywidgets.Box(
-                [ipywidgets.VBox([ipywidgets.Label(whose), view]) for whose, view in two]
-            )
-            pair.add_class("l4-app-pair")
-            cells.append(pair)
-        return cells
+    def _cell(self, name: str) -> ipywidgets.VBox:
+        """Return what holds a view and the other run's, which stays, hidden, after a comparison."""
+        if name not in self._cells:
+            self._cells[name] = ipywidgets.VBox([self.views[name]])
+        cell, beside = self._cells[name], self.beside.get(name)
+        if beside:
+            cell.children = [self.views[name], beside]
+            beside.layout.display = "" if beside.is_shown else "none"
+            (cell.add_class if beside.is_shown else cell.remove_class)("l4-app-pair")
+        return cell
 
     def _keep(self, change: Any) -> None:
         if change["new"]:
@@ -337,6 +377,10 @@ class LabApp(ipywidgets.VBox):
         if is_on != (name in self.shown):
             others = tuple(each for each in self.shown if each != name)
             self.shown = (*others, name) if is_on else others
+
+
+def _are_edits(other: Any) -> bool:
+    return isinstance(other, list | tuple) and all(isinstance(each, Edit) for each in other)
 
 
 def _spelled(edit: Edit) -> str:

@@ -1,5 +1,6 @@
 """The bar above the lab's views: text, pictures, and what stands beside."""
 
+import datetime
 import html
 import io
 from collections.abc import Callable, Sequence
@@ -17,6 +18,10 @@ from llama4_widgets.prompt import Prompt
 from llama4_widgets.still import png
 from llama4_widgets.view import button, in_row
 
+_FILE = {  # one that was uploaded; what is in it is kept elsewhere
+    "name": "", "type": "", "size": 0, "content": memoryview(b""),
+    "last_modified": datetime.datetime.fromtimestamp(0, datetime.UTC),
+}  # fmt: skip
 ALONE, CLEAN, ANOTHER = _SIDES = ("alone", "beside the clean run", "beside another text")
 
 
@@ -29,7 +34,7 @@ class Bar(ipywidgets.VBox):
         self._boxes: list[Any] = []
         self._rng = np.random.default_rng()
         self._chat: Any = ""  # the messages that are shown, where the prompt is no text
-        self._beside = ""  # the text that stands beside
+        self._beside: str | None = None  # the text that stands beside
         self._scene: tuple[str, Sequence[Any], str] = "", (), ""  # question, pictures, answer
         self._is_led = False  # while code, and nobody on the page, chooses what is shown
         super().__init__()
@@ -38,7 +43,7 @@ class Bar(ipywidgets.VBox):
         self.text.on_msg(lambda *_: self._run_text())  # the same once more
         self.beside = Prompt(label="text to compare with", act="Compare", layout={"width": "100%"})
         self.beside.layout.display = "none"
-        self.beside.observe(self._choose_sides, "value")
+        self.beside.observe(self._choose_text, "value")
         self.upload = ipywidgets.FileUpload(
             accept=".png,.jpg,.jpeg", multiple=True, description="Picture", layout={"width": "auto"}
         )
@@ -74,6 +79,13 @@ class Bar(ipywidgets.VBox):
         if answer := self._answer(prompt, moment.pictures):
             shown.append(ipywidgets.Label(f"right answer: {answer}"))
         self.shown.children = shown
+        self._count()
+
+    def _count(self) -> None:
+        """Say on the upload's button how many pictures there are: it counts its files."""
+        self._is_led = True
+        self.upload.value = [_FILE] * len(self._pictures)
+        self._is_led = False
 
     def show_beside(self, other: Any, told: str) -> None:
         """Show what stands beside; what only code can ask for, as it is `told`."""
@@ -82,7 +94,8 @@ class Bar(ipywidgets.VBox):
         if isinstance(other, str):
             chosen = ANOTHER
             if other != self._beside:  # else what was typed there stays
-                self._beside = self.beside.value = other
+                self.beside.value = other
+        self._beside = other if isinstance(other, str) else None
         self.sides.options = _SIDES if chosen in _SIDES else (*_SIDES, chosen)
         self.sides.value = chosen
         self.beside.layout.display = "" if chosen == ANOTHER else "none"
@@ -113,10 +126,11 @@ class Bar(ipywidgets.VBox):
         self.guard(lambda: self._run(self.text.value, (), ()))
 
     def _take_files(self, change: Any) -> None:
-        if files := change["new"]:
-            self.upload.value = ()
-            text = self.text.value
-            self.guard(lambda: self._run(text, [*self._pictures, *map(_picture, files)], ()))
+        if self._is_led or not change["new"]:
+            return
+        text, files = self.text.value, change["new"]
+        self.guard(lambda: self._run(text, [*self._pictures, *map(_picture, files)], ()))
+        self._count()
 
     def _draw_scene(self) -> None:
         """Ask about a random picture of coloured shapes, of which the boxes are known."""
@@ -136,6 +150,11 @@ class Bar(ipywidgets.VBox):
         others = {ALONE: None, CLEAN: (), ANOTHER: self.beside.value or self.text.value}
         if not self._is_led and chosen in others:
             self.guard(lambda: self._ask_beside(others[chosen]))
+
+    def _choose_text(self, change: Any) -> None:
+        """Compare with what was typed; an empty field ends the comparison."""
+        if not self._is_led:
+            self.guard(lambda: self._ask_beside(change["new"] or None))
 
 
 def _picture(file: Any) -> Image.Image:

@@ -20,12 +20,12 @@ const [LEFT, TOP, RIGHT, BOTTOM] = [46, 6, 8, 30]; // margins of a map, in pixel
 const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 
 function colourOf({ kind, low = 0, high = 1, colours }) {
-  const stops = (colours ?? SCALES[kind]).map(rgb);
-  if (kind === "category") return (value) => (value < 0 ? [128, 128, 128] : stops[value % stops.length]);
+  const [stops, grey] = [(colours ?? SCALES[kind]).map(rgb), [128, 128, 128]]; // of what is no number
+  if (kind === "category") return (value) => (value >= 0 ? stops[value % stops.length] : grey);
   return (value) => {
     const at = clamp((value - low) / (high - low || 1), 0, 1) * (stops.length - 1);
     const from = Math.min(Math.floor(at), stops.length - 2);
-    return stops[from].map((start, i) => start + (at - from) * (stops[from + 1][i] - start));
+    return value !== value ? grey : stops[from].map((start, i) => start + (at - from) * (stops[from + 1][i] - start));
   };
 }
 
@@ -33,7 +33,7 @@ function colourOf({ kind, low = 0, high = 1, colours }) {
 function written(value, unit = "") {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
-  const text = Number.isInteger(value) || size >= 1000 ? Math.round(value) : size < 0.001 && size > 0 ? value.toExponential(1) : Number(value.toPrecision(3));
+  const text = size >= 1000 ? Math.round(value).toLocaleString("en") : Number.isInteger(value) ? value : size < 0.001 ? value.toExponential(1) : Number(value.toPrecision(3));
   return `${text}${unit && (unit === "%" ? " %" : ` ${unit}`)}`.replace("-", "−");
 }
 
@@ -51,7 +51,6 @@ class Values {
     this.pages = data ? null : new Set(); // those that are here, of an array that comes in parts
     this.raw = data ? numbers(data) : new TYPES[dtype](shape[0] * this.strides[0]);
     this.take = ({ page, data }) => this.pages.add(page) && this.raw.set(numbers(data), page * this.strides[0]);
-    this.decimals = dtype === "u1" && high - low > 2.54 ? 1 : 2; // that are worth telling
     this.read = dtype === "u1" ? (i) => (this.raw[i] ? low + ((this.raw[i] - 1) * (high - low)) / 254 : NaN) : (i) => this.raw[i];
     this.isLate = (index) => Boolean(this.pages) && !this.pages.has(index(axes[0]));
   }
@@ -186,7 +185,7 @@ function render({ model, el }) {
       .replace(/\[(.*?)\]/g, (_, part) => (names(part).some((name) => value(name) < 0) ? "" : part))
       .replace(/\{([^{}:]+)(?::(\d))?\}/g, (_, name, digits) => {
         if (axis(name)) return called(name, seen(name));
-        return digits ? value(name).toFixed(Math.min(digits, arrays[name].decimals)) : written(value(name));
+        return digits && Number.isFinite(value(name)) ? (value(name) / 10 ** digits).toFixed(digits) : written(value(name));
       });
     summary.setAttribute("aria-live", Object.keys(pointed).length ? "off" : "polite");
     summary.style.minHeight = text && body.wide < 640 ? "3em" : ""; // two lines
@@ -501,13 +500,13 @@ function render({ model, el }) {
     const { title, size, select } = axis(name);
     const svg = draw("svg", figure, { role: "img", height: 200, tabindex: select ? 0 : -1, ...OWN_KEYS });
     onArrows(svg, (right, down) => choose([[name, clamp(index(name) + right + down, 0, size - 1)]]));
-    const spoken = (v) => written(v, panel.scale.unit);
+    const spoken = (v) => (Number.isFinite(v) ? written(v, panel.scale.unit) : "no number");
     const shine = (i) => select === "expert" && drawn.forEach((each) => each.again.shine?.(i));
     return () => {
       const [heights, ghosts] = [panel.array, panel.clean].map((array) => array && Array.from({ length: size }, (_, i) => picked(array, seen)(panel.axes)(i)));
       const chosen = panel.chosen?.map((array) => picked(array, seen)([])()) ?? (select ? [index(name)] : []);
-      const top = panel.scale.high ?? Math.max(...heights, panel.reference ?? 0, 1e-9) * 1.1;
-      const y = (v) => 166 - (v / top) * 142;
+      const top = panel.scale.high ?? Math.max(...heights.filter(Number.isFinite), panel.reference ?? 0, 1e-9) * 1.1;
+      const y = (v) => 166 - ((Number.isFinite(v) ? v : 0) / top) * 142;
       const rule = chart(svg, figure, 200, [0, 1, 2, 3, 4].map((quarter) => (quarter * top) / 4), y, spoken);
       if (panel.reference) rule(panel.reference, "l4-reference");
       const pitch = (figure.wide - LEFT - RIGHT) / size;
@@ -517,7 +516,8 @@ function render({ model, el }) {
         const box = { x: middle - wide / 2, width: wide };
         draw("rect", bar, { ...box, y: 0, height: 200, fill: "transparent" }); // easy to point at
         draw("rect", bar, { ...box, y: y(v), height: y(0) - y(v), fill: panel.colours?.[i] ?? "#6c9cfc", class: "l4-bar-box" });
-        if (pitch >= 34) draw("text", bar, { x: middle, y: y(ghosts?.[i] > v && y(v) - y(ghosts[i]) < 16 ? ghosts[i] : v) - 5, "text-anchor": "middle" }, pitch < 56 ? written(v) : spoken(v));
+        const clear = [ghosts?.[i], panel.reference].sort((a, b) => a - b).reduce((at, line) => (line > at && y(at) - y(line) < 16 ? line : at), v); // no line strikes the number out
+        if (pitch >= 34) draw("text", bar, { x: middle, y: y(clear) - 5, "text-anchor": "middle" }, pitch < 56 ? written(v) : spoken(v));
         if (ghosts) draw("line", bar, { x1: box.x, x2: box.x + wide, y1: y(ghosts[i]), y2: y(ghosts[i]), class: "l4-ghost" });
         if (size <= 32 || i % 8 === 0) draw("text", bar, { x: middle, y: 181, "text-anchor": "middle" }, place(name, i));
         bar.onclick = () => choose([[name, i]]);
@@ -571,7 +571,7 @@ function render({ model, el }) {
     for (const [left, top, right, bottom, label, className = ""] of boxes) {
       const part = (value, whole) => `${(100 * value) / whole}%`;
       const style = `left:${part(left, panel.width)};top:${part(top, panel.height)};width:${part(right - left, panel.width)};height:${part(bottom - top, panel.height)}`;
-      make("b", box, { textContent: label, style, className });
+      make("span", make("b", box, { style, className }), { textContent: label });
     }
     onArrows(box, (right, down) => {
       const at = Math.max(positions.indexOf(index(name)), 0) + right + down * cols;
@@ -631,12 +631,12 @@ function render({ model, el }) {
         const row = make("tr", table);
         if (panel.choices?.[i]) row.onclick = () => select(panel.choices[i]);
         cells.forEach((cell, j) => {
-          const node = make("td", row, { textContent: typeof cell === "number" ? written(cell) : cell });
+          const node = make("td", row, { textContent: typeof cell === "number" ? written(cell) : (cell ?? "no number") });
           const bound = panel.bars?.[j]; // of a column whose numbers are bars as well
           if (!bound || typeof cell !== "number") return;
           const [end, colour] = [50 + 50 * clamp(cell / bound, -1, 1), cell < 0 ? "rgb(33 102 172 / 0.5)" : "rgb(178 24 43 / 0.5)"];
           const [from, to] = [Math.min(end, 50), Math.max(end, 50)];
-          Object.assign(node.style, { minWidth: "150px", background: `linear-gradient(90deg, transparent ${from}%, ${colour} ${from}% ${to}%, transparent ${to}%)` });
+          Object.assign(node.style, { minWidth: panel.columns.length > 2 ? "100px" : "150px", background: `linear-gradient(90deg, transparent ${from}%, ${colour} ${from}% ${to}%, transparent ${to}%)` });
         });
       });
     }

@@ -16,6 +16,8 @@ import traitlets
 from llama4_widgets.panels import Content
 from llama4_widgets.selection import Selection
 
+_PRESS = re.compile(r": press [A-Z].*", re.DOTALL)  # a button that no kept page has
+
 
 def read(name: str) -> str:
     return (Path(__file__).parent / name).read_text(encoding="utf-8")
@@ -74,7 +76,7 @@ class Board(anywidget.AnyWidget):
         found = {name: getattr(self, name) for name in names}
         content = Content() if self.problem else self.content
         said = {
-            name: text and f"When this was kept: {text}"
+            name: text and f"When this was kept: {_PRESS.sub('.', text)}"
             for name, text in (("summary", self.summary), ("problem", self.problem))
         }
         return found | said | {"busy": "", "content": content.message()}

@@ -1,5 +1,6 @@
 """What a board draws: named axes, arrays over them, and panels that show them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,8 +40,8 @@ class Content:
     """Everything that a board shows.
 
     `sentence` says what is selected: ``{axis}`` and ``{array}`` stand for what is selected there,
-    ``{array:2}`` for a number with two decimals, and a part in ``[…]`` is left out where a number
-    in it is negative. `otherwise` is said where an axis of it does not have what is selected.
+    ``{array:2}`` for hundredths, written with two decimals, and a part in ``[…]`` is left out where
+    a number in it is negative. `otherwise` is said where an axis does not have what is selected.
 
     >>> content = Content({"layer": Axis("layer", 2, "layer"), "token": Axis("token", 3, "token")})
     >>> content.add("map", "Scores", np.zeros((2, 3)), ("layer", "token"), sequential(0, 1))
@@ -114,10 +115,14 @@ class Content:
     ) -> None:
         """Add rows of words and numbers; a click on row i sets ``choices[i]``, if there is one.
 
-        `bars` are the numbers that fill a bar, by column; None for a column without bars.
+        `bars` are the numbers that fill a bar, by column; None for a column without bars. What is
+        not finite is told as no number.
         """
         panel = {"name": name, "kind": "table", "title": title, "columns": list(columns)}
-        panel |= {"rows": [list(row) for row in rows], "choices": choices and list(choices)}
+        panel |= {"rows": [list(map(_finite, row)) for row in rows]}
+        panel |= {"choices": choices and list(choices)}
+        if "bars" in options:
+            options["bars"] = list(map(_finite, options["bars"]))
         self.panels.append(panel | options)
 
     def beside(self, other: "Content") -> "Content":
@@ -162,13 +167,19 @@ def _wider(one: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return one | {key: end(one[key], other[key]) for key, end in ends.items() if key in one}
 
 
+def _finite(value: Any, otherwise: Any = None) -> Any:
+    """Return the same, but for numbers that JSON does not know."""
+    return otherwise if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def pack(values: Shaped[np.ndarray, "..."]) -> dict[str, Any]:
     """Return an array as bytes: whole numbers and small arrays exactly, large ones in 254 steps."""
     shape = list(values.shape)
     if values.dtype.kind in "bui":
         low = int(values.min(initial=0))
-        if values.max(initial=0) - low > 254:
-            return {"dtype": "i2", "shape": shape, "data": values.astype("<i2").tobytes()}
+        if (most := values.max(initial=0)) - low > 254:
+            kind = "i2" if low >= -(2**15) and most < 2**15 else "f4"
+            return {"dtype": kind, "shape": shape, "data": values.astype(f"<{kind}").tobytes()}
         high, finite = low + 254, np.array(True)
     elif values.size <= _EXACT:
         return {"dtype": "f4", "shape": shape, "data": values.astype("<f4").tobytes()}
@@ -190,11 +201,13 @@ def experts(count: int) -> dict[str, Any]:
 
 def sequential(low: float, high: float, unit: str = "", label: str = "") -> dict[str, Any]:
     """Return a scale from dark (low) to bright (high)."""
-    kind = {"kind": "sequential", "low": float(low), "high": float(high)}
+    low = _finite(float(low), 0.0)
+    kind = {"kind": "sequential", "low": low, "high": _finite(float(high), low + 1)}
     return kind | {"unit": unit, "label": label}
 
 
 def diverging(bound: float, unit: str = "", label: str = "") -> dict[str, Any]:
     """Return a scale from blue (below zero) over white to red (above)."""
-    kind = {"kind": "diverging", "low": -float(bound or 1.0), "high": float(bound or 1.0)}
+    bound = _finite(float(bound)) or 1.0
+    kind = {"kind": "diverging", "low": -bound, "high": bound}
     return kind | {"unit": unit, "label": label}

@@ -47,10 +47,13 @@ class Selection(traitlets.HasTraits):
             self.shared = {field: getattr(self, field) for field in FIELDS} | {"seq": count}
 
     @traitlets.observe("bounds")
-    def _stay_inside(self, _change: Any) -> None:
+    def _stay_inside(self, change: Any) -> None:
+        """Keep what there is, else choose the last."""
         for field, count in self.bounds.items():
             if getattr(self, field) >= count:
                 setattr(self, field, count - 1)
+        if isinstance(change["old"], dict) and change["old"].get("token") == 1:
+            self.token = min(1, self.bounds["token"] - 1)  # nobody chose the begin: it was alone
 
     def follow(self, chosen: Mapping[str, int]) -> None:
         """Take over what was chosen elsewhere, unless something newer is known.

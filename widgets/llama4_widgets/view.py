@@ -1,5 +1,6 @@
 """What all views are: a board and its controls, drawn from a moment and a selection."""
 
+import html
 import time
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _DRAWING = "drawing …"
+_LATE = "interrupted: run the prompt again to draw this"
 _LONG = 256  # tokens; what is shorter is drawn before anybody would read that
 _SLOW = 0.3  # seconds; likewise
 
@@ -44,17 +46,16 @@ class View(ipywidgets.VBox):
     def __init__(self, moment: "Moment", selection: Selection | None = None, **traits: Any):
         self.selection = Selection() if selection is None else selection
         self.board = Board(self.selection, title=self.title, help=self.help)
-        self._is_stale = True
-        self._is_announced = False  # and drawn soon, whatever is selected meanwhile
+        self._is_stale = True  # what is on screen is not what is to be seen
+        self._is_held = False  # takes a moment without drawing it
+        self._is_announced = False  # and drawn later, whatever is selected meanwhile
         self._own = Content()  # what is drawn, with scales of its own
         self._beside: View | None = None
         self._seconds = 0.0  # that it took to draw last
         super().__init__(**traits)
-        heading = ipywidgets.HTML(
-            f"<details class='l4-heading'><summary><b>{self.title}</b><span>?</span></summary>"
-            f"<p>{self.help}</p></details>"
-        )
-        self.children = [heading, *self.controls(), self.board]
+        self._heading = ipywidgets.HTML()
+        self._say_whose("")
+        self.children = [self._heading, *self.controls(), self.board]
         self.selection.observe(self._follow, "shared")
         self.board.on_msg(self._receive)
         self.add_class("l4-view")
@@ -86,14 +87,16 @@ class View(ipywidgets.VBox):
     def refresh(self) -> None:
         """Draw anew what is on screen, or tell there what went wrong."""
         self._is_announced = False
-        if not self.is_shown:
-            self._is_stale = True
+        self._is_stale = True
+        if not self.is_shown or self._is_held:
             return
-        self._is_stale = False
         self._say_busy(len(self.moment.words))
         begin = time.monotonic()
         try:
             self._refresh()
+        except BaseException:  # an interrupt, too
+            self.board.problem, self.board.summary = _LATE, ""
+            raise
         finally:
             self._seconds = time.monotonic() - begin
             self.withdraw()
@@ -110,6 +113,7 @@ class View(ipywidgets.VBox):
                 self._own = content
                 self._draw()
                 self.board.summary = summary
+            self._is_stale = False
             if self._beside:
                 self._beside._draw()
 
@@ -124,14 +128,38 @@ class View(ipywidgets.VBox):
         if self.board.busy == _DRAWING:
             self.board.busy = ""
 
+    def put_off(self, moment: "Moment | None" = None) -> None:
+        """Hold a moment that could not be drawn, and mark what is on screen, if that is older.
+
+        It is drawn when the next one comes or a control asks for it; None marks what is there.
+        """
+        self.withdraw()
+        self._is_held = True
+        self.moment = moment or self.moment
+        self._is_held = False
+        if moment is None or self._is_stale:
+            self._is_stale = self._is_announced = True
+            self.board.problem, self.board.summary = _LATE, ""
+
     def _say_busy(self, tokens: int) -> None:
         if self.is_shown and not self.board.busy and (tokens > _LONG or self._seconds > _SLOW):
             self.board.busy = _DRAWING
 
-    def stand_beside(self, other: "View | None") -> None:
-        """Share the scales with a view of the same kind, or with none."""
+    def stand_beside(self, other: "View | None", whose: str) -> None:
+        """Share the scales with a view of the same kind, and say whose run is here; or with none.
+
+        A view that was put off shares them when it is drawn.
+        """
         self._beside = other
+        self._say_whose(whose if other else "")
         self._draw()
+
+    def _say_whose(self, whose: str) -> None:
+        said = whose and f"<i>{html.escape(whose)}</i>"
+        self._heading.value = (
+            f"<details class='l4-heading'><summary><b>{self.title}</b><span>?</span>{said}"
+            f"</summary><p>{self.help}</p></details>"
+        )
 
     def _draw(self) -> None:
         """Hand over what is drawn, where that is new or has other scales than it had."""
@@ -200,12 +228,19 @@ class View(ipywidgets.VBox):
     def _follow(self, change: Any) -> None:
         old, new = change["old"], change["new"]
         chosen = {name for name in self.follows if old[name] != new[name]}
-        if chosen and not self._is_announced:
+        if not chosen or self._is_announced:
+            return
+        if self._is_stale:  # nothing there that could be turned
+            self.refresh()
+        else:
             self.turn(chosen)
 
     def _receive(self, _board: Any, message: dict[str, Any], _buffers: Any) -> None:
-        if "region" in message:
-            self.region(message["region"])
+        wish = message.get("region")
+        if wish and self._is_stale:
+            self.board.answer(wish["panel"], {}, {})  # a page waits for it; none of what it shows
+        elif wish:
+            self.region(wish)
 
 
 def in_row(*controls: ipywidgets.Widget) -> ipywidgets.HBox:

@@ -1,5 +1,6 @@
 """Tokens and routing decisions in words."""
 
+import math
 from decimal import ROUND_HALF_UP, Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ def decimals(value: float) -> str:
     >>> decimals(4.125), f"{4.125:.2f}"
     ('4.13', '4.12')
     """
+    if not math.isfinite(value):
+        return "–"
     return str(Decimal(value).quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 

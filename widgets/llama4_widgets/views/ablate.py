@@ -1,5 +1,6 @@
 """Switches and sliders that change the model, and what each change does to its answer."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from llama4_widgets.views.router import add_flips
 _STRENGTH = [round(0.1 * i, 1) for i in range(31)]
 _WARMTH = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]
 _SCALES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0]
+_DRAG = 1.0  # seconds between two steps of a slider that are taken back as one, at most
 
 Fits = Callable[[Llama4Config, int], bool]
 
@@ -177,6 +179,8 @@ class AblateView(View):
 
     def controls(self) -> list[ipywidgets.Widget]:
         self._history: list[tuple[Edit, ...]] = []
+        self._step: Any = None  # the slider that moved last, its layer, and the edits it left
+        self._stepped = 0.0  # when
         self._is_showing = False
         self._written: tuple[Edit, ...] | None = None  # the edits in the text field
         self._controls: list[Control] = []
@@ -212,12 +216,13 @@ class AblateView(View):
 
     def _set(self, edits: Sequence[Edit]) -> None:
         """Use other edits, if they can be."""
-        if (edits := tuple(edits)) != self.edits:
-            self._try(edits)
+        self._try(tuple(edits))
 
     def _try(self, edits: tuple[Edit, ...]) -> bool:
         """Use edits, or say what is wrong with them and keep those that are."""
         try:
+            if edits == self.edits and self.board.problem:
+                self.refresh()  # what is said there is of a wish before
             self.edits = edits
         except (ValueError, traitlets.TraitError) as error:
             self.board.problem = str(error)
@@ -261,7 +266,13 @@ class AblateView(View):
         layer = self.selection.layer
         kept = [edit for edit in self.edits if not control.is_one(edit, layer)]
         new = [] if value == control.usual else [control.make(layer, value)]
+        count, step = len(self._history), (control.widget, layer)
+        is_drag = self._step == (*step, self.edits) and time.monotonic() - self._stepped < _DRAG
         self._set([*kept, *new])
+        if is_drag:
+            del self._history[count:]  # one drag is taken back as one
+        self._step = (*step, self.edits) if control.field else None
+        self._stepped = time.monotonic()
 
     def _hide_token(self, change: Any) -> None:
         if not self._is_showing:

@@ -179,7 +179,8 @@ class AttributionView(View):
         asked = f"‘{self.moment.word(target.token)}’ after token {target.position}"
         found = self._results()
         if not found:
-            return f"{asked}, by {self.features} and {self.method}: press Run, it takes seconds."
+            how = f"by {self.features} and {self.method}"
+            return f"{asked} is not explained {how} yet: press Run, it takes seconds."
         told = [
             f"{name}: {number(one.all_off, '.3f')} nats with all parts off, "
             f"{number(one.all_on, '.3f')} with all on; "

@@ -146,7 +146,8 @@ class CounterfactualView(View):
         found = self._found()
         if found is None:
             tokens = self._runs() * (len(self.moment.words) - self.selection.token)
-            return f"{self._runs()} runs of {tokens} tokens in all take a while: press Run."
+            runs = f"{self._runs()} runs of {tokens} tokens in all"
+            return f"Not computed yet: {runs} take a while: press Run."
         kl = found.kl
         row, expert = np.unravel_index(int(kl.argmax()), kl.shape)
         word = self.moment.word(int(found.clean.argmax()))

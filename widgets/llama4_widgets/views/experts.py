@@ -43,11 +43,11 @@ class ExpertsView(View):
         super().__init__(*args, **options)
 
     def controls(self) -> list[ipywidgets.Widget]:
-        tip = "count the experts of held-out texts, some seconds"
+        tip = "count the clean model's experts of held-out texts, some seconds"
         return [button("Measure kinds of text", tip, self.measure)]
 
     def measure(self) -> None:
-        """Count which experts the tokens of each kind of text choose."""
+        """Count which experts the tokens of each kind of text choose, without any edits."""
         model = self.moment.model
         with self.working("counting experts over held-out texts"), self.moment.computing():
             rows = {name: _rows(model, text) for name, text in self._texts().items()}
@@ -150,7 +150,8 @@ class ExpertsView(View):
             np.moveaxis(above, 1, 0),
             ("moe layer", "domain", "expert"),
             diverging(float(abs(above).max()), "points"),
-            note="share of a kind's tokens above the mean of all kinds, in percentage points",
+            note="of the clean model: share of a kind's tokens above the mean of all kinds, in "
+            "percentage points",
         )
         low, high = found.information_band()
         null = np.quantile(found.shuffled_information(), 0.95, axis=0)
@@ -170,6 +171,7 @@ class ExpertsView(View):
             sequential(0, max(1.0, float(high.max())), "bits"),
             kind="lines",
             series=series,
+            note="of the clean model",
         )
 
     def summary(self) -> str:

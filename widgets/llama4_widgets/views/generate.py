@@ -10,12 +10,14 @@ import torch
 import traitlets
 
 from llama4_lab.analysis.routing import moe_layers
+from llama4_lab.cache import KVCache
 from llama4_lab.generate import sample
 from llama4_lab.trace import trace
 from llama4_widgets.panels import Axis, Content, experts, sequential
 from llama4_widgets.view import View, button, in_row
 
 _MOST = 256  # tokens of one branch
+_TOLD = 120  # characters of one that was left, from its end
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class GenerateView(View):
     def controls(self) -> list[ipywidgets.Widget]:
         self.written: list[Written] = []
         self.branches: list[str] = []
-        self._cache: Any = None
+        self._cache: KVCache | None = None
         self._play = ipywidgets.ToggleButton(
             description="Play", tooltip="write until it is pressed again"
         )
@@ -102,6 +104,9 @@ class GenerateView(View):
             if self._cache is None:
                 self._cache = model.new_cache()  # with the edits' chunks
             logits = model(**given, cache=self._cache, keep_last=1)[0, -1]
+        if not logits.isfinite().all():
+            self._cache = None  # it has read a token that stays without a next one
+            raise ValueError("the edits make logits that are no numbers: there is no next token")
         logprob = logits.float().log_softmax(-1)
         self.following = logprob.exp()
         token = int(sample(logits[None], self._temperature.value, 0.95, self._draws))
@@ -186,7 +191,7 @@ class GenerateView(View):
         title = "What could stand at the last place"
         content.table("following", title, ["token", "%"], rows, wide=False)
         if self.branches:
-            rows = [[text[-120:]] for text in self.branches]
+            rows = [[_end(text)] for text in self.branches]
             content.table("branches", "Branches left", ["new text"], rows, wide=False)
         return content
 
@@ -194,12 +199,20 @@ class GenerateView(View):
         if not self.written:
             return "Nothing was written yet: press Play or Step."
         last, cache = self.written[-1], self._cache
-        held = (
-            f"; the cache holds {cache.bytes() / 1e3:,.0f} kB of {cache.slots} tokens"
-            if cache
-            else ""
-        )
+        held = f"; the cache holds {_live(cache):,.0f} kB of {cache.slots} tokens" if cache else ""
         return (
             f"{len(self.written)} new token{'s' * (len(self.written) > 1)}; the last had "
-            f"probability {last.probability:.2f}, of {last.entropy:.1f} bits{held}."
+            f"probability {last.probability:.2f}; the model's distribution there has "
+            f"{last.entropy:.1f} bits{held}."
         )
+
+
+def _live(cache: KVCache) -> float:
+    """Return the kB of keys and values that can still be seen; the buffers have room for more."""
+    parts = [part for layer in cache.layers for part in layer.live(slice(None), cache.slots)]
+    return sum(part.nbytes for part in parts) / 1e3
+
+
+def _end(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= _TOLD else f"… {text[-_TOLD:].lstrip()}"

@@ -207,8 +207,7 @@ class LensView(View):
     def _add_parts(
         self, content: Content, name: str, title: str, found: list[Decomposition]
     ) -> None:
-        """Add the strongest parts, edited before clean, and all others as one."""
-        found = found[::-1]
+        """Add the strongest parts, and all others as one."""
         each = [_parts(one) for one in found]
         parts = list(dict.fromkeys(part for one in each for part in one))
         values = np.array([[one.get(part, 0.0) for part in parts] for one in each])
@@ -221,12 +220,12 @@ class LensView(View):
             together = values[:, rest].sum(axis=1)
             rows.append([f"{len(rest)} others together", *map(float, together)])
             bound = max(bound, float(np.abs(together).max()))
-        if self.moment.edits and found[0].residual > _ROUNDING:
+        if self.moment.edits and found[-1].residual > _ROUNDING:
             rows.append(["edits of the stream itself", *map(_by_edits, found)])
         totals = [number(one.total, ".4f") for one in found]
         rows.append(["all: the model's own number", *totals])
         choices += [None] * (len(rows) - len(choices))
-        heads = ["logits"] if len(found) == 1 else ["edited (logits)", "clean (logits)"]
+        heads = ["logits"] if len(found) == 1 else ["clean (logits)", "edited (logits)"]
         content.table(
             name, title, ["part", *heads], rows, choices, wide=len(found) > 1,
             bars=[None, *(bound for _ in heads)], note="red: for it; blue: against it",

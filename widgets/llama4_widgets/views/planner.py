@@ -7,7 +7,7 @@ import numpy as np
 
 from llama4_lab.config import BEHEMOTH_ESTIMATE, MAVERICK, SCOUT, Llama4Config
 from llama4_lab.hardware import GPUS
-from llama4_lab.plan import CACHE_BYTES, PRECISIONS, Plan, Roofline
+from llama4_lab.plan import CACHE_BYTES, PRECISIONS, USABLE, Plan, Roofline
 from llama4_lab.plan_page import reason
 from llama4_widgets.panels import Axis, Content, sequential
 from llama4_widgets.view import View, in_row
@@ -66,9 +66,9 @@ class PlannerView(View):
         context = self.choices["context"].value
         content = Content({"context": Axis("context in tokens", len(_CONTEXTS), values=_CONTEXTS)})
         needed = plan.needed(batch, context)
-        rows = [[part, round(size / 1e9, 2)] for part, size in needed.items()]
-        rows.append(["together", round(sum(needed.values()) / 1e9, 2)])
-        rows.append(["a GPU holds", round(plan.usable / 1e9, 2)])
+        needed |= {"together": sum(needed.values()), "a GPU holds": plan.usable}
+        rows = [[part, size / 1e9] for part, size in needed.items()]
+        driver = plan.gpu.memory
         steps = [
             (f"decode {batch} row{'s' * (batch > 1)}", plan.decode(batch, context)),
             (f"prefill {context:,} tokens", plan.prefill(context)),
@@ -80,11 +80,15 @@ class PlannerView(View):
             "Speed at best",
             ["what", "tokens/s", *times],
             [
-                [name, round(roof.tokens_per_second, 1), *_milliseconds(roof)[: len(times)]]
+                [name, roof.tokens_per_second, *_milliseconds(roof)[: len(times)]]
                 for name, roof in steps
             ],
         )
-        content.table("memory", "Memory of each GPU", ["part", "GB"], rows, wide=False)
+        content.table(
+            "memory", "Memory of each GPU", ["part", "GB"], rows, wide=False,
+            note=f"GB: 10⁹ bytes; its driver reports {driver / 2**30:.1f} GiB, which are "
+            f"{driver / 1e9:.1f} GB, and {USABLE:.0%} of them can be filled",
+        )  # fmt: skip
         speed = [
             plan.decode(batch, n).tokens_per_second if plan.fits(batch, n) else np.nan
             for n in _CONTEXTS
@@ -109,11 +113,11 @@ class PlannerView(View):
         plan, batch = self.plan(), self.choices["batch"].value
         context, config = self.choices["context"].value, self.config()
         step, longest = plan.decode(batch, context), plan.longest_context(batch)
-        estimate = "AN ESTIMATE, never released: " if config.is_estimate else ""
-        fits = "It fits" if plan.fits(batch, context) else "It does not fit"
+        fits = "it fits" if plan.fits(batch, context) else "it does not fit"
+        said = f"AN ESTIMATE, never released: {fits}" if config.is_estimate else f"I{fits[1:]}"
         most = f"the longest context is {longest:,} tokens" if longest else "the weights do not fit"
         return (
-            f"{estimate}{fits}; {most} for {batch} row{'s' * (batch > 1)}. Decoding: at best "
+            f"{said}; {most} for {batch} row{'s' * (batch > 1)}. Decoding: at best "
             f"{step.tokens_per_second:,.0f} tokens/s, {reason(step, plan)}."
         )
 

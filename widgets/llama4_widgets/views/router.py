@@ -137,8 +137,11 @@ def _add_choices(content: Content, routing: Routing, clean: Routing | None) -> l
     """
     names, said = _add_chosen(content, routing)
     content.array("runner up", routing.runner_up, _BOTH, paged=True)
+    margin = _hundredths(routing.margin, routing.runner_up)
+    content.array("told margin", margin, _BOTH, paged=True)
     content.sentence = (
-        f"{{moe layer}}, {{token}}: {said}[, margin {{margin:2}} logits over expert {{runner up}}]"
+        f"{{moe layer}}, {{token}}: {said}[, margin {{told margin:2}} logits over expert "
+        "{runner up}]"
     )
     if clean is not None:
         content.sentence += f"; clean: {_add_chosen(content, clean, 'clean ')[1]}"
@@ -149,18 +152,28 @@ def _add_choices(content: Content, routing: Routing, clean: Routing | None) -> l
 def _add_chosen(content: Content, routing: Routing, of: str = "") -> tuple[list[str], str]:
     """Add the chosen experts and their scores; return the experts' arrays and a part of a sentence.
 
-    Of the run that is shown, panels bring the strongest expert and its score.
+    Of the run that is shown, a panel brings the strongest expert.
     """
     names, parts = [], []
     for k in range(routing.expert.shape[-1]):
-        chosen, score = (of + name + f" {k + 1}" * (k > 0) for name in ("chosen", "score"))
+        chosen, score = (of + name + f" {k + 1}" * (k > 0) for name in ("chosen", "told score"))
         if k or of:
             content.array(chosen, routing.expert[..., k], _BOTH, paged=k > 0)
-            content.array(score, routing.score[..., k], _BOTH, paged=True)
+        hundredths = _hundredths(routing.score[..., k], routing.expert[..., k])
+        content.array(score, hundredths, _BOTH, paged=True)
         said = f"expert {{{chosen}}} with score {{{score}:2}}"
         parts.append(f"[ and {said}]" if k else said)
         names.append(chosen)
     return names, "".join(parts)
+
+
+def _hundredths(values: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Round like `words.decimals`; a panel of a long text has steps, too coarse for a sentence.
+
+    Where what they are `of` is below 0, there are none.
+    """
+    found = np.floor(100 * np.where(of >= 0, values, 0).astype(float) + 0.5)
+    return found.clip(-(2**24), 2**24).astype(int) if np.isfinite(found).all() else found
 
 
 def _told_of_scores(routing: Routing) -> str:
