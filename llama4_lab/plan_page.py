@@ -103,7 +103,7 @@ def counts(config: Llama4Config, weights: str = "bf16", head: str | None = None)
     sizes = weight_bytes(config, weights, head)
     for part, count in config.parameter_counts().items():
         note = "" if sizes[part] == 2 * count else " packed"
-        lines.append(f"{part:16} {count:>22,} {sizes[part] / 1e9:>10.2f} GB{note}")
+        lines.append(f"{part:16} {count:>22,} {_gigabytes(sizes[part]):>13}{note}")
     return "\n".join(lines)
 
 
