@@ -75,6 +75,11 @@ def test_a_kept_lab_keeps_its_selection_and_moves_it(file):
     assert kept.figure("router").data
 
 
+def test_a_folder_that_is_not_there_is_named(file, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*none for run\.lab: make it"):
+        LabApp.open(file).recording.write(tmp_path / "none" / "run.lab")
+
+
 def test_pictures_and_boxes_are_kept(tmp_path):
     model = l4.load("mini")
     example = scenes.sample(np.random.default_rng(0), "colour")

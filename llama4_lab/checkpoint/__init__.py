@@ -3,6 +3,7 @@
 Read `llama4_lab.checkpoint.huggingface` and `.meta` for the formats, `.files` for the checks.
 """
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -180,15 +181,16 @@ def _check_experts(
         )
     if memory_limit is not None and not (isinstance(memory_limit, int) and memory_limit >= 0):
         raise ValueError(f"memory_limit={memory_limit!r}: give bytes, a whole number from 0 up")
+    command = f"llama4-lab convert {shlex.quote(str(folder))} TARGET"
     if quantize is not None and source.quantisation is None:
         raise ValueError(
             f"{folder} is not quantised, and its experts cannot be both packed and left there: "
-            f"run `llama4-lab convert {folder} TARGET --quantize {quantize}`, and load TARGET"
+            f"run `{command} --quantize {quantize}`, and load TARGET"
         )
     if isinstance(source, MetaFolder):
         raise ValueError(
             f"{folder} is in Meta's format, whose files hold no expert in one piece: run "
-            f"`llama4-lab convert {folder} TARGET`, and load TARGET"
+            f"`{command}`, and load TARGET"
         )
 
 

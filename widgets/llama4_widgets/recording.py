@@ -50,8 +50,14 @@ class Recording:
     pictures: list[Image.Image] = field(default_factory=list)
 
     def write(self, path: str | Path) -> None:
-        """Write one file, whole or not at all."""
+        """Write one file, whole or not at all.
+
+        Raises:
+            FileNotFoundError: no folder to write it to.
+        """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it")
         text, data = flat({"format": FORMAT, "about": self.about, "states": self.states})
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
