@@ -138,7 +138,8 @@ def moe(
 
     What is inside the experts is shown by the readable backend (to a mere trace, `numba` shows its
     own). If it is changed there, that backend's result counts, and so it does for experts in a
-    file; else that of `backend` does, as ever.
+    file, and where gradients are recorded, so that what is shown is part of the graph; else that of
+    `backend` does, as ever.
 
     Args:
         experts: ``gate_up`` and ``down``.

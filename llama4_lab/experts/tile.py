@@ -6,8 +6,9 @@ rows of a few hundred numbers that takes as long as the products. So these kerne
 LLVM's terms: some rows of weights meet two vectors of tokens, column by column, which is how BLAS
 libraries do it (Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication").
 
-One token's products take as long as its weights come from memory; what helps is to ask for them
-steadily, which loops of numba's cannot.
+Of few tokens, some rows of weights meet one or two along their columns (`meet`). That takes as long
+as weights come from memory, and a caller says where in memory the rows lie and what is asked for
+meanwhile, which loops of numba's cannot do steadily.
 """
 
 from typing import Any

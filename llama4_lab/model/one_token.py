@@ -44,7 +44,7 @@ _KNOWN = {
     *(text.Linear, text.Embedding, text.RMSNorm, text.MLP, text.DenseBlock, text.Attention),
     *(text.Router, text.Experts, text.MoEBlock, text.DecoderLayer, nn.ModuleList),
 }
-_MOST_BYTES = 1 << 28  # weights read for a token; beyond, torch's threads beat one compiled one
+_MOST_BYTES = 1 << 28  # weights read for a token; beyond, many of torch's threads beat this one
 
 
 def can_run(model: Any, input_ids: Int[Tensor, "b t"], cache: KVCache) -> bool:
