@@ -27,8 +27,8 @@ OUT, WIDTH, MATRICES = 8192, 5120, 4  # of one of Scout's experts; the caches ho
 TOKENS = (1, 2, 4, 8, 16, 64)
 PACKED = ("int8", "int4")
 HALF = "of bfloat16"  # inputs and activations, else of float32
-COLUMNS = ("bfloat16", *PACKED, *(f"{kind} {HALF}" for kind in PACKED))
-HEAD = ["tokens", "float32", *COLUMNS]
+OURS = ("bfloat16", *PACKED, *(f"{kind} {HALF}" for kind in PACKED))
+LIBRARY = "bfloat16 by the library"
 LAYERS = l4.SCOUT.replace(  # of two experts, of which a token reads one
     num_hidden_layers=2, num_local_experts=2, vocab_size=16384, vision_config=None
 )
@@ -49,15 +49,20 @@ def row(
 ) -> list[str]:
     """Check the packed products, then let all take turns; return the cells of the table."""
     x = torch.randn(tokens, plain[0].shape[1])
-    calls = {"bfloat16": partial(in_turn, halves, x.bfloat16(), F.linear)}
+    half = x.bfloat16()
+    check_near(
+        f"bfloat16, {tokens} tokens", linear(half, halves[0]), F.linear(half, halves[0]), 1e-2
+    )
+    calls = {LIBRARY: partial(in_turn, halves, half, F.linear)}
+    calls["bfloat16"] = partial(in_turn, halves, half, linear)
     for kind, weights in packed.items():
-        for name, y, most in ((kind, x, 1e-5), (f"{kind} {HALF}", x.bfloat16(), 1e-2)):
+        for name, y, most in ((kind, x, 1e-5), (f"{kind} {HALF}", half, 1e-2)):
             expected = y.float() @ weights[0].unpack().mT
             found = linear(y, weights[0]).float()
             check_near(f"{name}, {tokens} tokens", found, expected, most)
             calls[name] = partial(in_turn, weights, y, linear)
     found = ratios(partial(in_turn, plain, x, F.linear), calls, repeats)
-    return [str(tokens), *cells(found, len(plain))]
+    return [str(tokens), *cells(found, len(plain), (LIBRARY, *OURS))]
 
 
 def check_near(what: str, found: Tensor, expected: Tensor, most: float) -> None:
@@ -65,7 +70,7 @@ def check_near(what: str, found: Tensor, expected: Tensor, most: float) -> None:
     check_equal(what, (found - expected).norm() / expected.norm(), torch.zeros(()), most)
 
 
-def cells(found: dict[str, Cell], per: int) -> list[str]:
+def cells(found: dict[str, Cell], per: int, columns: tuple[str, ...] = OURS) -> list[str]:
     """Return the columns of what was timed, `per` times in each call."""
     seconds = (found["plain"].value or 0.0) / per
 
@@ -73,7 +78,7 @@ def cells(found: dict[str, Cell], per: int) -> list[str]:
         share = found[name].value or 0.0
         return f"{seconds * share * 1e3:.2f} ms, {1 / share:.2f} ×"
 
-    return [f"{seconds * 1e3:.2f} ms", *map(cell, COLUMNS)]
+    return [f"{seconds * 1e3:.2f} ms", *map(cell, columns)]
 
 
 def table(out: int, width: int, tokens: list[int], repeats: int) -> str:
@@ -81,7 +86,8 @@ def table(out: int, width: int, tokens: list[int], repeats: int) -> str:
     plain = [torch.randn(out, width, generator=generator) / width**0.5 for _ in range(MATRICES)]
     packed = {kind: [pack(weight, kind) for weight in plain] for kind in PACKED}
     halves = [weight.bfloat16() for weight in plain]
-    return layout([HEAD, *(row(n, plain, halves, packed, repeats) for n in tokens)])
+    head = ["tokens", "float32", LIBRARY, *OURS]
+    return layout([head, *(row(n, plain, halves, packed, repeats) for n in tokens)])
 
 
 def steps(config: l4.Llama4Config, repeats: int) -> str:
@@ -102,7 +108,7 @@ def steps(config: l4.Llama4Config, repeats: int) -> str:
         check_near(f"{kind} {HALF}, decoded", decoder(half, ids)().float(), expected, 5e-2)
     calls = {name: decoder(model, ids) for name, model in models.items()}
     found = ratios(calls.pop("plain"), calls, repeats)
-    return layout([HEAD, ["1", *cells(found, STEPS)]])
+    return layout([["tokens", "float32", *OURS], ["1", *cells(found, STEPS)]])
 
 
 def decoder(model: l4.Llama4, ids: Tensor) -> Callable[[], Tensor]:

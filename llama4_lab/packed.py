@@ -1,5 +1,7 @@
 """Weights in few bits: int8, int4 and fp8 codes with scales, in one layout for every kernel.
 
+`linear` multiplies them, and plain weights too.
+
 Codes are symmetric, ``weight ≈ scale · code``, along the last axis, which is the one that a product
 contracts:
 
@@ -15,11 +17,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from llama4_lab.precision import product_dtype
@@ -184,46 +189,109 @@ _BLOCK = 1 << 20  # as many weights are unpacked at a time: they stay in the cac
 # Up to so many rows, multiplying the codes is faster than to unpack them for a library's product:
 # of 8192 x 5120, up to 48 on an EPYC with AVX-512, and 18 to 36 on a Xeon with units for matrices.
 _FEW = 32
+_FEWEST = 2  # rows of plain bfloat16, where the CPU has units for it: weights are read no faster
+_LEAST = 1 << 21  # products of plain bfloat16: fewer are made before ours would begin
 _COMPILED = ("int8", "int4")
 _ROWS_OF_NUMBERS = {torch.float32: 2, torch.bfloat16: 1}  # see `packed_kernels.whole_numbers`
+_CPU: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
-def linear(x: Float[Tensor, "*batch k"], w: "Tensor | Packed") -> Float[Tensor, "*batch out"]:
-    """Return ``x @ w.T``, where the weight ``[out, k]`` may be packed.
+def linear(
+    x: Float[Tensor, "*batch k"], w: "Tensor | Packed", bias: Tensor | None = None
+) -> Float[Tensor, "*batch out"]:
+    """Return ``x @ w.T + bias``, where the weight ``[out, k]`` may be packed.
 
     The product is that of the unpacked weight, up to the order of the sum. For few rows on the CPU
     the codes are multiplied, with 30 bits of float32's numbers and 15 of bfloat16's, counted from
     the largest of a group, and else the unpacked weight, in x's dtype; in float32 where that is
-    bfloat16 and the CPU has no units for it. Gradients reach x.
+    bfloat16 and the CPU has no units for it, also of plain weights. Gradients reach x, and plain
+    weights.
+
+    Raises:
+        ValueError: rows of another width than a packed weight's.
     """
-    if isinstance(w, Tensor):
-        return F.linear(x, w)
+    if isinstance(w, Tensor) and not _is_slow_plain(x, w):
+        return F.linear(x, w, bias)
+    if x.shape[-1:] != w.shape[1:]:
+        raise ValueError(
+            f"inputs of shape {tuple(x.shape)} do not fit a weight of shape {tuple(w.shape)}: "
+            f"their last axis must have {w.shape[-1]} numbers"
+        )
     if has_torch_function_unary(x):  # what watches torch's functions sees this as one of them
-        return handle_torch_function(linear, (x,), x, w)
-    return _Product.apply(x, w)
+        return handle_torch_function(linear, (x,), x, w, bias)
+    out: Tensor = _Product.apply(x, w) if _wants_derivatives(x) else _product(x, w)
+    return out if bias is None else out + bias
+
+
+def is_for_kernels(*tensors: Tensor) -> bool:
+    """Whether compiled kernels take these: contiguous on the CPU, and only values are wanted.
+
+    Kernels have no derivatives, backward, forward or for torch.func, and PyTorch's observers of
+    operators and compilers do not see them.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not _wants_derivatives(*tensors)
+        and all(t.is_cpu and t.is_contiguous() and type(t) in _PLAIN for t in tensors)
+    )
+
+
+_PLAIN = (Tensor, nn.Parameter)  # no subclass, which may hold anything
+
+
+def _wants_derivatives(*tensors: Tensor) -> bool:
+    return (
+        forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
+
+
+def _is_slow_plain(x: Tensor, w: Tensor) -> bool:
+    """Whether the library is slow with a plain weight: in bfloat16, few rows or without units."""
+    return (
+        w.dtype == torch.bfloat16
+        and x.dtype == w.dtype
+        and x.is_cpu
+        and type(x) in _PLAIN
+        and x.shape[-1:] == w.shape[1:]
+        and x.numel() * len(w) >= _LEAST
+        and (x.shape[:-1].numel() <= _FEWEST or _is_slow(x))
+        and is_for_kernels(w)
+    )
 
 
 class _Product(torch.autograd.Function):
-    """Keeps the codes for the way back, not the unpacked weight."""
+    """Keeps the weight as it is for the way back, not unpacked."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor | Packed) -> Tensor:
         ctx.w = w
-        if x.shape[:-1].numel() <= _FEW and (found := _product_of_codes(x, w)) is not None:
-            return found
-        y = x.float() if _is_slow(x) else x
-        parts = [F.linear(y, block) for block in _blocks(w, y.dtype)]
-        return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(x.dtype)
+        return _product(x, w)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        to_x = grad.new_zeros(*grad.shape[:-1], ctx.w.shape[-1])
+        (given,) = grads
+        grad = given.float() if _is_slow(given) else given
+        dtype = torch.promote_types(grad.dtype, torch.float32)  # sums of many blocks
+        to_x = grad.new_zeros(*grad.shape[:-1], ctx.w.shape[-1], dtype=dtype)
         start = 0
         for block in _blocks(ctx.w, grad.dtype):
-            to_x += grad[..., start : start + len(block)] @ block
+            kept = block.clone() if grad.requires_grad else block  # for the second derivative
+            to_x += grad[..., start : start + len(block)] @ kept
             start += len(block)
-        return to_x, None
+        return to_x.to(given.dtype), None
+
+
+def _product(x: Tensor, w: Tensor | Packed) -> Tensor:
+    if x.shape[:-1].numel() <= _FEW:
+        found = _product_of_bits(x, w) if isinstance(w, Tensor) else _product_of_codes(x, w)
+        if found is not None:
+            return found
+    y = x.float() if _is_slow(x) else x
+    parts = [F.linear(y, block) for block in _blocks(w, y.dtype)]
+    return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(x.dtype)
 
 
 def _is_slow(x: Tensor) -> bool:
@@ -249,11 +317,12 @@ def _product_of_codes(x: Tensor, w: Packed) -> Tensor | None:
         return None
     given = x.detach().float().reshape(-1, x.shape[-1]).contiguous()
     n = len(given) * _ROWS_OF_NUMBERS[x.dtype]
-    numbers = torch.empty(n, given.shape[1], dtype=torch.int16).numpy()  # aligned, numpy's are not
-    steps = torch.empty(n, groups).numpy()
+    # In torch's memory, which is aligned; numpy's is not.
+    numbers = torch.empty(n, given.shape[1], dtype=torch.int16, device="cpu").numpy()
+    steps = torch.empty(n, groups, **_CPU).numpy()
     if not kernels.whole_numbers(given.numpy(), w.group, numbers, steps):
         return None
-    out = torch.empty(len(given), outputs)
+    out = torch.empty(len(given), outputs, **_CPU)
     products = outputs * (given.numel() + given.shape[1])  # codes are read, once for all
     step = -(-outputs // threads(products) // kernels.ROWS) * kernels.ROWS
     arrays = numbers, steps, array(w.codes), array(w.scales), out.numpy()
@@ -264,17 +333,38 @@ def _product_of_codes(x: Tensor, w: Packed) -> Tensor | None:
     return out.view(*x.shape[:-1], outputs).to(x.dtype)
 
 
-def _blocks(w: Packed, dtype: torch.dtype) -> Iterator[Tensor]:
+def _product_of_bits(x: Tensor, w: Tensor) -> Tensor:
+    """Return the product with a plain weight, of bfloat16, for few rows."""
+    from llama4_lab import plain_kernels as kernels
+    from llama4_lab.compiled import array, beside, threads
+
+    given = x.detach().float().reshape(-1, x.shape[-1]).contiguous()
+    rows = np.arange(len(given))
+    shares = w.detach().chunk(threads(w.numel() * max(len(given), kernels.PRODUCTS_A_READ)))
+    outs = [torch.empty(len(given), len(share), **_CPU) for share in shares]
+    beside(
+        partial(kernels.product, array(share), array(given), rows, array(out), rows, kernels.SET)
+        for share, out in zip(shares, outs, strict=True)
+    )
+    out = torch.cat(outs, dim=-1) if len(outs) > 1 else outs[0]
+    return out.view(*x.shape[:-1], len(w)).to(x.dtype)
+
+
+def _blocks(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the weight some rows at a time; a block is good until the next one is asked for."""
-    step = max(1, (_ON_A_GPU if w.codes.is_cuda else _BLOCK) // w.shape[-1])
-    parts = [w[start : start + step] for start in range(0, len(w), step)]
+    step = max(1, (_ON_A_GPU if w.device.type == "cuda" else _BLOCK) // w.shape[-1])
+    parts: list[Any] = [w[start : start + step] for start in range(0, len(w), step)]
+    if isinstance(w, Tensor):
+        space = torch.empty(parts[0].shape, dtype=dtype, device=w.device)
+        yield from (space[: len(part)].copy_(part) for part in parts)
+        return
     if not _is_compiled(w) or dtype not in _ROWS_OF_NUMBERS:
         yield from (part.unpack(dtype) for part in parts)
         return
     from llama4_lab.compiled import array
     from llama4_lab.packed_kernels import unpack
 
-    space = torch.empty(parts[0].shape, dtype=dtype)
+    space = torch.empty(parts[0].shape, dtype=dtype, device="cpu")
     for part in parts:
         block = space[: len(part)]
         unpack(array(part.codes), array(part.scales), array(block))

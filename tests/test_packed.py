@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import llama4_lab.packed
 from llama4_lab import compiled
@@ -208,12 +211,119 @@ def test_large_weights_are_cut_into_blocks(kind, monkeypatch):
     assert torch.equal(pack(weight(50, 64), kind).unpack(), packed.unpack())
 
 
+@pytest.mark.parametrize("width", [96, 130, 256])
+def test_inputs_of_another_width_are_refused(width):
+    with pytest.raises(ValueError, match=rf"\(3, {width}\) do not fit .* \(5, 128\): .* 128 num"):
+        linear(inputs(3, width), pack(weight(5, 128), "int8"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_second_derivatives_see_every_block(kind, monkeypatch):
+    monkeypatch.setattr(llama4_lab.packed, "_BLOCK", 7 * 64)
+    packed, x = pack(weight(50, 64), kind), inputs(9, 64).requires_grad_()
+
+    def energy(product):
+        return product(x).square().sum()
+
+    def curvature(product):
+        (slope,) = torch.autograd.grad(energy(product), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    found = curvature(lambda x: linear(x, packed))
+    torch.testing.assert_close(
+        found, curvature(lambda x: x @ packed.unpack().mT), rtol=1e-4, atol=1
+    )
+
+
+# ---- plain weights
+
+
 def test_a_plain_weight_is_multiplied_as_ever():
-    x, w = inputs(3, 16), weight(5, 16)
-    assert torch.equal(linear(x, w), torch.nn.functional.linear(x, w))
+    x, w, bias = inputs(3, 16), weight(5, 16), weight(5)
+    assert torch.equal(linear(x, w), F.linear(x, w))
+    assert torch.equal(linear(x, w, bias), F.linear(x, w, bias))
 
 
-def test_a_product_is_seen_as_a_torch_function():
+@pytest.fixture(params=[True, False], ids=["units", "no units"])
+def has_units(request, monkeypatch):
+    """Whether the CPU multiplies bfloat16 itself; weights are small enough for tests."""
+    monkeypatch.setattr(llama4_lab.packed, "_LEAST", 1)
+    dtype = torch.bfloat16 if request.param else torch.float32
+    monkeypatch.setattr(llama4_lab.packed, "product_dtype", lambda device: dtype)
+    return request.param
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (3,), (2, 16), (5, 7), (0, 4)])
+@pytest.mark.parametrize(("out", "k"), [(9, 40), (1, 7), (50, 128)])
+def test_plain_bfloat16_is_multiplied_as_exactly(has_units, out, k, rows, monkeypatch):
+    monkeypatch.setattr(llama4_lab.packed, "_BLOCK", 7 * 128)
+    x, w, bias = inputs(*rows, k).bfloat16(), weight(out, k).bfloat16(), weight(out).bfloat16()
+    exact, most = (f(x.double()) @ f(w.double()).mT for f in (lambda y: y, torch.abs))
+    found = linear(x, w)
+    assert found.dtype == torch.bfloat16 and found.shape == (*rows, out)
+    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * most).all()
+    shifted, exact_shifted = linear(x, w, bias), exact + bias.double()
+    rounding = 2**-8 * (exact.abs() + exact_shifted.abs())
+    assert ((shifted.double() - exact_shifted).abs() <= rounding + 2**-20 * most).all()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 60])
+def test_several_threads_multiply_plain_bfloat16_alike(threads, monkeypatch):
+    monkeypatch.setattr(llama4_lab.packed, "_LEAST", 1)
+    monkeypatch.setattr(llama4_lab.packed, "product_dtype", lambda device: torch.float32)
+    x, w, used = inputs(5, 64).bfloat16(), weight(50, 64).bfloat16(), []
+    alone, beside = linear(x, w), compiled.beside
+    monkeypatch.setattr(compiled, "beside", lambda calls: used.append(beside(calls)))
+    monkeypatch.setattr(compiled, "_PRODUCTS_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(linear(x, w), alone) and used == [None]
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_plain_bfloat16_passes_gradients_as_ever(has_units, rows):
+    x, w = inputs(rows, 64).bfloat16().requires_grad_(), weight(7, 64).bfloat16()
+    given = weight(rows, 7).bfloat16()
+    for trained in (False, True):
+        x.grad = None
+        w = w.detach().requires_grad_(trained)
+        linear(x, w).backward(given)
+        torch.testing.assert_close(x.grad, given @ w.detach())
+    torch.testing.assert_close(w.grad, given.mT @ x.detach())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 40])
+def test_small_and_many_products_of_bfloat16_are_the_library_s(rows, monkeypatch):
+    x, w, calls = inputs(rows, 1024).bfloat16(), weight(1024, 1024).bfloat16(), []
+    monkeypatch.setattr(
+        llama4_lab.packed, "_product", lambda x, w: calls.append(w) or F.linear(x, w)
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(llama4_lab.packed, "product_dtype", lambda device, dtype=dtype: dtype)
+        linear(x, w)
+        linear(x.float(), w.float())
+    # Two rows are the least that take longer than to begin; more only where there are no units.
+    assert len(calls) == {1: 0, 2: 2}.get(rows, 1)
+
+
+def test_observers_and_transforms_see_products_of_plain_bfloat16(has_units):
+    x, w, bias = inputs(2, 64).bfloat16(), weight(7, 64).bfloat16(), weight(7).bfloat16()
+    with FlopCounterMode(display=False) as counter:
+        linear(x, w)
+    assert counter.get_total_flops() == 2 * 2 * 64 * 7
+    each = torch.func.vmap(lambda row: linear(row, w))(x)
+    torch.testing.assert_close(each, F.linear(x, w))
+    _, slope = torch.func.jvp(lambda x: linear(x, w, bias), (x,), (x,))
+    torch.testing.assert_close(slope, F.linear(x, w))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        torch.testing.assert_close(forward_ad.unpack_dual(linear(dual, w)).tangent, F.linear(x, w))
+    strided = weight(64, 7).bfloat16().mT
+    torch.testing.assert_close(linear(x, strided), F.linear(x, strided))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        linear(x[:, :60], w)
+
+
+def test_a_product_is_seen_as_a_torch_function(monkeypatch):
     seen = []
 
     class Watch(TorchFunctionMode):
@@ -224,4 +334,10 @@ def test_a_product_is_seen_as_a_torch_function():
     x, packed = inputs(1, 32), pack(weight(4, 32), "int4")
     with Watch():
         linear(x, packed)
-    assert (linear, (x, packed)) in seen
+    assert (linear, (x, packed, None)) in seen
+    seen.clear()
+    x, plain = x.bfloat16(), packed.unpack(torch.bfloat16)
+    monkeypatch.setattr(llama4_lab.packed, "_LEAST", 1)
+    with Watch():
+        linear(x, plain)
+    assert (linear, (x, plain, None)) in seen

@@ -5,12 +5,10 @@ for; `apply` is the backend for more. Kernels compile at their first call; the r
 disk. They run on the caller's thread, and with more than a millisecond of work on as many as torch
 uses, whose results are those of one thread, to the bit.
 
-Inside compiled code, of contiguous float32 arrays with all outputs and scratch preallocated:
-
-- ``rows(weights [n, k], x [k], out [n])``: one matrix times one vector.
-- ``token(x [d], router [e, d], gate_up [e, 2f, d], down [e, d, f], shared_gate [f, d],
-  shared_up [f, d], shared_down [d, f], hidden [2f], logits [e], scores [topk],
-  indices [topk] int64, out [d])``: the whole MoE block of one token; ``hidden`` is scratch.
+Inside compiled code, of contiguous float32 arrays with all outputs and scratch preallocated,
+``token(x [d], router [e, d], gate_up [e, 2f, d], down [e, d, f], shared_gate [f, d],
+shared_up [f, d], shared_down [d, f], hidden [2f], logits [e], scores [topk],
+indices [topk] int64, out [d])`` is the whole MoE block of one token; ``hidden`` is scratch.
 """
 
 from functools import partial
@@ -23,72 +21,22 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 
-from llama4_lab.compiled import AHEAD, LANES, LINE, array, beside, compiled, floats, threads, wide
+from llama4_lab.compiled import array, beside, compiled, floats, threads, wide
 from llama4_lab.experts import loop, probe, tile
 from llama4_lab.experts.tile import PANEL, ROWS
-from llama4_lab.packed import Packed
+from llama4_lab.packed import Packed, is_for_kernels
+from llama4_lab.plain_kernels import ADD, ONE, PRODUCTS_A_READ, SET, TIMES, product, rows
 from llama4_lab.points import INSIDE, NO_TAP, Tap
 
 inlined = partial(compiled, forceinline=True)
 f32 = numba.float32
-SET, ADD, TIMES = 0, 1, 2  # what a product does to its output
 FEW, MOST = 5 * PANEL // 8, 4 * PANEL  # tokens: that a panel is used for at least, and at a time
-_ONE = np.zeros(1, np.int64)
 _CPU: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 _NOTHING = torch.empty(0, 0, **_CPU)
-_PRODUCTS_A_READ = 8  # made while a weight comes from memory
 
 
 # ---- kernels
-
-
-@inlined
-def store(out, i, j, sums, how):
-    """Put sums into a row's places j; where places coincide, so do sums, and all are read first."""
-    a, b, c, d = sums
-    if how == ADD:
-        a, b, c, d = a + out[i, j[0]], b + out[i, j[1]], c + out[i, j[2]], d + out[i, j[3]]
-    elif how == TIMES:
-        a, b, c, d = a * out[i, j[0]], b * out[i, j[1]], c * out[i, j[2]], d * out[i, j[3]]
-    out[i, j[0]], out[i, j[1]], out[i, j[2]], out[i, j[3]] = a, b, c, d
-
-
-@compiled
-def product(weights, x, read, out, write, how):
-    """Set, add to or multiply ``out[write[i]]`` by ``weights @ x[read[i]]``.
-
-    Four rows of weights meet two tokens at a time. Of one or two tokens in all, the time is that of
-    reading weights, and memory is faster at four places at a time, each of which the processor
-    foresees. Of more, rows lie beside each other, are read once for all tokens, and asked for long
-    before, steadily: few lines can be on their way at a time. Rows are indexed, not sliced, because
-    views are counted, in atomic operations.
-    """
-    wide()
-    n, k = weights.shape
-    m, groups = len(read), (n + 3) // 4
-    is_apart = m <= 2
-    step = groups if is_apart else 1
-    all_lines = 0 if is_apart else 4 * LANES * weights.itemsize // LINE  # of LANES columns
-    lines = -(-all_lines // ((m + 1) // 2))
-    for group in range(groups):
-        a = group if is_apart else 4 * group
-        # The first row stands in for those that are missing.
-        b, c, d = a + step, a + 2 * step, a + 3 * step
-        b, c, d = b if b < n else a, c if c < n else a, d if d < n else a
-        asked = 0
-        for i in range(0, m - 1, 2):
-            line, now = AHEAD + asked * k // LANES, min(lines, all_lines - asked)
-            sums = tile.meet(weights, (a, b, c, d), x, (read[i], read[i + 1]), line, now)
-            store(out, write[i], (a, b, c, d), sums[:4], how)
-            store(out, write[i + 1], (a, b, c, d), sums[4:], how)
-            asked += now
-        if m % 2:
-            line, now = AHEAD + asked * k // LANES, all_lines - asked
-            sums = tile.meet(weights, (a, b, c, d), x, (read[m - 1],), line, now)
-            store(out, write[m - 1], (a, b, c, d), sums, how)
 
 
 @inlined
@@ -194,13 +142,7 @@ def expert(gate, up, down, x, tokens, score, scratch, out, write, how, kept):
 @compiled
 def neurons(gate, up, x, score, hidden):
     """Set ``hidden [f] = silu(gate @ (score · x)) · (up @ (score · x))`` for one token."""
-    neurons_of(gate, up, x.reshape(1, -1), _ONE, np.full(1, score), hidden.reshape(1, -1))
-
-
-@compiled
-def rows(weights, x, out):
-    """Set ``out = weights @ x``."""
-    product(weights, x.reshape(1, -1), _ONE, out.reshape(1, -1), _ONE, SET)
+    neurons_of(gate, up, x.reshape(1, -1), ONE, np.full(1, score), hidden.reshape(1, -1))
 
 
 @compiled
@@ -338,33 +280,17 @@ def token(
     for j, e in enumerate(indices):
         scores[j] = sigmoid(logits[e])
         neurons(gate_up[e, :f], gate_up[e, f:], x, scores[j], hidden[:f])
-        product(down[e], hidden[:f].reshape(1, f), _ONE, out.reshape(1, -1), _ONE, ADD)
+        product(down[e], hidden[:f].reshape(1, f), ONE, out.reshape(1, -1), ONE, ADD)
 
 
 # ---- from torch
 
 
 def can_run(*tensors: "Tensor | Packed") -> bool:
-    """Whether kernels take these: dense CPU tensors of one float32 or bfloat16, without gradients.
-
-    Kernels have no derivatives: where one is wanted, backward or forward, or torch.func looks on,
-    the plain products make it.
-    """
+    """Whether kernels take these: plain weights and tokens, all float32 or all bfloat16."""
     dtype = tensors[0].dtype if isinstance(tensors[0], Tensor) else None
-    grad = torch.is_grad_enabled()
-    return (
-        dtype in probe.DEFAULT
-        and forward_ad._current_level < 0
-        and peek_interpreter_stack() is None
-        and all(
-            isinstance(t, Tensor)
-            and t.dtype == dtype
-            and t.is_cpu
-            and t.is_contiguous()
-            and not (grad and t.requires_grad)
-            for t in tensors
-        )
-    )
+    plain = [t for t in tensors if isinstance(t, Tensor) and t.dtype == dtype]
+    return dtype in probe.DEFAULT and len(plain) == len(tensors) and is_for_kernels(*plain)
 
 
 def prepare() -> None:
@@ -466,7 +392,7 @@ def _routed(x, order, offsets, score, gate_up, down, *others: Any) -> None:
 def _spread(slots: int, down: Any) -> int:
     """Return over how many threads to spread the experts of so many slots."""
     e, d, f = down.shape
-    return threads(3 * d * f * max(slots, _PRODUCTS_A_READ * min(e, slots)))
+    return threads(3 * d * f * max(slots, PRODUCTS_A_READ * min(e, slots)))
 
 
 def moe(

@@ -1,14 +1,9 @@
-"""Products of many tokens at once, and of one.
+"""Products of many tokens at once: sums stay in vector registers, with a token in each lane.
 
-Of many, sums stay in vector registers, with a token in each lane.
 Numba's loops become vectors along one row, whose sum then has to be put together lane by lane: with
-rows of a few hundred numbers that takes as long as the products. So these kernels are written in
+rows of a few hundred numbers that takes as long as the products. So this kernel is written in
 LLVM's terms: some rows of weights meet two vectors of tokens, column by column, which is how BLAS
 libraries do it (Goto & van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication").
-
-Of few tokens, some rows of weights meet one or two along their columns (`meet`). That takes as long
-as weights come from memory, and a caller says where in memory the rows lie and what is asked for
-meanwhile, which loops of numba's cannot do steadily.
 """
 
 from typing import Any
@@ -19,14 +14,12 @@ from numba.core import cgutils
 
 from llama4_lab.compiled import (
     LANES,
-    LINE,
     NUMBER,
     add_product,
     at_most,
     begin_to_read,
     in_all_lanes,
     in_llvm,
-    sum_of_lanes,
     vector,
     vector_at,
     widened,
@@ -91,69 +84,4 @@ def _tile(_typing, weights, row, x, panel, out):
     return signature, code
 
 
-def _meet(_typing, weights, rows, x, tokens, line, lines):
-    """Return ``weights[rows] @ x[tokens]``, the sums of the first token first.
-
-    ``weights [n, k]``, which may be bfloat16, and ``x [m, k]`` are contiguous; rows and tokens are
-    tuples. With each `LANES` columns, `lines` of the cache are asked for, from number `line` of
-    ``weights[rows[0]:]`` on; rows may be missing there.
-    """
-    pairs = len(tokens) * len(rows)
-    signature = types.UniTuple(types.float32, pairs)(weights, rows, x, tokens, line, lines)
-
-    def code(context, builder, signature, arguments):
-        w, x = (
-            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 2)
-        )
-        is_half = signature.args[0].dtype == types.uint16
-        kind, size = (ir.IntType(16), 2) if is_half else (NUMBER, 4)
-        k = builder.extract_value(w.shape, 1)
-
-        def index(value):
-            return ir.Constant(k.type, value)
-
-        def begins(array, tuple_of_rows):
-            rows = cgutils.unpack_tuple(builder, tuple_of_rows)
-            return [builder.gep(array.data, [builder.mul(row, k)]) for row in rows]
-
-        def numbers(array_data, i, of, align, is_vector):
-            place = (
-                vector_at(builder, array_data, i, of) if is_vector else builder.gep(array_data, [i])
-            )
-            value = builder.load(place)
-            value.align = align
-            return widened(builder, value) if of != NUMBER else value
-
-        def add_products(i, sums, is_vector):
-            tokens = [numbers(each, i, NUMBER, 4, is_vector) for each in x_begin]
-            for j, each in enumerate(w_begin):
-                factor = numbers(each, i, kind, size, is_vector)
-                for t, token in enumerate(tokens):
-                    add_product(builder, factor, token, sums[t * len(w_begin) + j])
-
-        w_begin, x_begin = begins(w, arguments[1]), begins(x, arguments[3])
-        zeros = vector(NUMBER)([0.0] * LANES)
-        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(pairs)]
-        rest = [cgutils.alloca_once_value(builder, NUMBER(0.0)) for _ in range(pairs)]
-        first = builder.mul(cgutils.unpack_tuple(builder, arguments[1])[0], k)
-        first = builder.add(builder.mul(first, w.itemsize), builder.mul(arguments[4], index(LINE)))
-        byte = cgutils.alloca_once_value(builder, first)
-        whole = builder.mul(builder.sdiv(k, index(LANES)), index(LANES))
-        with cgutils.for_range_slice(builder, index(0), whole, index(LANES)) as (s, _):
-            with cgutils.for_range(builder, arguments[5]):
-                begin_to_read(builder, w, builder.load(byte))
-                builder.store(builder.add(builder.load(byte), index(LINE)), byte)
-            add_products(s, sums, is_vector=True)
-        with cgutils.for_range_slice(builder, whole, k, index(1)) as (s, _):
-            add_products(s, rest, is_vector=False)
-        totals = [
-            sum_of_lanes(builder, builder.load(last), builder.load(total))
-            for last, total in zip(rest, sums, strict=True)
-        ]
-        return context.make_tuple(builder, signature.return_type, totals)
-
-    return signature, code
-
-
 tile: Any = in_llvm(_tile)
-meet: Any = in_llvm(_meet)

@@ -9,7 +9,8 @@ import numba
 import numpy as np
 
 from llama4_lab.compiled import compiled, floats
-from llama4_lab.experts.numba import exp, neurons, rows, token
+from llama4_lab.experts.numba import exp, neurons, token
+from llama4_lab.plain_kernels import rows
 
 f32 = np.float32
 SIZE = 4  # bytes

@@ -72,10 +72,7 @@ class Linear(Packable, nn.Linear):
         pass
 
     def forward(self, x: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch out"]:
-        if "weight" in self._parameters:
-            return F.linear(x, self.weight, self.bias)
-        out = linear(x, self.weight)
-        return out if self.bias is None else out + self.bias
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
