@@ -101,6 +101,7 @@ def _is_view(new: Tensor, old: Tensor) -> bool:
 
 
 def _checksum(value: Tensor) -> float:
+    value = torch.view_as_real(value) if value.is_complex() else value
     total = value.sum(dtype=torch.float64).item()
     if math.isfinite(total):
         return total

@@ -142,7 +142,8 @@ def test_a_replayed_edit_equals_the_whole_run(model, prompt, sources, replay, ed
     torch.testing.assert_close(again.logits, expected, atol=1e-5, rtol=0)
     assert not again.effect.unseen
     assert all(found.used_by for found in again.evidence.values())
-    changed = {p for p, change in edit.changes(CONFIG).items() if not isinstance(change, See)}
+    changes = E.changes_of([edit], CONFIG).items()
+    changed = {p for p, along in changes if not all(isinstance(each, See) for each in along)}
     assert again.evidence.keys() == changed - {"logits"}  # which nothing in the model reads
 
 
@@ -523,6 +524,7 @@ def test_edits_that_contradict_themselves_are_refused():
         ("nonsense", "edits must be JSON"),
         ('{"edit": "SkipLayer"}', "must be a JSON list of objects"),
         ('[{"edit": "Fly"}]', "unknown edit 'Fly'; choose from SkipLayer"),
+        ('[{"edit": ["SkipLayer"], "layer": 1}]', r"unknown edit \['SkipLayer'\]; choose from"),
         ('[{"edit": "SkipLayer"}]', "SkipLayer needs layer as well"),
         ('[{"edit": "SkipLayer", "layer": 1, "x": 2}]', "SkipLayer has no x; it has layer, tokens"),
         ('[{"edit": "Scale", "factor": NaN}]', "edits take finite numbers, and NaN is none"),
@@ -679,6 +681,77 @@ def test_a_token_sent_to_a_silenced_expert_gets_nothing_in_either_order(model, p
     for edits in ([ablated, sent], [sent, ablated]):
         expert, score = gates(model, prompt, edits)
         assert expert[13, 0] == 4 and score[13, 0] == 0
+
+
+def test_a_later_route_or_bias_leaves_no_gate_of_an_earlier_route(model, prompt):
+    sent, one = E.Route(MOE, 13, 2), E.Route(MOE, 13, 4, "one")
+    for found, expected in zip(
+        gates(model, prompt, [one, sent]), gates(model, prompt, [sent]), strict=True
+    ):
+        assert torch.equal(found, expected)
+    for edits in ([one, E.RouterBias(MOE, 4, 1.0)], [E.RouterBias(MOE, 4, 1.0), one]):
+        expert, score = gates(model, prompt, edits)
+        assert (expert[13, 0], score[13, 0]) == (4, 1.0)
+
+
+@pytest.mark.parametrize("how", ["mean", "resample"])
+def test_a_skipped_layer_adds_nothing_whatever_its_experts_were_given_before(
+    model, prompt, sources, how
+):
+    before = [E.AblateExpert(MOE, 1, how, "other"), E.Scale(f"layers.{MOE}.experts.in", 2.0)]
+    more = E.Steer(f"layers.{MOE}.experts.hidden", (1.0,) * CONFIG.intermediate_size)
+    expected = in_full(model, prompt, sources, [E.SkipLayer(MOE)])
+    edits = [*before, more, E.SkipLayer(MOE)]
+    assert torch.equal(in_full(model, prompt, sources, edits), expected)
+    assert same(Replay(model, prompt, sources).edited(edits).logits, expected)
+
+
+def test_experts_of_a_skipped_layer_are_not_opened(model):
+    assert f"layers.{MOE}.experts.out" not in E.changes_of([E.SkipLayer(MOE)], CONFIG)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_scaling_leaves_masked_what_is_masked(model, prompt, factor):
+    pattern = f"layers.{MOE}.attn.pattern"
+    plain, edited = (
+        rows_of(model, pattern, prompt, edits)[pattern][0]
+        for edits in ([], [E.Scale(f"layers.{MOE}.attn.scores", factor)])
+    )
+    assert torch.equal(edited == 0, plain == 0)
+    if factor == 0:
+        expected = (plain > 0) / (plain > 0).sum(-1, keepdim=True)
+    else:
+        inverse = torch.where(plain > 0, 1 / plain, 0)
+        expected = inverse / inverse.sum(-1, keepdim=True)
+    torch.testing.assert_close(edited, expected, rtol=1e-4, atol=1e-6)
+    dropped = [E.DropExpert(MOE, 1), E.Scale(f"layers.{MOE}.router.logits", factor)]
+    expert, score = gates(model, prompt, dropped)
+    assert (expert != 1).all() and score.isfinite().all()
+
+
+def test_replays_of_rotated_values_warn_of_nothing(replay, recwarn):
+    replay.edited([E.Scale("layers.1.attn.q", 0.5), E.Scale("layers.1.attn.k", 0.5)])
+    assert not recwarn.list
+
+
+def test_values_of_another_size_are_not_spread_over_others(model, prompt, sources):
+    top_1 = tiny(num_experts_per_tok=1)
+    edits = [E.TopK(MOE, 2), E.Patch(f"layers.{MOE}.experts.out", "other")]
+    with pytest.raises(
+        ValueError, match=r"\(1, 29, 2, 48\), and in source 'other' \(1, 29, 1, 48\)"
+    ):
+        in_full(top_1, prompt, sources, edits)
+    ids = prompt["input_ids"].clone()
+    ids[:, 14:23] = CONFIG.image_token_index
+    two = {"input_ids": ids, "pixel_values": prompt["pixel_values"].repeat(2, 1, 1, 1)}
+    with pytest.raises(ValueError, match=r"projector.out.*\(2, 9, 48\).*'other' \(1, 9, 48\)"):
+        in_full(model, two, sources, [E.Patch("projector.out", "other")])
+
+
+def test_a_run_without_a_picture_has_no_mean_patch(model, prompt):
+    edit = E.AblateEmbedding((3, 14), "mean", "text")
+    with pytest.raises(ValueError, match="the run 'text' has no image tokens to take the mean of"):
+        in_full(model, prompt, {"clean": prompt, "text": torch.arange(5, 34)[None]}, [edit])
 
 
 def test_a_bias_does_not_bring_back_a_skipped_layer(model, prompt, sources):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llama4_lab.config import Llama4Config
-from llama4_lab.edits.base import IDS, Change, Edit, Run, Touch, Values, in_order, layer_of
+from llama4_lab.edits.base import IDS, Again, Change, Edit, Run, Touch, Values, in_order, layer_of
 from llama4_lab.edits.experts import (
     AblateExpert,
     DropExpert,
@@ -42,7 +42,7 @@ from llama4_lab.edits.layers import (
 )
 from llama4_lab.edits.values import AblateEmbedding, Patch, ReplaceToken, Scale, Steer
 from llama4_lab.model import Llama4
-from llama4_lab.points import points
+from llama4_lab.points import INSIDE, points
 from llama4_lab.trace import inputs_of, intervene, trace, unobserved
 
 KINDS: dict[str, type[Edit]] = {
@@ -157,6 +157,11 @@ def changes_of(edits: Sequence[Edit], config: Llama4Config) -> dict[str, list[Ch
     for edit in edits:
         for point, change in edit.changes(config).items():
             found.setdefault(point, []).append(change)
+    for layer in {edit.layer for edit in edits if isinstance(edit, SkipLayer)}:
+        inside = [f"layers.{layer}.{name}" for name in INSIDE]
+        along = [change for point in inside for change in found.get(point, [])]
+        if all(isinstance(change, Again) for change in along):
+            found.pop(inside[-1], None)  # the experts need not be opened for it
     return {point: in_order(along) for point, along in found.items()}
 
 
@@ -263,7 +268,7 @@ def _finite(number: str) -> float:
 def _from_dict(values: dict[str, Any]) -> Edit:
     given = dict(values)
     name = given.pop("edit", None)
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"unknown edit {name!r}; choose from {', '.join(KINDS)}")
     fields = {field.name: field for field in dataclasses.fields(KINDS[name])}
     needed = {n for n, field in fields.items() if field.default is dataclasses.MISSING}

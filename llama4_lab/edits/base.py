@@ -74,7 +74,18 @@ class See:
 
 @dataclass(frozen=True)
 class Gate:
-    """A change of scores that follows from the choice."""
+    """A change of scores that follows from the choice; `is_own` where it gives each its own."""
+
+    change: Change
+    is_own: bool = False
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        return self.change(value, run)
+
+
+@dataclass(frozen=True)
+class Again:
+    """A change inside experts that is nothing new unless another one is made there, too."""
 
     change: Change
 
@@ -119,7 +130,8 @@ def in_order(along: Sequence[Change]) -> list[Change]:
     That is as given, but scores follow the choice before they are ablated, and what is seen is what
     the model goes on with.
     """
-    gates: list[Change] = [change for change in along if isinstance(change, Gate)]
+    gates = [change for change in along if isinstance(change, Gate)]
+    gates.sort(key=lambda gate: not gate.is_own)  # what is asked for goes beyond
     sees: list[Change] = [change for change in along if isinstance(change, See)]
     others = [change for change in along if not isinstance(change, Gate | See)]
     before: list[Change] = []

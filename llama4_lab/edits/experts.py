@@ -136,7 +136,7 @@ class Route(Edit):
                 first = torch.full_like(chosen[..., :1], self.expert)
                 return torch.cat([first, chosen[..., 1:]], dim=-1)
 
-            return run.replaced(value, (self.token,), make)
+            return See(indices)(run.replaced(value, (self.token,), make), run)
 
         def weigh(value: Tensor, run: Run) -> Tensor:
             def make(old: Tensor, _: list[int]) -> Tensor:
@@ -145,7 +145,9 @@ class Route(Edit):
                 gates = run.seen.get(unbiased(logits), run.seen[logits])
                 best = gates[:, columns].gather(-1, winner)
                 first = best.float().sigmoid() if self.gate == "winner" else torch.ones_like(best)
-                return torch.cat([first.to(old), old[..., 1:]], dim=-1)
+                is_it = run.seen[indices][:, columns, :1] == self.expert  # no later edit's
+                first = torch.where(is_it, first.to(old), old[..., :1])
+                return torch.cat([first, old[..., 1:]], dim=-1)
 
             return run.replaced(value, (self.token,), make)
 
@@ -230,4 +232,4 @@ class RouterBias(Edit):
 
         if self.gated:
             return {logits: add}
-        return {logits: Bias(logits, add), indices: See(indices), scores: Gate(weigh)}
+        return {logits: Bias(logits, add), indices: See(indices), scores: Gate(weigh, is_own=True)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llama4_lab.config import Llama4Config
-from llama4_lab.edits.base import CLEAN, Change, Edit, Run, Tokens, Touch
+from llama4_lab.edits.base import CLEAN, Again, Change, Edit, Run, Tokens, Touch
 from llama4_lab.model import Llama4
 from llama4_lab.model.text import temperature
 
@@ -24,9 +24,14 @@ class SkipLayer(Edit):
         def nothing(value: Tensor, run: Run) -> Tensor:
             return run.replaced(value, self.tokens, lambda old, _: 0.0)
 
-        # A routed expert with a score of zero reads zeros and writes exactly zeros.
-        parts = ("router.scores", "shared.out") if config.is_moe(self.layer) else ("mlp.out",)
-        return {f"layers.{self.layer}.{part}": nothing for part in ("attn.out", *parts)}
+        changes: dict[str, Change] = {"attn.out": nothing}
+        if config.is_moe(self.layer):
+            # A routed expert with a score of zero reads zeros and writes exactly zeros.
+            changes |= {"router.scores": nothing, "shared.out": nothing}
+            changes |= {"experts.out": Again(nothing)}
+        else:
+            changes |= {"mlp.out": nothing}
+        return {f"layers.{self.layer}.{part}": change for part, change in changes.items()}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Edits of what is read, and of the value at any point."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from llama4_lab.config import Llama4Config
 from llama4_lab.edits.base import CLEAN, IDS, Change, Edit, Run, Tokens, has_tokens, taken
+from llama4_lab.points import PICTURE
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class AblateEmbedding(Edit):
             is_image = ids[0] == config.image_token_index
             clean = (run.values[CLEAN, IDS][0] == config.image_token_index).tolist()
             own = [place < len(clean) and clean[place] for place in positions]  # text goes on
+            for kind, name in ((True, "image"), (False, "other")):
+                if kind in own and not (is_image == kind).any():
+                    raise ValueError(
+                        f"{self}: the run {self.source!r} has no {name} tokens to take the mean of"
+                    )
             means = [theirs[0, is_image == kind].mean(dim=0) for kind in own]
             return torch.stack(means).to(old) if means else old
 
@@ -89,12 +96,10 @@ class Patch(Edit):
         def patch(value: Tensor, run: Run) -> Tensor:
             theirs = run.values[self.source, self.point].to(value)
             if not has_tokens(self.point, config):
-                if theirs.shape[1:] != value.shape[1:]:
-                    raise ValueError(
-                        f"{self}: this value has the shape {tuple(value.shape)}, and in source "
-                        f"{self.source!r} {tuple(theirs.shape)}; give a source of the same shape"
-                    )
+                # Of pictures, the first axis counts tiles: one must not stand for all.
+                self._must_fit(value, theirs, 0 if self.point.startswith(PICTURE) else 1)
                 return theirs.expand_as(value).clone()
+            self._must_fit(value, theirs, 2)
 
             def make(old: Tensor, positions: list[int]) -> Tensor:
                 new = taken(theirs, [places.get(p, p) for p in positions], self.source)
@@ -104,13 +109,21 @@ class Patch(Edit):
 
         return {self.point: patch}
 
+    def _must_fit(self, value: Tensor, theirs: Tensor, axis: int) -> None:
+        """Refuse a source whose axes from this one on are others; the axes before may be."""
+        if theirs.shape[axis:] != value.shape[axis:]:
+            raise ValueError(
+                f"{self}: this value has the shape {tuple(value.shape)}, and in source "
+                f"{self.source!r} {tuple(theirs.shape)}; give a source of the same shape"
+            )
+
     def reads(self, config: Llama4Config) -> set[tuple[str, str]]:
         return {(self.source, self.point)}
 
 
 @dataclass(frozen=True)
 class Scale(Edit):
-    """Multiply the value at a point."""
+    """Multiply the value at a point; what is masked, or an expert that was dropped, stays so."""
 
     point: str
     factor: float
@@ -118,12 +131,15 @@ class Scale(Edit):
     head: int | None = None
 
     def changes(self, config: Llama4Config) -> dict[str, Change]:
+        def scaled(old: Tensor) -> Tensor:
+            return torch.where(old == -math.inf, old, old * self.factor)
+
         def scale(value: Tensor, run: Run) -> Tensor:
             if not has_tokens(self.point, config):
-                return value * self.factor
+                return scaled(value)
 
             def make(old: Tensor, _: list[int]) -> Tensor:
-                new = old * self.factor
+                new = scaled(old)
                 return new if self.head is None else _only(self.head, old, new)
 
             return run.replaced(value, self.tokens, make)
