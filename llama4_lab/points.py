@@ -117,6 +117,10 @@ class Tap:
         """Return the whole names whose values it wants, if it changes none and wants no others."""
         return () if type(self) is Tap else None
 
+    def alters(self, name: str) -> bool:
+        """Whether it may put another value in the place of this one."""
+        return self.records() is None and self.watches(name)
+
     def scope(self, prefix: str) -> "Tap":
         """Return a tap that puts `prefix` before every name."""
         return self if type(self) is Tap else _Scoped(self, prefix)
@@ -140,6 +144,9 @@ class _Scoped(Tap):
 
     def records(self) -> Collection[str] | None:
         return self._tap.records()
+
+    def alters(self, name: str) -> bool:
+        return self._tap.alters(self._prefix + name)
 
 
 NO_TAP = Tap()

@@ -164,15 +164,18 @@ def inputs_of(model: Any, prompt: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def intervene(model: Llama4, changes: Mapping[str, Change]) -> Iterator[None]:
+def intervene(
+    model: Llama4, changes: Mapping[str, Change], *, last: bool = False
+) -> Iterator[None]:
     """Replace named values by ``change(value)`` in each forward pass inside the block.
 
     Names may be patterns and aliases, as for `trace`. What the change returns is what the model
     computes with from there on; it must have the value's shape, dtype and device. The change may
     alter its value in place, which is a copy, but has to return it. Of nested blocks the innermost
-    changes first. A change that changes nothing leaves the logits as they are to the bit; one of
-    scores or patterns of attention, which another path of the same mathematics makes, leaves them
-    as they are in a traced run.
+    changes first, unless `last` puts its changes behind those of the blocks around it. A change
+    that changes nothing leaves the logits as they are to the bit; one of scores or patterns of
+    attention, which another path of the same mathematics makes, leaves them as they are in a traced
+    run.
 
     A change that no whole forward pass inside the block came by, such as that of a picture in a
     prompt without one, is told at the block's end in a UserWarning.
@@ -186,7 +189,7 @@ def intervene(model: Llama4, changes: Mapping[str, Change]) -> Iterator[None]:
     for pattern, change in changes.items():
         for name in meant[pattern]:
             by_name.setdefault(name, []).append(change)
-    outer, editor = model.tap, _Editor(model.tap, by_name)
+    outer, editor = model.tap, _Editor(model.tap, by_name, last)
     try:
         model.tap = editor
         yield
@@ -305,25 +308,33 @@ class _Recorder(Tap):
         outer = self.outer.records()
         return None if outer is None else {*self.asked, *outer}
 
+    def alters(self, name: str) -> bool:
+        return self.outer.alters(name)
+
 
 class _Editor(Tap):
-    def __init__(self, outer: Tap, changes: dict[str, list[Change]]):
+    def __init__(self, outer: Tap, changes: dict[str, list[Change]], last: bool):
         self.outer = outer
         self.changes = changes
+        self.last = last
         self.made: set[str] = set()
         self.is_complete = False  # whether a forward pass came to its end
 
     def watches(self, name: str) -> bool:
         return name in self.changes or self.outer.watches(name)
 
+    def alters(self, name: str) -> bool:
+        return name in self.changes or self.outer.alters(name)
+
     def __call__(self, name: str, value: Tensor) -> Tensor:
         self.is_complete |= name == "final_norm"
+        value = self.outer(name, value) if self.last else value
         for change in self.changes.get(name, ()):
             # A copy, so that changing it in place spares what shares its memory: the value that was
             # kept under another name, or the keys before their rotation on NoPE layers.
             value = _checked(name, value, change(value.clone()))
             self.made.add(name)
-        return self.outer(name, value)
+        return value if self.last else self.outer(name, value)
 
 
 def _checked(name: str, value: Tensor, changed: object) -> Tensor:

@@ -12,7 +12,18 @@ from tiny import CONFIG
 import llama4_lab as l4
 from llama4_lab.analysis.attribution import METHODS, attribute, conductance
 from llama4_lab.analysis.captum_models import for_captum
+from llama4_lab.analysis.expert_features import expert_features
 from llama4_lab.analysis.features import Features, Target, patch_features, token_features
+from llama4_lab.edits import (
+    AblateExpert,
+    Route,
+    RouterBias,
+    RouterTemperature,
+    Scale,
+    SkipLayer,
+    TopK,
+    edited,
+)
 from llama4_lab.prompt import Prompt, build_prompt
 
 TEXT = "The user asks"
@@ -350,6 +361,10 @@ def test_the_adapters_tokenizer_reads_names_and_refuses_words_of_several_tokens(
             "token 99 is out of range: this prompt",
         ),
         (
+            lambda m, p: token_features(m, p, positions=[]),
+            "no token was given: name one part at least",
+        ),
+        (
             lambda m, p: token_features(m, p, positions=[2, -1, len(p.tokens) - 1]),
             "is given twice: a part has one gate, so name it once",
         ),
@@ -372,6 +387,34 @@ def test_the_adapters_tokenizer_reads_names_and_refuses_words_of_several_tokens(
 def test_what_cannot_be_asked_is_explained(model, prompt, ask, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         ask(model, prompt)
+
+
+EDITS = [
+    Scale("embed", 2.0),
+    SkipLayer(2),
+    TopK(1, 1),
+    Route(1, 3, 2, "one"),
+    RouterBias(1, 2, 5.0),
+    RouterTemperature(1, 2.0),
+]
+
+
+def said_inside(model, prompt, edits, token):
+    with edited(model, edits), torch.no_grad():
+        return float(model(**prompt)[0, -1].log_softmax(-1)[token])
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=repr)
+def test_features_of_an_edited_model_are_its_own(model, prompt, edit):
+    with edited(model, [edit]):
+        tokens, experts = token_features(model, prompt), expert_features(model, prompt)
+        on = [each.ends(fixed)[1] for each in (tokens, experts) for fixed in (False, True)]
+        only = expert_features(model, prompt, tokens.target, pairs=[(1, 2)])
+        without = only.ends(False)[0]
+    token = tokens.target.token
+    assert on == pytest.approx([said_inside(model, prompt, [edit], token)] * 4, abs=1e-5)
+    ablated = said_inside(model, prompt, [edit, AblateExpert(1, 2)], token)
+    assert without == pytest.approx(ablated, abs=1e-5)
 
 
 def test_a_side_that_does_not_divide_a_tile_is_explained(model, picture):

@@ -13,8 +13,14 @@ from tiny import CONFIG
 
 import llama4_lab as l4
 from llama4_lab.analysis import lens as lens_module
-from llama4_lab.analysis.decomposition import Decomposition, decompose_logit, decompose_router
+from llama4_lab.analysis.decomposition import (
+    Decomposition,
+    decompose_logit,
+    decompose_router,
+    written,
+)
 from llama4_lab.analysis.lens import logit_lens
+from llama4_lab.edits import AblateAttention, SkipLayer, edited
 from llama4_lab.prompt import Prompt, build_prompt
 
 TEXT = "What's the colour of the circle? The circle is red."
@@ -188,6 +194,22 @@ def test_the_parts_add_up_without_dense_layers_and_biases_too(prompt):
     assert [len(part.kind) for part in parts] == [1 + 6 * 6 + 6 * 2, 1 + 6, 1 + 6 * 6 + 5 * 2]
     assert all(part.residual < TOLERANCE for part in parts)
     assert not any("bias" in part.kind for part in parts)
+
+
+@pytest.mark.parametrize("sources", [False, True])
+@pytest.mark.parametrize("edit", [SkipLayer(2), AblateAttention(3, "mean")])
+def test_what_an_edit_takes_from_heads_is_a_part_of_its_own(model, prompt, edit, sources):
+    runs = {"clean": prompt}
+    with edited(model, [edit], runs), l4.trace(model, "layers.*.attn.out") as cache:
+        parts = decompose_logit(model, prompt, sources=sources)
+        kept = written(model, prompt)
+    again = decompose_logit(model, prompt, target=parts.target, kept=kept)
+    assert max(parts.residual, again.residual) < TOLERANCE
+    assert parts.kind.count("edit") == again.kind.count("edit") == 1
+    assert f"layer {edit.layer}: an edit of what its heads wrote" in parts.labels
+    if edit == SkipLayer(2):
+        assert parts.by_layer()[2] == pytest.approx(0, abs=TOLERANCE)
+    assert len(cache) == 6
 
 
 def test_two_logits_can_be_compared(model, prompt):

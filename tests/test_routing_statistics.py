@@ -28,12 +28,14 @@ from llama4_lab.analysis.margins import (
     rounded,
     step,
 )
+from llama4_lab.analysis.quantisation import quantisation
 from llama4_lab.analysis.resampling import band, relabelled, resampled
 from llama4_lab.analysis.routing import choices, routing_of
 from llama4_lab.analysis.saturation import Saturation, depth_saturation, saturation
 from llama4_lab.analysis.specialisation import Specialisation, by_modality, specialisation
 from llama4_lab.analysis.transitions import coactivation, following
 from llama4_lab.analysis.vocabulary import Vocabulary, vocabulary
+from llama4_lab.edits import DropExpert, TopK, edited
 from llama4_lab.prompt import Prompt, build_prompt
 
 E = 8
@@ -455,13 +457,16 @@ def test_vocabulary_counts_each_token_and_its_experts():
     count = np.bincount(here.ravel(), minlength=5)
     np.testing.assert_allclose(found.share[token, 1], count / count.sum())
     assert found.tables.shape == (3, (occurs > 0).sum(), 5)
+    assert found.topk == 2
+    with pytest.raises(ValueError, match="no batches were given"):
+        vocabulary(routed, [])
 
 
 def test_a_vocabulary_that_decides_the_expert_is_found(rng):
     load = np.zeros((10, 2, E), dtype=int)
     load[np.arange(9), 0, np.arange(9) % E] = 30  # in row 0 each token has its own expert
     load[:9, 1] = rng.multinomial(30, np.full(E, 1 / E), size=9)
-    found = Vocabulary((1, 3), load)
+    found = Vocabulary((1, 3), load, topk=1)
     assert found.specialisation[0] == 1
     assert 1 / E < found.specialisation[1] < 0.5
     against = against_shuffles(found.tables, shuffles=50)
@@ -470,6 +475,8 @@ def test_a_vocabulary_that_decides_the_expert_is_found(rng):
     assert found.favourites(0, 0)[:2].tolist() == [0, 8]
     assert found.favourites(0, 0, at_least=30).size == 9
     assert found.favourites(0, 0, at_least=31).size == 0
+    assert Vocabulary((1, 3), load, topk=2).favourites(0, 0, at_least=15).size == 9
+    assert Vocabulary((1, 3), load, topk=2).favourites(0, 0, at_least=16).size == 0
     assert not found.share[9].any()
 
 
@@ -502,8 +509,25 @@ def test_a_model_is_saturated_against_itself_and_not_against_a_stranger(rng):
     found = Saturation.empty(1)
     found.update(a, b[..., :3])
     assert found.share[0] == pytest.approx(3 / E, abs=0.02)  # of strangers: topk / e
-    with pytest.raises(ValueError, match=re.escape("(3, 2) and (3, 1): compare checkpoints")):
+    apart = "((1, 3, 5), 5, 2) and ((1, 3, 5), 5, 1): compare checkpoints"
+    with pytest.raises(ValueError, match=re.escape(apart)):
         saturation(ours, model(num_experts_per_tok=1), batches)
+    for other in ({"moe_layers": (0, 2, 4)}, {"num_local_experts": 7}):
+        with pytest.raises(ValueError, match="compare checkpoints of one model"):
+            saturation(ours, model(**other), batches)
+
+
+def test_layers_that_choose_different_numbers_of_experts_are_not_counted_together():
+    routed, every = model(), [TopK(layer, 1) for layer in (1, 3, 5)]
+    with edited(routed, every[:1]):
+        sentence = r"\(layer 1: 1, layer 3: 2, layer 5: 2\).* give every MoE layer the same TopK"
+        with pytest.raises(ValueError, match=sentence):
+            choices(routed, ids(2))
+        with pytest.raises(ValueError, match=sentence):
+            quantisation(routed, [ids(2)], "int8")
+    with edited(routed, every):
+        assert choices(routed, ids(2)).expert.shape[2] == 1
+        assert saturation(routed, routed, [ids(2)]).share.tolist() == [1, 1, 1]
 
 
 def test_depth_saturation_does_not_depend_on_the_names_of_experts(rng):
@@ -628,6 +652,19 @@ def test_the_margins_of_a_prompt_are_its_routers(tmp_path):
     assert found.recall(0) == 0
     assert found.precision(0) == 1
     assert found.expected_flips.shape == (3,)
+
+
+def test_margins_follow_the_rules_of_a_layer_and_refuse_what_changes_its_router(tmp_path):
+    routed = model()
+    prompt = build_prompt(small_tokenizer(tmp_path), "The user asks")
+    with edited(routed, [TopK(3, 1)]):
+        expected = routing_of(routed, prompt).margin
+        np.testing.assert_allclose(margins(routed, prompt, "bf16").margin, expected, atol=1e-5)
+    with (
+        edited(routed, [DropExpert(3, 1)]),
+        pytest.raises(ValueError, match=r"layers\.3\.router\.lo"),
+    ):
+        margins(routed, prompt, "bf16")
 
 
 def test_the_distance_of_a_prompt_is_one_in_the_residual_stream(tmp_path):

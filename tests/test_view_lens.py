@@ -15,7 +15,7 @@ from llama4_widgets.views.lens import LensView
 from llama4_widgets.words import number, visible, word_of
 
 TEXT = "def add(a, b):\n    return a + b"
-EDITS = (E.SkipLayer(2), E.DropExpert(1, expert=3))
+EDITS = (E.SkipLayer(2), E.DropExpert(1, expert=3), E.Scale("layers.1.resid_mid", 1.5))
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,10 @@ def test_edited_words_and_parts_stand_beside_the_clean_ones(moment, model):
     for label, theirs, mine in panel(view, "parts")["rows"][:14]:
         assert mine == pytest.approx(values.get(label, 0.0), abs=1e-6)
         assert theirs == pytest.approx(old.get(label, 0.0), abs=1e-6)
+    taken = {row[0]: row[2] for row in panel(view, "parts")["rows"]}
+    assert taken["layer 2: an edit of what its heads wrote"] == pytest.approx(
+        -sum(value for label, value in values.items() if label.startswith("layer 2 head")), abs=1e-5
+    )
     extra = parts.total - parts.values.sum()
     wrote = number(extra, "+.4f")
     assert f"edits of the stream itself wrote {wrote} more" in view.board.summary

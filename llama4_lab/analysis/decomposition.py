@@ -35,6 +35,7 @@ _LABELS = {
     "mlp": "layer {layer} MLP",
     "shared": "layer {layer} shared expert",
     "expert": "layer {layer} expert {index}",
+    "edit": "layer {layer}: an edit of what its heads wrote",
 }
 
 
@@ -44,7 +45,8 @@ class Decomposition:
 
     Kinds are ``embed`` or ``patch`` (what entered at the position: a token's embedding or an image
     feature), ``head``, ``bias`` (of the heads' output, where there is one), ``mlp``, ``shared`` and
-    ``expert``; heads split by what they read are ``text_source`` and ``patch_source``.
+    ``expert``; heads split by what they read are ``text_source`` and ``patch_source``. Where an
+    edit changes what all heads of a layer wrote together, ``edit`` is the difference.
 
     >>> kind, layer, index = ["embed", "head"], np.array([-1, 0]), np.array([4, 2])
     >>> parts = Decomposition(kind, layer, index, np.array([1.0, -3.0]), -2.0, 4, 7, None)
@@ -243,6 +245,8 @@ def _run(
         for half in range(halves)
         for name in _writers(model, half, sources)
     ]
+    outs = (f"layers.{half // 2}.attn.out" for half in range(0, halves, 2))
+    written += [name for name in outs if model.tap.alters(name)]
     prompt = prompt.to(model.device)
     with trace(model, ["embed", *written, *names]) as cache:
         model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
@@ -286,11 +290,17 @@ def _split(
         layer, follows = divmod(half, 2)
         at = {name: cache[f"layers.{layer}.{name}"][0] for name in _writers(model, half, sources)}
         block: Any = model.layers[layer]
-        wrote = (
-            _fed(at, t, direction)
-            if follows
-            else _attended(block.self_attn, at, t, direction, prompt, is_patch)
-        )
+        wrote = [
+            *(
+                _fed(at, t, direction)
+                if follows
+                else _attended(block.self_attn, at, t, direction, prompt, is_patch)
+            )
+        ]
+        if not follows and (altered := cache.get(f"layers.{layer}.attn.out")) is not None:
+            together = torch.cat([each.values for each in wrote]).sum()
+            more = altered[0, t, None].float() @ direction - together
+            wrote.append(_Written("edit", [-1], more))
         for written in wrote:
             yield layer, written
 

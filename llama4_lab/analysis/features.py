@@ -90,15 +90,17 @@ class Question:
 
         With `fixed_routing` every token keeps the experts that it has in the clean run. Pictures
         enter as the clean run's embeddings, unless `pixel_values` hold the tiles of all rows.
+        Inside a block of edits the clean run is the edited one, and these changes come last.
         """
-        fixed = dict(self.chosen) if fixed_routing else {}
+        fixed = self.chosen if fixed_routing else {}
         if pixel_values is None:
-            fixed["embed"] = self.embedding
+            changes = {"embed": lambda _: self.embedding.expand(rows, -1, -1), **changes}
         ids = self.prompt.input_ids.expand(rows, -1)
         mask = self.prompt.attention_mask.expand(rows, -1)
         held = {name: lambda _, x=x: x.expand(rows, -1, -1) for name, x in fixed.items()}
         target = self.target
-        with intervene(self.model, changes), intervene(self.model, held):  # held comes first
+        # Whom tokens choose is held before edits of scores look at it.
+        with intervene(self.model, changes, last=True), intervene(self.model, held):
             keep = ids.shape[1] - target.position
             logits = self.model(ids, pixel_values, mask, keep_last=keep)[:, 0].float()
         if target.quantity == "log_probability":
@@ -121,6 +123,8 @@ class Features:
     device: torch.device
 
     def __post_init__(self) -> None:
+        if not self.labels:
+            raise ValueError(f"no {self.axes[-1]} was given: name one part at least")
         places, counts = np.unique(self.places, axis=0, return_counts=True)
         for place in places[counts > 1]:
             named = ", ".join(f"{name} {i}" for name, i in zip(self.axes, place, strict=True))

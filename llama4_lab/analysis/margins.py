@@ -64,16 +64,23 @@ def margins(model: Llama4, prompt: Prompt, format: str, what: str = "both") -> M
     carry over to later layers.
 
     Raises:
-        ValueError: a model without MoE layers, or an unknown format or part to round.
+        ValueError: a model without MoE layers, an unknown format or part to round, or a call inside
+            a block that changes what a router says.
     """
     layers = moe_layers(model)
+    for name in (f"layers.{i}.router.{part}" for i in layers for part in ("logits", "indices")):
+        if model.tap.alters(name):
+            raise ValueError(
+                f"{name} is changed here, and margins are those of the router's weights: leave "
+                "that block"
+            )
     prompt = prompt.to(model.device)
     with trace(model, [f"layers.{i}.resid_mid" for i in layers]) as cache:
         model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
-    topk = model.config.num_experts_per_tok
     found = []
     for i in layers:
         block: Any = model.layers[i]
+        topk = block.feed_forward.topk
         resid = cache[f"layers.{i}.resid_mid"][prompt.attention_mask.bool()]
         norm, router = block.post_attention_layernorm, block.feed_forward.router.weight.float()
         x = norm(resid).float()

@@ -119,6 +119,8 @@ def _patch(
     columns: tuple[int, ...],
     metric: Metric,
 ) -> Patching:
+    if not runs:
+        raise ValueError("no tokens were given: name one at least, or None for all")
     ends = [float(metric(run.logits[-1])) for run in (clean, replay)]
     if ends[0] == ends[1]:
         raise ValueError(

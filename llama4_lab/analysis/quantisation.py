@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama4_lab.analysis import margins
+from llama4_lab.analysis.routing import uniform_topk
 from llama4_lab.checkpoint.quantised import require_plain
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
@@ -209,6 +210,6 @@ def _run(
     with trace(model, points) as cache:
         logprobs = model(ids[:, :-1]).float().log_softmax(-1).flatten(0, 1)
     nats = F.nll_loss(logprobs, ids[:, 1:].flatten(), reduction="sum").item()
-    topk = model.config.num_experts_per_tok
+    topk = uniform_topk(model) if routers else 0
     chosen = [cache[point].flatten(0, 1).sort(-1).values for point in points]
     return logprobs, nats, torch.stack(chosen) if chosen else ids.new_zeros(0, len(logprobs), topk)

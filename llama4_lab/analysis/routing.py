@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,9 +124,10 @@ def choices(model: Llama4, batch: Batch) -> Choices:
     ``[b, t]`` of the tokens that count.
 
     Raises:
-        ValueError: a model without MoE layers.
+        ValueError: a model without MoE layers, or whose layers choose different numbers of experts.
     """
     layers = moe_layers(model)
+    uniform_topk(model)
     if isinstance(batch, Tensor):
         ids, pixels, mask, counts = batch, None, None, torch.ones_like(batch).bool()
     elif not isinstance(batch, Prompt | tuple):
@@ -146,6 +148,23 @@ def choices(model: Llama4, batch: Batch) -> Choices:
     row = counts.nonzero()[:, 0]
     arrays = (stacked("indices"), stacked("logits"), _numpy(ids)[counts], _numpy(row))
     return Choices(*arrays, num_rows=len(ids))
+
+
+def uniform_topk(model: Llama4) -> int:
+    """Return how many experts a token chooses in each MoE layer.
+
+    Raises:
+        ValueError: edits let layers choose different numbers.
+    """
+    blocks: Any = model.layers
+    found = {i: blocks[i].feed_forward.topk for i in moe_layers(model)}
+    if len({*found.values()}) > 1:
+        by_layer = ", ".join(f"layer {i}: {k}" for i, k in found.items())
+        raise ValueError(
+            f"layers choose different numbers of experts here ({by_layer}), and counts are of one: "
+            "give every MoE layer the same TopK, or none"
+        )
+    return found[min(found)]
 
 
 def moe_layers(model: Llama4) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from llama4_lab.analysis.information import information
 from llama4_lab.analysis.load import entropy
-from llama4_lab.analysis.routing import Batch, choices, moe_layers
+from llama4_lab.analysis.routing import Batch, choices, moe_layers, uniform_topk
 from llama4_lab.model import Llama4
 
 
@@ -55,17 +55,18 @@ def saturation(early: Llama4, final: Llama4, batches: Iterable[Batch]) -> Satura
     """Compare the choices of an early checkpoint with those of the final model, batch by batch.
 
     Raises:
-        ValueError: models of different MoE layers or top-k.
+        ValueError: models of different MoE layers, experts or top-k.
     """
     routes = [
-        (len(moe_layers(model)), model.config.num_experts_per_tok) for model in (early, final)
+        (moe_layers(model), model.config.num_local_experts, uniform_topk(model))
+        for model in (early, final)
     ]
     if routes[0] != routes[1]:
         raise ValueError(
-            f"(MoE layers, top-k) of the models are {routes[0]} and {routes[1]}: compare "
+            f"(MoE layers, experts, top-k) of the models are {routes[0]} and {routes[1]}: compare "
             "checkpoints of one model"
         )
-    found = Saturation.empty(routes[1][0])
+    found = Saturation.empty(len(routes[1][0]))
     for batch in batches:
         found.update(choices(early, batch).expert, choices(final, batch).expert)
     return found

@@ -17,6 +17,7 @@ class Vocabulary:
 
     layers: tuple[int, ...]
     load: Int[np.ndarray, "v l e"]
+    topk: int = 1  # choices that an occurrence makes
 
     @property
     def share(self) -> Float[np.ndarray, "v l e"]:
@@ -44,7 +45,7 @@ class Vocabulary:
 
         The greatest share comes first; tokens that occur less often than `at_least` are left out.
         """
-        ids = np.flatnonzero(self.load[:, row].sum(axis=-1) >= at_least)
+        ids = np.flatnonzero(self.load[:, row].sum(axis=-1) >= at_least * self.topk)
         return ids[np.argsort(-self.share[ids, row, expert], kind="stable")]
 
 
@@ -52,12 +53,18 @@ def vocabulary(model: Llama4, batches: Iterable[Batch]) -> Vocabulary:
     """Count the experts that each input token chose, batch by batch.
 
     Memory is vocabulary × MoE layers × experts × 8 bytes, whatever the number of tokens.
+
+    Raises:
+        ValueError: no batches, and as `choices`.
     """
     layers = moe_layers(model)
     config = model.config
     load = np.zeros((config.vocab_size, len(layers), config.num_local_experts), dtype=np.int64)
-    layer = np.arange(len(layers))[:, None, None]
+    layer, topk = np.arange(len(layers))[:, None, None], 0
     for batch in batches:
         found = choices(model, batch)
+        topk = found.expert.shape[-1]
         add_counts(load, found.token[:, None], layer, found.expert)
-    return Vocabulary(layers, load)
+    if not topk:
+        raise ValueError("no batches were given: there is nothing to count")
+    return Vocabulary(layers, load, topk)
