@@ -107,7 +107,7 @@ def test_painting_out_is_told_from_keeping(model, monkeypatch):
     def asked(model, material, examples, answers=None):
         answers = answers or [example.answer for example in examples]
         pairs = zip(examples, answers, strict=True)
-        return float(np.mean([example.answer == said for example, said in pairs]))
+        return np.array([example.answer == said for example, said in pairs])
 
     monkeypatch.setattr(behaviour, "asked", asked)
     found = behaviour.seeing(model, 12)
@@ -115,6 +115,25 @@ def test_painting_out_is_told_from_keeping(model, monkeypatch):
     for task, row in found.items():
         assert set(row.values()) == {1.0}, task
     assert set(found["colour"]) == {"right", "changed", "kept"}
+
+
+def test_only_answers_that_were_right_can_change(model, monkeypatch):
+    """A model that is right about every second question, and says nothing of changed pictures."""
+    shown = []
+
+    def asked(model, material, examples, answers=None):
+        shown.append((len(examples), answers is None))
+        return (
+            np.arange(len(examples)) % 2 == 0 if answers is None else np.zeros(len(examples), bool)
+        )
+
+    monkeypatch.setattr(behaviour, "asked", asked)
+    row = behaviour.seeing(model, 12)["colour"]
+    assert row == {"right": 0.5, "changed": 1.0, "kept": 0.0}
+    monkeypatch.setattr(
+        behaviour, "asked", lambda model, material, examples, answers=None: np.zeros(len(examples))
+    )
+    assert behaviour.seeing(model, 12)["colour"] == {"right": 0.0, "kept": 0.0}
 
 
 def test_loss_by_position_averages_between_edges():

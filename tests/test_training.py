@@ -266,6 +266,10 @@ def test_batches_follow_the_weights_and_depend_on_the_generator_only(data):
     assert (rows.max(1) < 45).sum() == 6
     np.testing.assert_array_equal(rows, mixture.batch(np.random.default_rng(5), 8, 24))
     assert (rows != mixture.batch(np.random.default_rng(6), 8, 24)).any()
+    with pytest.raises(
+        ValueError, match=r"the domain '\w+' has [\d,]+ tokens, and a row takes 1,0"
+    ):
+        mixture.batch(np.random.default_rng(6), 8, 1_000_000)
     assert (np.diff(rows) == 1).mean() > 0.9
 
 

@@ -121,27 +121,32 @@ def with_config(model: Llama4, **changes: object) -> Llama4:
 def seeing(model: Llama4, count: int) -> dict[str, dict[str, float]]:
     """Ask about scenes of one to four objects, each question by itself, `count` times a task.
 
-    Returns shares by task: "right" answers; "changed", those that are no longer given when the
-    asked object is painted out; "kept", right answers when another object is painted out. Pictures
-    of two and four tiles are asked about with all tasks in turn.
+    Returns shares by task: "right" answers; "changed", those of them that are no longer given when
+    the asked object is painted out (left out where none can tell); "kept", right answers when
+    another object is painted out. Pictures of two and four tiles are asked about with all tasks in
+    turn.
     """
     material = Material(model.tokenizer.file.parent, model.config.vision_config)
     rng = np.random.default_rng((SEED, 1))
     found: dict[str, dict[str, float]] = {}
     for task in scenes.TASKS:
         examples = [scenes.sample(rng, task) for _ in range(count)]
-        found[task] = {"right": asked(model, material, examples)}
+        right = asked(model, material, examples)
+        found[task] = {"right": float(right.mean())}
         if task in ("scan", "caption"):
             continue
-        there = [(example, example.asked) for example in examples if example.asked]
-        found[task]["changed"] = 1 - painted_out(model, material, there)
+        told = zip(examples, right, strict=True)
+        if there := [
+            (example, example.asked) for example, is_right in told if is_right and example.asked
+        ]:
+            found[task]["changed"] = 1 - painted_out(model, material, there)
         others = [(example, other) for example in examples if (other := not_asked(example))]
         found[task]["kept"] = painted_out(model, material, others)
     for name, tiles in (("two tiles", ((1, 2), (2, 1))), ("four tiles", ((2, 2),))):
         tasks = itertools.islice(itertools.cycle(scenes.ONE_PICTURE), count)
         worlds = itertools.cycle(scenes.World(tiles=shape) for shape in tiles)
         examples = [scenes.sample(rng, *wish) for wish in zip(tasks, worlds, strict=False)]
-        found[name] = {"right": asked(model, material, examples)}
+        found[name] = {"right": float(asked(model, material, examples).mean())}
     return found
 
 
@@ -152,7 +157,8 @@ def painted_out(
 ) -> float:
     """Return how often the answer stays when the objects with an example are painted out."""
     answers = [example.answer for example, _ in pairs]
-    return asked(model, material, [example.paint_out(gone) for example, gone in pairs], answers)
+    shown = [example.paint_out(gone) for example, gone in pairs]
+    return float(asked(model, material, shown, answers).mean())
 
 
 def asked(
@@ -160,15 +166,15 @@ def asked(
     material: Material,
     examples: Sequence[scenes.Example],
     answers: Sequence[str] | None = None,
-) -> float:
-    """Return the share of examples that are answered so; by default, rightly."""
+) -> Bool[np.ndarray, " examples"]:
+    """Tell which examples are answered so; by default, rightly."""
     if answers is None:
         answers = [example.answer for example in examples]
     rows = [
         chat(material, example.images, [(example.question, answer)], LONGEST)[0]
         for example, answer in zip(examples, answers, strict=True)
     ]
-    return float(right_answers(model, rows).mean())
+    return right_answers(model, rows)
 
 
 def not_asked(example: scenes.Example) -> list[tuple[int, int]]:

@@ -272,8 +272,8 @@ def markdown(card: Card) -> str:
     ]
     if card.pictures:
         parts[7:7] = [
-            "Questions about pictures: right answers; answers that change when the asked object is "
-            "painted out; right answers when another object is painted out:",
+            "Questions about pictures: right answers; those of them that change when the asked "
+            "object is painted out; right answers when another object is painted out:",
             table("question", percent(card.pictures)),
         ]
     if card.recited:

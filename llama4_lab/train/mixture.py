@@ -43,7 +43,13 @@ class Mixture:
         )
         out = []
         for domain in chosen:
-            tokens = self.tokens[self.domains[domain]]
+            name = self.domains[domain]
+            tokens = self.tokens[name]
+            if len(tokens) <= length:
+                raise ValueError(
+                    f"the domain {name!r} has {len(tokens):,} tokens, and a row takes "
+                    f"{length + 1:,}: give shorter rows, or a corpus with more text"
+                )
             start = rng.integers(0, len(tokens) - length)
             out.append(tokens[start : start + length + 1].astype(np.int64))
         return np.stack(out)
