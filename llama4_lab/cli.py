@@ -17,6 +17,7 @@ import llama4_lab as l4
 from llama4_lab.packed import KINDS
 from llama4_lab.plan import PRECISIONS
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _CONFIGS = "scout, maverick, behemoth, a shipped model's name, or a folder"
 
 
@@ -103,6 +104,8 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="in the format that transformers opens, by way of memory; not quantised",
     )
+    about = "of the weights that are not packed (default: the files' one)"
+    sub.add_argument("--dtype", choices=_DTYPES, help=about)
 
     sub = command("plan", plan, "count parameters; with --gpu, what fits and how fast it can be")
     about = f"{_CONFIGS}; all is the same as --table"
@@ -249,7 +252,8 @@ def convert(options: argparse.Namespace) -> None:
     target = options.target.expanduser()
     if not options.hugging_face:
         with _going_on(target / f"{UNFINISHED}conversion", "*.safetensors"):
-            l4.convert(options.source, target, quantize=options.quantize)
+            dtype = getattr(torch, options.dtype) if options.dtype else None
+            l4.convert(options.source, target, quantize=options.quantize, dtype=dtype)
     elif options.quantize:
         raise ValueError(
             f"--quantize {options.quantize} is a format of our own, which --hugging-face is not: "
@@ -261,6 +265,7 @@ def convert(options: argparse.Namespace) -> None:
             raise ValueError(f"{target} is what is converted: give another folder to write to")
         # By itself, `load` widens a shipped model.
         dtype = HuggingFaceFolder.open(folder).dtype if folder.parent == MODELS else None
+        dtype = getattr(torch, options.dtype) if options.dtype else dtype
         model = l4.load(folder, dtype=dtype)
         require_plain(model, "--hugging-face")
         l4.save(model, target)

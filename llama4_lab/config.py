@@ -116,8 +116,8 @@ class Llama4Config:
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 262144
     tie_word_embeddings: bool = False
-    bos_token_id: int = 200000
-    eos_token_id: int | tuple[int, ...] = (200001, 200007, 200008)
+    bos_token_id: int | None = 200000
+    eos_token_id: int | tuple[int, ...] | None = (200001, 200007, 200008)
     pad_token_id: int | None = 200018
     boi_token_index: int = 200080
     eoi_token_index: int = 200081
@@ -189,9 +189,9 @@ class Llama4Config:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens after which generation ends."""
+        """Tokens after which generation ends; none where the config names none."""
         eos = self.eos_token_id
-        return (eos,) if isinstance(eos, int) else tuple(eos)
+        return (eos,) if isinstance(eos, int) else tuple(eos or ())
 
     # ---- values in and out
 
@@ -223,6 +223,8 @@ class Llama4Config:
                 f"expected one of {', '.join(known)}"
             )
         text = {**raw, **raw.get("text_config", {})}
+        if "text_config" in raw:  # of the two, transformers looks at the inner one
+            text["tie_word_embeddings"] = raw["text_config"].get("tie_word_embeddings", False)
         values = _known_fields(cls, text)
         _require(
             text.get("hidden_act", "silu") == "silu",
@@ -239,11 +241,31 @@ class Llama4Config:
         if (vision := raw.get("vision_config")) is not None:
             fields = _known_fields(VisionConfig, vision) | _rope_fields(vision)
             values["vision_config"] = VisionConfig(**fields)
-        if values.get("head_dim") is not None:
-            return cls(**values)
-        values["head_dim"] = cls.head_dim
+        is_given = values.get("head_dim") is not None
+        values["head_dim"] = values["head_dim"] if is_given else cls.head_dim
         config = cls(**values)  # what checks the numbers that are divided
+        config._check_layer_types(text.get("layer_types"))
+        if is_given:
+            return config
         return config.replace(head_dim=config.hidden_size // config.num_attention_heads)
+
+    def _check_layer_types(self, types: list[str] | None) -> None:
+        """Refuse another rule of who attends in chunks than that of RoPE.
+
+        transformers takes masks from ``layer_types``, and rotations from ``no_rope_layers``.
+        """
+        if types is None:
+            return
+        for layer in range(self.num_hidden_layers):
+            given = types[layer] if layer < len(types) else None
+            usual = "chunked_attention" if self.uses_rope(layer) else "full_attention"
+            is_alike = self.attention_chunk(layer) is None and given == "full_attention"
+            _require(
+                given == usual or is_alike,
+                f"layer_types has {given!r} for layer {layer}, where only {usual!r} is supported: "
+                f"it {'has' if self.uses_rope(layer) else 'is without'} RoPE, and RoPE layers "
+                "attend in chunks, the others to all",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of a ``config.json`` that transformers and `from_dict` read."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from meta_folder import PARAMS, write_meta
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_tokenizer import small_tokenizer
 from tiny import CONFIG, tiny
 
@@ -35,6 +35,27 @@ def contents(folder):
     for file in folder.glob("*.safetensors"):
         found |= load_file(file)
     return found
+
+
+def test_weights_of_two_dtypes_are_converted_to_one(folder, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    for file in mixed.glob("*.safetensors"):
+        tensors = load_file(file)
+        halves = {n: t if "router" in n else t.bfloat16() for n, t in tensors.items()}
+        save_file(halves, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="choose one for all by dtype"):
+        convert(mixed, tmp_path / "none")
+    assert main(["convert", str(mixed), str(tmp_path / "plain"), "--dtype", "bfloat16"]) == 0
+    convert(mixed, tmp_path / "packed", quantize="int8", dtype=torch.bfloat16)
+    expected = l4.load(mixed, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(l4.load(tmp_path / "plain")(IDS), expected(IDS))
+    packed = l4.load(tmp_path / "packed", experts="mmap")
+    assert packed.norm.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"dtype torch.int32 is not one for weights: give"):
+        convert(mixed, tmp_path / "wrong", dtype=torch.int32)
+    assert not (tmp_path / "wrong").exists() and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -250,7 +250,7 @@ KINDS = {
         ),
         ValueError,
         "{at}/model.safetensors: model.norm.weight is float16 but lm_head.weight is float32: "
-        "choose one for all with load(..., dtype=...)",
+        "choose one for all by dtype",
     ),
     "a broken tokenizer": (
         "single",

@@ -15,7 +15,7 @@ from small_tokenizer import small_tokenizer
 from transformers import Llama4ForCausalLM
 
 from llama4_lab import SCOUT, Llama4Config, random
-from llama4_lab.checkpoint import load, save, shipped
+from llama4_lab.checkpoint import convert, load, save, shipped
 
 # What a model has: text config, vision config, bytes in one file when saved.
 MODELS = {
@@ -151,6 +151,32 @@ def test_a_second_table_in_the_file_of_a_tied_model_is_left_out(tmp_path):
     table = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors | {"lm_head.weight": table}, tmp_path / "model.safetensors")
     assert torch.equal(load(tmp_path).lm_head.weight, model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("vision", [None, VISION])
+@torch.no_grad()
+def test_a_read_out_of_its_own_is_read_whatever_the_config_says(tmp_path, vision):
+    hf, _ = pair(text_config(), vision)
+    hf.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs/config.json"
+    raw = json.loads(file.read_text())
+    raw.get("text_config", raw)["tie_word_embeddings"] = True
+    file.write_text(json.dumps(raw))
+    with pytest.warns(UserWarning, match="but the weights hold another one, which is read"):
+        ours = load(tmp_path / "theirs")
+    ids = torch.randint(3, 80, (2, 37))
+    torch.testing.assert_close(ours(ids), hf(ids).logits, **ROUNDING)
+    assert not ours.config.tie_word_embeddings
+    with pytest.warns(UserWarning, match="another one, which is read"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    assert torch.equal(load(tmp_path / "ours").lm_head.weight, ours.lm_head.weight)
+
+
+def test_of_two_words_on_ties_the_inner_one_counts():
+    raw = SCOUT.to_dict() | {"tie_word_embeddings": True}
+    assert not Llama4Config.from_dict(raw).tie_word_embeddings
+    del raw["text_config"]["tie_word_embeddings"]
+    assert not Llama4Config.from_dict(raw).tie_word_embeddings
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ def unchecked(monkeypatch):
         ),
         ({"no_rope_layers": "1110"}, "no_rope_layers '1110' must be a list of whole numbers or "),
         ({"moe_layers": [1.0]}, r"moe_layers \(1\.0,\) must be a list of whole numbers or None"),
-        ({"eos_token_id": None}, "eos_token_id None must be a whole number or a list of whole num"),
+        ({"eos_token_id": "2"}, "eos_token_id '2' must be a whole number or a list of whole num"),
         ({"attention_chunk_size": "8"}, "attention_chunk_size '8' must be a whole number or None"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps 'x' must be a number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan must be positive"),
@@ -171,6 +171,38 @@ def test_values_of_the_wrong_kind_are_refused(change, sentence):
     raw = CONFIG.replace(vision_config=None).to_dict()
     with pytest.raises(ValueError, match=f"^{sentence}"):
         l4.Llama4Config.from_dict(raw | change)
+
+
+def test_a_model_may_have_no_first_and_no_last_token():
+    raw = CONFIG.replace(vision_config=None).to_dict()
+    config = l4.Llama4Config.from_dict(raw | {"bos_token_id": None, "eos_token_id": None})
+    assert (config.bos_token_id, config.stop_token_ids) == (None, ())
+    assert config.to_dict()["eos_token_id"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({3: "chunked_attention"}, "layer 3, where only 'full_attention' is supported: it is with"),
+        (
+            {0: "full_attention"},
+            "layer 0, where only 'chunked_attention' is supported: it has RoPE",
+        ),
+        ({5: "sliding_attention"}, "has 'sliding_attention' for layer 5, where only 'chunked"),
+    ],
+)
+def test_masks_of_other_layers_than_those_with_rope_are_refused(change, sentence):
+    raw = CONFIG.replace(vision_config=None).to_dict()
+    chunked, full = "chunked_attention", "full_attention"
+    types = [*[chunked] * 3, full, chunked, chunked]
+    assert l4.Llama4Config.from_dict(raw | {"layer_types": types}) == l4.Llama4Config.from_dict(raw)
+    without = raw | {"layer_types": [full] * 6, "attention_chunk_size": None}
+    assert l4.Llama4Config.from_dict(without).attention_chunk(0) is None
+    with pytest.raises(ValueError, match=sentence):
+        wrong = [change.get(i, kind) for i, kind in enumerate(types)]
+        l4.Llama4Config.from_dict(raw | {"layer_types": wrong})
+    with pytest.raises(ValueError, match="layer_types has None for layer 5"):
+        l4.Llama4Config.from_dict(raw | {"layer_types": types[:5]})
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,9 @@ class Bench:
         return torch.Generator(device=self.device).manual_seed(seed)
 
     def ids(self, rows: int, tokens: int) -> torch.Tensor:
-        """Return seeded tokens, drawn uniformly."""
-        top = min(self.config.vocab_size, self.config.bos_token_id)  # no special ones
+        """Return seeded tokens, drawn uniformly from those that are not special."""
+        size = self.config.vocab_size
+        top = min(size, self.config.bos_token_id or size)
         shape = (rows, tokens)
         return torch.randint(top, shape, generator=self.generator(), device=self.device)
 

@@ -4,6 +4,7 @@ Read `llama4_lab.checkpoint.huggingface` and `.meta` for the formats, `.files` f
 """
 
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -69,9 +70,7 @@ def load(
             that is no number of tiles.
     """
     check_max_tiles(max_tiles)
-    if dtype is not None and dtype not in DTYPES.values():
-        allowed = ", ".join(map(str, DTYPES.values()))
-        raise ValueError(f"dtype {dtype} is not one for weights: give {allowed}, or None")
+    _check_dtype(dtype)
     folder, device = find(name_or_folder), torch.device(device)
     if dtype is None and folder.parent == MODELS:
         dtype = torch.float32
@@ -114,6 +113,7 @@ def convert(
     target: str | Path,
     *,
     quantize: str | None = None,
+    dtype: torch.dtype | None = None,
     text_only: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -127,7 +127,8 @@ def convert(
     at once.
 
     Args:
-        quantize: packs weights as `load` does; None keeps them, in their own dtype.
+        quantize: packs weights as `load` does; None keeps them.
+        dtype: of the weights that are not packed; None keeps the files' one.
 
     Raises:
         FileExistsError, FileNotFoundError, NotADirectoryError, OSError: there is no such source, or
@@ -135,6 +136,7 @@ def convert(
             unfinished, of another source.
         ValueError: as for `load`; a source that is quantised; or a target that is the source.
     """
+    _check_dtype(dtype)
     folder, target = find(name_or_folder), Path(target).expanduser()
     if target.resolve() == folder.resolve():
         raise ValueError(f"{target} is what is converted: give another folder to write to")
@@ -146,7 +148,13 @@ def convert(
             "that it was made from"
         )
     tokenizer = _tokenizer(folder, source.config)
-    convert_folder(source, tokenizer, target, quantisation, max_shard_bytes)
+    convert_folder(source, tokenizer, target, quantisation, max_shard_bytes, dtype)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES.values():
+        allowed = ", ".join(map(str, DTYPES.values()))
+        raise ValueError(f"dtype {dtype} is not one for weights: give {allowed}, or None")
 
 
 def _open(folder: Path, text_only: bool) -> HuggingFaceFolder | MetaFolder:
@@ -211,7 +219,7 @@ def _tokenizer(folder: Path, config: Llama4Config) -> Tokenizer | None:
             f"image_token_index is {config.image_token_index}: use the tokenizer that came with "
             "the checkpoint"
         )
-    return tokenizer
+    return replace(tokenizer, unused=range(tokenizer.vocab_size, config.vocab_size))
 
 
 def _tile_sizes(config: Llama4Config) -> dict[str, float]:

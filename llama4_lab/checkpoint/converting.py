@@ -43,6 +43,7 @@ def convert_folder(
     target: Path,
     quantisation: Quantisation | None,
     max_shard_bytes: int,
+    dtype: torch.dtype | None,
 ) -> None:
     """Write a folder that `load` maps: packed as ``load(..., quantize=)`` packs, or plain.
 
@@ -61,7 +62,7 @@ def convert_folder(
         model = Llama4(source.config)
     weights = dict(model.named_parameters())
     source.check(weights)
-    dtype, pack = source.dtype, {}
+    dtype, pack = dtype or source.dtype, {}
     if quantisation is not None:
         pack = dict.fromkeys(packable(model), quantisation)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -82,7 +83,7 @@ def convert_folder(
                 bar.update(sum(sizes[name] for name in names))
             else:
                 _check_room(new, layout.size)
-                layout.write(new / file, _pieces(source, names, shapes, pack), bar)
+                layout.write(new / file, _pieces(source, names, shapes, pack, dtype), bar)
     for file in {each.name for each in new.iterdir()} - {*weight_map.values(), CONFIG}:
         (new / file).unlink()  # left by a conversion into other shards
     copy_companions(tokenizer, new)
@@ -97,6 +98,7 @@ def _pieces(
     names: Sequence[str],
     shapes: Mapping[str, tuple[int, ...]],
     pack: Mapping[str, Quantisation],
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield what follows next in each tensor."""
     for name in names:
@@ -104,7 +106,7 @@ def _pieces(
             if name in pack:
                 yield from of_packed(name, pack[name].pack(rows)).items()
             else:
-                yield name, rows
+                yield name, rows.to(dtype)
 
 
 @dataclass(frozen=True)

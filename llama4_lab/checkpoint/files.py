@@ -268,7 +268,7 @@ def check_one_dtype(found: Sequence[Stored]) -> torch.dtype:
         if other.dtype != first.dtype:
             raise ValueError(
                 f"{other.file}: {other.name} is {str(other.dtype)[6:]} but {first.name} is "
-                f"{str(first.dtype)[6:]}: choose one for all with load(..., dtype=...)"
+                f"{str(first.dtype)[6:]}: choose one for all by dtype"
             )
     return first.dtype
 

@@ -126,8 +126,16 @@ class HuggingFaceFolder:
             config = config.replace(vision_config=None)
         if text_only:
             tensors = {name: t for name, t in tensors.items() if not name.startswith(_VISION)}
-        if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)  # the table of embeddings serves as both
+        if config.tie_word_embeddings and "lm_head.weight" in tensors:
+            if _has_own_head(tensors):
+                warnings.warn(
+                    f"{folder / CONFIG} says that the read-out is the table of embeddings, but the "
+                    "weights hold another one, which is read",
+                    stacklevel=4,
+                )
+                config = config.replace(tie_word_embeddings=False)
+            else:
+                del tensors["lm_head.weight"]  # the table of embeddings serves as both
         return cls(config, listing, tensors, quantisation, is_ours)
 
     def as_ours(self, name: str, stored: Tensor) -> Tensor:
@@ -234,6 +242,18 @@ class HuggingFaceFolder:
         like = torch.empty(0, dtype=dtype or self.dtype, device=device)
         every = range(shape[0])
         return Mapped(name, (shape[1], shape[2]), every, expert, memory, like, packed_size)
+
+
+def _has_own_head(tensors: Mapping[str, Stored]) -> bool:
+    """Whether the read-out is stored with other numbers than the embeddings."""
+    head, table = tensors["lm_head.weight"], tensors.get("embed_tokens.weight")
+    if table is None or (head.shape, head.dtype) != (table.shape, table.dtype):
+        return True
+    step = max(1, _PIECE // max(1, head.shape[-1]))
+    return any(
+        not torch.equal(map_tensor(head)[i : i + step], map_tensor(table)[i : i + step])
+        for i in range(0, head.shape[0], step)
+    )
 
 
 def _read_config(path: Path) -> tuple[Llama4Config, Quantisation | None, bool]:
