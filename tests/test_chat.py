@@ -84,7 +84,10 @@ def test_tool_calls_and_results_end_their_message(tokenizer):
         f"<|python_start|><|python_end|>{json}{json}<|eom|>"
         "<|header_start|>ipython<|header_end|>\n\nred<|eom|>"
     )
-    assert encode_chat(tokenizer, messages).roles == ["assistant", "ipython", "assistant"]
+    encoded = encode_chat(tokenizer, messages)
+    assert encoded.roles == ["assistant", "ipython", "assistant"]
+    del messages[0]["content"]
+    assert encode_chat(tokenizer, messages).ids == encoded.ids
 
 
 def test_only_a_system_message_at_the_start_is_trimmed(tokenizer):

@@ -134,6 +134,22 @@ def test_temperature_is_one_up_to_the_floor_and_follows_the_published_table():
         assert step.temperature.item() == pytest.approx(expected, abs=1e-7)
 
 
+def zeros_at(slots, where):
+    """A mask of two rows with (row, zeros in front)."""
+    mask = torch.ones(2, slots, dtype=torch.long)
+    if where:
+        mask[where[0], : where[1]] = 0
+    return mask
+
+
+def filled(mask):
+    """A cache of two rows that holds 20 slots."""
+    model = tiny()
+    cache = model.new_cache(2)
+    model(some_ids(2)[:, :20], None, mask, cache)
+    return cache
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -164,6 +180,18 @@ def test_temperature_is_one_up_to_the_floor_and_follows_the_published_table():
             "attention_mask has a 0 behind a 1: only left padding is supported",
         ),
         (
+            lambda: (some_ids(2)[:, :8], None, zeros_at(8, (1, 2)), filled(zeros_at(20, ()))),
+            "row 1 holds 20 tokens behind 0 of padding, and the mask puts 2 more behind it; keep",
+        ),
+        (
+            lambda: (some_ids(2)[:, :8], None, zeros_at(28, (0, 3)), filled(None)),
+            "row 0 holds 20 tokens behind 0 of padding, and the mask begins with 3; keep the padd",
+        ),
+        (
+            lambda: (some_ids(2)[:, :8], None, zeros_at(28, ()), filled(zeros_at(20, (1, 3)))),
+            "row 1 holds 17 tokens behind 3 of padding, and the mask begins with 0; keep the padd",
+        ),
+        (
             lambda: (some_ids(1), None, None, tiny().new_cache(2)),
             "a cache for 2 rows was given 1 rows",
         ),
@@ -172,6 +200,18 @@ def test_temperature_is_one_up_to_the_floor_and_follows_the_published_table():
 def test_arguments_that_do_not_fit_are_refused(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         tiny()(*arguments())
+
+
+def test_a_row_may_begin_behind_others_that_are_cached():
+    model, ids = tiny(attn_temperature_tuning=False), some_ids(2)
+    first, rest = zeros_at(20, (1, 20)), zeros_at(17, (1, 3))
+    alone = model(ids[1:, 23:])
+    for mask in (rest, torch.cat([first, rest], dim=1)):
+        cache = model.new_cache(2)
+        model(ids[:, :20], None, first, cache)
+        again = model(ids[:, 20:], None, mask, cache)
+        torch.testing.assert_close(again[1:, 3:], alone, atol=1e-5, rtol=0)
+        assert cache.pad == [0, 23]
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])

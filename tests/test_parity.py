@@ -39,6 +39,10 @@ TEXT = {
         "rope_parameters": LLAMA3_ROPE
         | {"factor": 5.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     },
+    "llama3_with_its_zone_turned_round": {
+        "rope_parameters": LLAMA3_ROPE
+        | {"factor": 5.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
+    },
 }
 VISION_GRID = {
     "scout_vision": ({}, {}),

@@ -1,6 +1,7 @@
 """Text to ids and back, with a small tokenizer and, where its file is at hand, Llama 4's own."""
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -122,6 +123,17 @@ def test_a_token_out_of_range_is_named(tokenizer, idx):
         ValueError, match=rf"token {idx} is out of range: .* 336 tokens \(0 to 335\)"
     ):
         tokenizer.token_bytes(idx)
+
+
+def test_ids_that_no_text_has_get_a_name(tokenizer):
+    size = tokenizer.vocab_size
+    wider = dataclasses.replace(tokenizer, unused=range(size, size + 2))
+    ids = [*wider.encode("Hi"), size + 1, *wider.encode(" you")]
+    for each in (wider, pickle.loads(pickle.dumps(wider)), copy.deepcopy(wider)):
+        assert each.decode(ids) == f"Hi<|unused_{size + 1}|> you"
+        assert each.decode(ids, special=False) == "Hi you"
+    with pytest.raises(ValueError, match=f"token {size + 2} is out of range"):
+        wider.token_bytes(size + 2)
 
 
 def test_streaming_never_yields_half_a_character(tokenizer):

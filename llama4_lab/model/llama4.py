@@ -254,13 +254,21 @@ def left_padding(mask: Tensor | None, b: int, t: int, cache: KVCache | None) -> 
             f"{first} cached slots"
         )
     pad = (mask == 0).sum(dim=1).tolist()
-    if mask.shape[1] < first + t:
-        assert cache is not None
-        pad = [old if old < first else first + new for old, new in zip(cache.pad, pad, strict=True)]
     zeros = [(row == 0).sum() == (row.cumsum(0) == 0).sum() for row in mask.long()]
     if not all(zeros):
         raise ValueError(
-            "attention_mask has a 0 behind a 1: only left padding is supported; "
-            "put the padding in front, or leave the mask out for right padding (it changes nothing)"
+            "attention_mask has a 0 behind a 1: only left padding is supported; put the padding in "
+            "front, or, without a cache, leave the mask out for right padding (it changes nothing)"
         )
+    is_whole = mask.shape[1] == first + t
+    for row, old in enumerate(cache.pad if cache is not None and first else []):
+        new = min(pad[row], first) if is_whole else old if pad[row] == 0 else first
+        if new != old:
+            said = f"begins with {pad[row]}" if is_whole else f"puts {pad[row]} more behind it"
+            raise ValueError(
+                f"attention_mask contradicts the cache, whose row {row} holds {first - old} tokens "
+                f"behind {old} of padding, and the mask {said}; keep the padding that the cache "
+                "was filled with, and give rows as many new tokens each, or run them one by one"
+            )
+        pad[row] = pad[row] if is_whole else old if old < first else first + pad[row]
     return pad

@@ -108,7 +108,7 @@ def rope_frequencies(config: Llama4Config) -> Float[Tensor, " half"]:
 
     With scaling, wavelengths beyond the original context are stretched by `factor`, those well
     inside are kept, and a zone between ``original/high`` and ``original/low`` is interpolated.
-    Scout has low = high: no zone.
+    Scout has low = high: no zone; nor is there one where low is above high.
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
     freq = 1.0 / config.rope_theta ** (half / config.head_dim)
@@ -116,7 +116,7 @@ def rope_frequencies(config: Llama4Config) -> Float[Tensor, " half"]:
         return freq
     turns = scaling.original_max_position_embeddings * freq / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    if low == high:
+    if low >= high:
         kept = (turns > low).float()
     else:
         kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)

@@ -68,7 +68,8 @@ def encode_chat(
 
 
 def _role(message: Any, idx: int) -> str:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+    is_known = isinstance(message, Mapping) and "role" in message
+    if not is_known or not ("content" in message or message.get("tool_calls")):
         raise TypeError(f'message {idx} is {message!r:.80}: give {{"role": ..., "content": ...}}')
     role = "ipython" if message["role"] == "tool" else message["role"]
     if role not in ROLES:
@@ -91,7 +92,8 @@ def _encode_message(
     tokenizer: Tokenizer, role: str, message: Mapping[str, Any], idx: int
 ) -> list[int]:
     calls = message.get("tool_calls") or ()
-    parts = _parts("" if calls and message["content"] is None else message["content"], idx)
+    content_of = message.get("content")
+    parts = _parts("" if calls and content_of is None else content_of, idx)
     if role == "system" and idx == 0:
         parts = [part and part.strip() for part in parts]
     content: list[int] = []

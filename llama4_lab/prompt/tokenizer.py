@@ -52,6 +52,7 @@ class Tokenizer:
     special: dict[str, int] = field(repr=False)
     encode_plain: Callable[[str], list[int]] = field(repr=False)
     plain_bytes: Callable[[int], bytes] = field(repr=False)
+    unused: range = range(0)  # ids behind the last one, of embeddings that no text has
 
     def __post_init__(self) -> None:
         if missing := [name for name in REQUIRED if name not in self.special]:
@@ -63,8 +64,9 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Any, ...]:
         """Let other processes read the file again."""
         if self.file.suffix == ".json":
-            return Tokenizer.from_json, (self.file,)
-        return Tokenizer.from_ranks, (self.file, self.vocab_size - len(self.special))
+            return Tokenizer.from_json, (self.file,), {"unused": self.unused}
+        ranks = self.vocab_size - len(self.special)
+        return Tokenizer.from_ranks, (self.file, ranks), {"unused": self.unused}
 
     def __deepcopy__(self, memo: Any) -> "Tokenizer":
         return self  # nothing in it changes
@@ -197,7 +199,7 @@ class Tokenizer:
         """Yield the text of `ids` as they come; a character waits for the last of its bytes."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for idx in ids:
-            if not special and int(idx) in self._name_of:
+            if not special and (int(idx) in self._name_of or int(idx) in self.unused):
                 continue
             if piece := decoder.decode(self.token_bytes(int(idx))):
                 yield piece
@@ -205,11 +207,13 @@ class Tokenizer:
             yield piece
 
     def token_bytes(self, idx: int) -> bytes:
-        """Give the bytes that one token stands for; of a special token, its name.
+        """Give the bytes that one token stands for; of a special or unused token, a name.
 
         Raises:
             ValueError: no such token.
         """
+        if idx in self.unused:
+            return f"<|unused_{idx}|>".encode()
         if not 0 <= idx < self.vocab_size:
             raise ValueError(
                 f"token {idx} is out of range: this tokenizer has {self.vocab_size} tokens "
