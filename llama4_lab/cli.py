@@ -193,6 +193,15 @@ def train_model(options: argparse.Namespace) -> None:
     if options.teacher:
         read = l4.load(options.teacher, dtype=product_dtype(device))
         teacher = Teacher(read.to(device).eval())
+    files = {name: options.corpus / f"{name}.train.bin" for name in recipe.domains}
+    # Under strict licences some languages have no text.
+    if empty := [
+        name for name, file in files.items() if file.is_file() and not file.stat().st_size
+    ]:
+        if len(empty) == len(files):
+            raise ValueError(f"{options.corpus} has no text at all: build the corpus again")
+        print(f"left out, because {options.corpus} has no text of them: {', '.join(empty)}")
+        recipe = recipe.without(empty)
     with _going_on(out, CHECKPOINT):
         model = train(
             recipe,

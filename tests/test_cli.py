@@ -19,6 +19,8 @@ from llama4_lab import cli
 from llama4_lab.checkpoint import convert
 from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
 from llama4_lab.checkpoint.params import config_from_params
+from llama4_lab.train import loop
+from llama4_lab.train.recipes import RECIPES, TEXT
 
 LAB = Path(__file__).parents[1] / "lab"
 
@@ -242,3 +244,29 @@ def test_both_ways_to_open_a_notebook_give_kernels_the_same_surroundings(monkeyp
         monkeypatch.delenv(name)
     assert cli.main(["open"]) == 0
     assert len(exported) == 3 and exported.items() <= started.items()
+
+
+def test_domains_without_text_are_left_out_of_the_training(tmp_path, monkeypatch, capsys):
+    given = []
+
+    def train(recipe, *_, **__):
+        given.append(recipe)
+        raise ValueError("that will do")
+
+    monkeypatch.setattr(loop, "train", train)
+    for name in TEXT:
+        (tmp_path / f"{name}.train.bin").write_bytes(b"" if name in ("german", "french") else b"..")
+    arguments = ["train", "nano", "--corpus", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert cli.main(arguments) == 1
+    said = capsys.readouterr()
+    assert f"left out, because {tmp_path} has no text of them: german, french\n" in said.out
+    assert "that will do" in said.err
+    assert given[0].domains == [name for name in TEXT if name not in ("german", "french")]
+    assert given[0].without(["english"]).domains == given[0].domains[1:]
+    assert [len(stage.lessons) for stage in given[0].stages] == [
+        len(stage.lessons) for stage in RECIPES["nano"].stages
+    ]
+    for name in TEXT:
+        (tmp_path / f"{name}.train.bin").write_bytes(b"")
+    assert cli.main(arguments) == 1
+    assert f"{tmp_path} has no text at all" in capsys.readouterr().err

@@ -29,7 +29,7 @@ class Mixture:
             if path.stat().st_size == 0:
                 raise ValueError(
                     f"{path} is empty: this corpus has no text for the domain {name!r}; build it "
-                    "with every licence, or train with weights that leave the domain out"
+                    "with every licence, or leave the domain out"
                 )
             self.tokens[name] = np.memmap(path, dtype=np.uint16, mode="r")
 

@@ -1,5 +1,6 @@
 """What is trained, on what, and for how long: the recipes of the shipped models."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from llama4_lab.config import Llama4Config, VisionConfig
@@ -62,6 +63,25 @@ class Recipe:
     balance_end: float = 0.0005
     bias_rate: float = 0.0
     seed: int = 0
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains of text that the lessons read."""
+        lessons = [lesson for stage in self.stages for lesson in stage.lessons]
+        texts = [lesson.domains for lesson in lessons if isinstance(lesson, Text)]
+        return list(dict.fromkeys(name for domains in texts for name in domains))
+
+    def without(self, domains: Collection[str]) -> "Recipe":
+        """Leave domains of text out; the others take their rows."""
+
+        def left(lesson: Lesson) -> Lesson:
+            if not isinstance(lesson, Text):
+                return lesson
+            shares = {k: share for k, share in lesson.domains.items() if k not in domains}
+            return replace(lesson, domains=shares)
+
+        stages = (replace(each, lessons=tuple(map(left, each.lessons))) for each in self.stages)
+        return replace(self, stages=tuple(stages))
 
 
 def small_config(vocab_size: int = 4096, **changes: object) -> Llama4Config:
