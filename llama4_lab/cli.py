@@ -230,11 +230,11 @@ def print_card(options: argparse.Namespace) -> None:
     trained_on = card.training_tokens(options.corpus) if options.corpus else None
     measured = card.measure(model, texts, trained_on=trained_on)
     print(card.markdown(measured))
-    if options.corpus:
-        print(_translated(model, options.corpus))
     if options.json:
         content = json.dumps(dataclasses.asdict(measured), ensure_ascii=False, indent=1)
         options.json.write_text(content + "\n", encoding="utf-8")
+    if options.corpus:
+        print(_translated(model, options.corpus))
     promises = PROMISES.get(options.promises or options.model, ())
     if lines := broken(promises, measured):
         raise ValueError("the card breaks its promises: " + "; ".join(lines))

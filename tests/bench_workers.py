@@ -1,6 +1,7 @@
 """What stands in for the bench's process; light, because each test starts one."""
 
 import os
+import signal
 import time
 
 
@@ -37,6 +38,13 @@ def fails(pickled, names, out):
             out.send(("failed", "out of memory"))
             continue
         out.send(("row", f"a row of {name}"))
+        out.send(("done", None))
+
+
+def tells_what_interrupts_do(pickled, names, out):
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    for _ in ["rates", *names]:
+        out.send(("row", f"interrupts are ignored: {ignored}"))
         out.send(("done", None))
 
 

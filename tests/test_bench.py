@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from itertools import islice
 
 import bench_workers
@@ -181,6 +182,13 @@ def broken_run(monkeypatch, worker, minutes=1.0):
     only = ["build", "decode", "prefill"]
     results = run.run(job, only, lambda results, line: seen.append(line))
     return results, seen
+
+
+def test_an_interrupt_is_left_to_who_started_it(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    _, seen = broken_run(monkeypatch, bench_workers.tells_what_interrupts_do)
+    assert set(seen) == {"interrupts are ignored: True"}
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_every_stage_is_told_once(monkeypatch):

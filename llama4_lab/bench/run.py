@@ -10,8 +10,11 @@ import multiprocessing
 import os
 import pickle
 import platform
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -104,7 +107,8 @@ def _run_child(
     context = multiprocessing.get_context("spawn")  # a fork would inherit CUDA's state
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(pickle.dumps(job), list(todo), theirs))
-    child.start()
+    with _interrupts_ignored():  # which the child inherits: we end it
+        child.start()
     theirs.close()
     try:
         for stage in ["rates", *todo]:
@@ -130,6 +134,18 @@ def _run_child(
     finally:
         child.kill()
         child.join()
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # others may not say so
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _next(end: Any, child: Any, deadline: float) -> tuple[str, Any]:
