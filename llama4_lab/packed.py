@@ -219,7 +219,9 @@ def linear(
         )
     if has_torch_function_unary(x):  # what watches torch's functions sees this as one of them
         return handle_torch_function(linear, (x,), x, w, bias)
-    out: Tensor = _Product.apply(x, w) if _wants_derivatives(x) else _product(x, w)
+    # Compilers see no derivatives; without them, autograd's part costs as much as a small product.
+    is_plain = not torch.compiler.is_compiling() and not _wants_derivatives(x)
+    out: Tensor = _product(x, w) if is_plain else _Product.apply(x, w)
     return out if bias is None else out + bias
 
 
