@@ -118,7 +118,7 @@ class AttentionView(View):
         content.axes["token"] = Axis(
             "token", len(places), "token", words[start:stop], places if is_part else None
         )
-        for run, layer in reversed(runs):
+        for run, layer in runs:
             name = f"row {run}".strip()
             if layer.pattern is not None:
                 axes, values = ("head", "query", "token"), layer.pattern
