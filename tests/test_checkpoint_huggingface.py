@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from small_tokenizer import small_tokenizer
 from transformers import Llama4ForCausalLM
 
-from llama4_lab import SCOUT, Llama4Config, random
+from llama4_lab import SCOUT, Llama4Config, random, trace
 from llama4_lab.checkpoint import convert, load, save, shipped
 
 # What a model has: text config, vision config, bytes in one file when saved.
@@ -151,6 +151,29 @@ def test_a_second_table_in_the_file_of_a_tied_model_is_left_out(tmp_path):
     table = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors | {"lm_head.weight": table}, tmp_path / "model.safetensors")
     assert torch.equal(load(tmp_path).lm_head.weight, model.embed_tokens.weight)
+
+
+@torch.no_grad()
+def test_a_dense_model_that_counts_no_experts_opens(tmp_path):
+    # As the small published models of this architecture are: dense, with RoPE in all layers.
+    none = {"num_local_experts": 0, "num_experts_per_tok": 0, "moe_layers": []}
+    text = text_config(
+        **none, interleave_moe_layer_step=0, no_rope_layers=[1] * 8, attention_chunk_size=64
+    )
+    hf, _ = pair(text)
+    hf.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    ids = torch.randint(3, 80, (2, 37))
+    torch.testing.assert_close(ours(ids), hf(ids).logits, **ROUNDING)
+    with trace(ours, ["layers.*.mlp.out", "layers.*.attn.pattern"]) as cache:
+        ours(ids)
+    assert len(cache) == 16
+    save(ours, tmp_path / "ours")
+    again = Llama4ForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    torch.testing.assert_close(again(ids).logits, hf(ids).logits, **ROUNDING)
+    sentence = "num_local_experts 0 must be positive: layer 1 has experts"
+    with pytest.raises(ValueError, match=sentence):
+        Llama4Config.from_dict({**text, "model_type": "llama4_text", "moe_layers": [1, 3]})
 
 
 @pytest.mark.parametrize("vision", [None, VISION])

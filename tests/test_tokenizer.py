@@ -13,6 +13,7 @@ from small_tokenizer import NUM_RANKS, SPECIAL, engine, small_tokenizer, write_r
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Engine
 
+from llama4_lab.prompt.chat import encode_chat
 from llama4_lab.prompt.tokenizer import Tokenizer, special_names
 
 STRINGS = [
@@ -280,11 +281,36 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path):
 def test_special_tokens_of_another_family_are_refused(tmp_path):
     def rename(state):
         for token in state["added_tokens"]:
-            token["content"] = token["content"].replace("header_start", "start_header_id")
+            token["content"] = token["content"].replace("header_start", "im_start")
 
     write_json(tmp_path / "tokenizer.json", rename)
     with pytest.raises(ValueError, match=r"lacks Llama 4's special tokens <\|header_start\|>: use"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["Llama 3.0", "Llama 3.1"])
+def test_llama_3_s_names_stand_for_those_that_mean_the_same(tokenizer, tmp_path, is_first):
+    names = {
+        "<|header_start|>": "<|start_header_id|>",
+        "<|header_end|>": "<|end_header_id|>",
+        "<|eot|>": "<|eot_id|>",
+        "<|eom|>": "<|reserved_special_token_1|>" if is_first else "<|eom_id|>",
+        "<|finetune_right_pad|>": "<|reserved|>" if is_first else "<|finetune_right_pad_id|>",
+    }
+
+    def rename(state):
+        for token in state["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+
+    write_json(tmp_path / "tokenizer.json", rename)
+    theirs = Tokenizer.from_folder(tmp_path)
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "you"}]
+    assert encode_chat(theirs, chat).ids == encode_chat(tokenizer, chat).ids
+    text = theirs.decode(encode_chat(theirs, chat).ids)
+    assert text.endswith("<|start_header_id|>assistant<|end_header_id|>\n\nyou<|eot_id|>")
+    end, eot = (tokenizer.special[f"<|{name}|>"] for name in ("end_of_text", "eot"))
+    assert theirs.stop_ids == ((end, eot, eot) if is_first else tokenizer.stop_ids)
+    assert theirs.pad_id == (end if is_first else tokenizer.pad_id)
 
 
 def test_a_tokenizer_can_be_sent_to_another_process(tokenizer, tmp_path):

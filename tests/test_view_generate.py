@@ -153,3 +153,13 @@ def test_edits_that_leave_no_next_token_are_told_each_time(view, model):
 
 def test_a_kept_page_names_no_button(view):
     assert view.board.state()["summary"] == "When this was kept: Nothing was written yet."
+
+
+def test_a_model_without_experts_writes_as_well(model):
+    dense = l4.random(model.config.replace(moe_layers=()), seed=0)
+    dense.tokenizer = model.tokenizer
+    view = GenerateView(Moment(dense, model.prompt(TEXT)))
+    assert not view.board.problem
+    write(view, 3)
+    assert not view.board.problem and view.board.summary.startswith("3 new tokens")
+    assert [panel["name"] for panel in view.board.content.panels] == ["entropy", "following"]

@@ -81,9 +81,9 @@ def _role(message: Any, idx: int) -> str:
 
 def _header(tokenizer: Tokenizer, role: str) -> list[int]:
     return [
-        tokenizer.special[HEADER_START],
+        tokenizer.id_of(HEADER_START),
         *tokenizer.encode(role),
-        tokenizer.special[HEADER_END],
+        tokenizer.id_of(HEADER_END),
         *tokenizer.encode("\n\n"),
     ]
 
@@ -104,7 +104,7 @@ def _encode_message(
         content = [start, *content, end]
         content += tokenizer.encode("".join(_call_text(call, idx) for call in calls))
     last = END_OF_MESSAGE if calls or role == "ipython" else END_OF_TURN
-    return [*_header(tokenizer, role), *content, tokenizer.special[last]]
+    return [*_header(tokenizer, role), *content, tokenizer.id_of(last)]
 
 
 def _parts(content: Any, idx: int) -> list[str | None]:

@@ -31,6 +31,13 @@ BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad|
 HEADER_START, HEADER_END = "<|header_start|>", "<|header_end|>"
 END_OF_MESSAGE, END_OF_TURN = "<|eom|>", "<|eot|>"
 REQUIRED = (BEGIN, END, HEADER_START, HEADER_END, END_OF_MESSAGE, END_OF_TURN, PAD)
+_LLAMA_3 = {  # what Llama 3 calls them, which some dense models of Llama 4's architecture use
+    HEADER_START: ("<|start_header_id|>",),
+    HEADER_END: ("<|end_header_id|>",),
+    END_OF_TURN: ("<|eot_id|>",),
+    END_OF_MESSAGE: ("<|eom_id|>", "<|eot_id|>"),
+    PAD: ("<|finetune_right_pad_id|>", END),
+}
 
 # tiktoken's regular expressions overflow their stack on a million spaces; Meta cuts here as well
 LONGEST_PIECE = 400_000  # characters
@@ -38,7 +45,7 @@ LONGEST_PIECE = 400_000  # characters
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A byte-level BPE with Llama 4's special tokens.
+    """A byte-level BPE with Llama 4's special tokens, or with Llama 3's that mean the same.
 
     The two engines differ in `encode_plain` (text without special tokens to ids) and `plain_bytes`
     (one such id to its bytes); everything else is shared.
@@ -55,7 +62,7 @@ class Tokenizer:
     unused: range = range(0)  # ids behind the last one, of embeddings that no text has
 
     def __post_init__(self) -> None:
-        if missing := [name for name in REQUIRED if name not in self.special]:
+        if missing := [name for name in REQUIRED if self._name_here(name) is None]:
             raise ValueError(
                 f"{self.file} lacks Llama 4's special tokens {', '.join(missing)}: "
                 "use the tokenizer that came with the checkpoint"
@@ -154,11 +161,11 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        return self.special[BEGIN]
+        return self.id_of(BEGIN)
 
     @property
     def pad_id(self) -> int:
-        return self.special[PAD]
+        return self.id_of(PAD)
 
     @property
     def patch_id(self) -> int:
@@ -168,13 +175,17 @@ class Tokenizer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a generated text: of the document, of a tool call, of a turn."""
-        return tuple(self.special[name] for name in (END, END_OF_MESSAGE, END_OF_TURN))
+        return tuple(self.id_of(name) for name in (END, END_OF_MESSAGE, END_OF_TURN))
 
     def id_of(self, name: str) -> int:
-        """Look up a special token."""
-        if name not in self.special:
+        """Look up a special token by Llama 4's name for it, or its own."""
+        if (here := self._name_here(name)) is None:
             raise ValueError(f"the tokenizer {self.file} has no special token {name}")
-        return self.special[name]
+        return self.special[here]
+
+    def _name_here(self, name: str) -> str | None:
+        names = (name, *_LLAMA_3.get(name, ()))
+        return next((each for each in names if each in self.special), None)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Turn text into ids, without a begin-of-text token.

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import traitlets
 
-from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.cache import KVCache
 from llama4_lab.generate import sample
 from llama4_lab.trace import trace
@@ -91,7 +90,8 @@ class GenerateView(View):
     def step(self) -> None:
         """Write one token."""
         moment = self.moment
-        model, layers = moment.model, moe_layers(moment.model)
+        model, config = moment.model, moment.model.config
+        layers = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
         if self._cache is None:
             ids = moment.prompt.input_ids
             new = torch.tensor([[one.id for one in self.written]], dtype=ids.dtype)
@@ -170,7 +170,6 @@ class GenerateView(View):
     def content(self) -> Content:
         words = [self.moment.word(one.id) for one in self.written]
         self._at.max = len(words)
-        layers = moe_layers(self.moment.model)
         content = Content(self.axes())
         if not words:
             return content
@@ -181,12 +180,13 @@ class GenerateView(View):
             "entropy", "What it wrote, bright where the choice was open", entropy, ("new",),
             sequential(0, top, "bits"), kind="strip",
         )  # fmt: skip
-        chosen = np.array([one.experts for one in self.written]).T.reshape(len(layers), -1)
-        content.add(
-            "experts", "Experts at work", chosen, ("moe layer", "new"),
-            experts(self.moment.model.config.num_local_experts),
-            note="of the token before each new one",
-        )  # fmt: skip
+        if layers := content.axes["moe layer"].size:
+            chosen = np.array([one.experts for one in self.written]).T.reshape(layers, -1)
+            content.add(
+                "experts", "Experts at work", chosen, ("moe layer", "new"),
+                experts(self.moment.model.config.num_local_experts),
+                note="of the token before each new one",
+            )  # fmt: skip
         rows = self.moment.likeliest(self.following)
         title = "What could stand at the last place"
         content.table("following", title, ["token", "%"], rows, wide=False)
