@@ -301,11 +301,13 @@ class Effect:
     def __str__(self) -> str:
         loss = self.loss_change[~self.loss_change.isnan()]
         first, last, strongest = self.positions[[0, -1, int(self.kl.argmax())]].tolist()
+        mean, most = f"{self.kl.mean():.4f}", f"{self.kl.max():.4f} nats at token {strongest}"
+        apart = most if first == last else f"mean {mean} over tokens {first} to {last}, most {most}"
+        flips = sum(self.flips.values())
         text = (
-            f"KL from the clean run: mean {self.kl.mean():.4f} over tokens {first} to {last}, most "
-            f"{self.kl.max():.4f} nats at token {strongest}; top token changed at "
-            f"{int(self.top_changed.sum())} of {len(self.kl)}; "
-            f"{sum(self.flips.values())} routing flips"
+            f"KL from the clean run: {apart}; top token changed at "
+            f"{int(self.top_changed.sum())} of {len(self.kl)}; {flips} "
+            f"routing flip{'s' * (flips != 1)}"
         )
         if len(loss):
             text += f"; loss {loss.mean():+z.4f} nats"

@@ -21,6 +21,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.recording import open_lab
 from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.still import unpack
+from llama4_widgets.views.ablate import AblateView
 from llama4_widgets.views.difference import DifferenceView
 
 TEXT = "def add(a, b):\n    return a + b"
@@ -472,3 +473,50 @@ def test_a_dragged_slider_is_answered_before_slower_views_follow(model):
     assert at_once == [True, False, False]  # between the two, the kernel sends the first
     assert next_turn == [True, True, False]
     assert later == [True, True, True]
+
+
+def test_what_can_no_longer_stand_beside_is_marked(app):
+    app.compare("Hi")
+    app.edits = [E.SkipLayer(1)]
+    app.edits = [E.Route(2, 6, 1)]  # of a token that the text beside does not have
+    assert app.views["router"].moment.edits == app.edits and not app.views["router"].board.problem
+    for view in (difference(app), *app.beside.values()):
+        assert view.board.problem.startswith("nothing can stand beside this run: Route(layer=2")
+        assert not view.board.summary
+    assert "there is no token 6" in app.bar.problem.value
+    app.edits = [E.SkipLayer(1)]
+    assert not difference(app).board.problem and "tokens" in difference(app).board.summary
+
+
+def test_views_of_other_prompts_follow_one_selection_as_far_as_they_go(model):
+    selection = Selection()
+    short, long = (
+        AblateView(Moment(model, model.prompt(text)), selection) for text in ("Hi", TEXT)
+    )
+    selection.token = 1
+    assert long.selection.token == 1
+    long.selection.token = 8
+    assert short.selection.token == len(short.moment.words) - 1 and not short.board.problem
+    assert long.selection.token == 8 and "token 8" in long.board.content.panels[-1]["title"]
+
+
+def test_a_chat_that_was_gone_on_with_has_one_answer_and_stands_beside_other_models(model, mini):
+    chat = [{"role": "user", "content": "3 + 4 ="}]
+    app = LabApp(model, chat, shown=["router", "generate"])
+    for _ in range(2):
+        app.views["generate"].step()
+        app.views["generate"].keep()
+    assert [message["role"] for message in app.prompt] == ["user", "assistant"]
+    same = l4.load("nano", quantize="int8")
+    app.compare(same)
+    assert difference(app).other.tokens == app.moment.tokens
+    assert "KL from" in difference(app).board.summary
+
+
+def test_pictures_of_a_chat_are_left_to_code(mini):
+    chat = [{"role": "user", "content": "two times two"}]
+    app = LabApp(mini, chat, shown=["router"])
+    assert "a chat of 1 message is shown" in str([each.value for each in app.bar.shown.children])
+    upload(app, "a.png", png(np.zeros((48, 48, 3), np.uint8)))
+    assert "pictures of a chat are given in code" in app.bar.problem.value
+    assert app.prompt == chat and not app.moment.pictures

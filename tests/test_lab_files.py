@@ -90,7 +90,7 @@ def test_pictures_and_boxes_are_kept(tmp_path):
     recording = Recording.read(tmp_path / "a.lab")
     assert np.array_equal(np.asarray(recording.pictures[0]), example.images[0])
     assert recording.about["boxes"] == [list(box)]
-    assert "with 1 picture(s)" in recording.told()[0]
+    assert "with 1 picture: " in recording.told()[0]
 
 
 def test_opening_needs_no_torch(file, tmp_path):

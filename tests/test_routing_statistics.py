@@ -218,6 +218,14 @@ def test_choices_are_what_the_routers_decided_about_the_tokens_that_count(tmp_pa
 # Information, and what shuffles leave of it
 
 
+def test_one_token_can_be_counted(tmp_path):
+    routed, prompt = model(), build_prompt(small_tokenizer(tmp_path), "")
+    assert len(prompt.tokens) == 1
+    for batch in (prompt, ids(1, 1)):
+        found = choices(routed, batch)
+        assert found.expert.shape[1] == 1 and found.row.tolist() == [0]
+
+
 def test_the_information_of_identity_transitions_is_log2_of_the_experts():
     identity = np.eye(E, dtype=int) * 5
     assert mutual_information(identity) == pytest.approx(3)

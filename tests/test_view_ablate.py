@@ -271,3 +271,44 @@ def test_the_lab_computes_an_edit_once_for_all_views(model, monkeypatch):
     assert (unpack(arrays["chosen"]) != unpack(arrays["clean chosen"]))[1:].any()
     app.edits = ()
     assert not control(app.views["ablate"], "skip layer").value
+
+
+def test_of_several_edits_of_a_kind_controls_show_the_one_that_holds(model):
+    edits = [E.TopK(1, 2), E.TopK(1, 4), E.Rope(1, False), E.Rope(1, True)]
+    view = AblateView(Moment(model, model.prompt(TEXT), edits))
+    view.selection.layer = 1
+    assert control(view, "top-k").value == 4
+    assert not control(view, "NoPE").value  # the last one turned it on again
+    one_token = E.RouterTemperature(1, 3.0, tokens=(2,))
+    view.moment = view.moment.with_edits([one_token])
+    assert control(view, "router temperature").value == 1.0  # it is not the layer's
+    control(view, "router temperature").value = 2.0
+    assert view.edits == (one_token, E.RouterTemperature(1, 2.0))
+
+
+def test_what_is_hidden_from_nobody_changes_nothing(model):
+    last = len(model.prompt(TEXT).tokens) - 1
+    view = AblateView(Moment(model, model.prompt(TEXT), [E.RemoveTokens((last,))]))
+    assert view.board.summary == "These edits change nothing in this prompt."
+    view.moment = view.moment.with_edits([E.Chunk(0, 4096)])
+    assert view.board.summary.endswith("it is no longer than a chunk.")
+
+
+def test_the_loss_before_an_edit_is_as_it_was(model):
+    moment = Moment(model, model.prompt(TEXT), [E.SkipLayer(2, tokens=(5,))])
+    loss = unpack(AblateView(moment).board.content.arrays["loss"])[0]
+    assert (loss[:5] == 0).all() and loss[5] != 0
+    assert loss[-1] != loss[-1]  # nothing follows the last token
+
+
+def test_numbers_beyond_float32_are_told_in_words(model):
+    view = AblateView(Moment(model, model.prompt(TEXT), [E.Scale("logits", 1e39)]))
+    assert view.board.summary.startswith("These edits make logits that are no numbers")
+
+
+def test_one_thing_is_told_in_the_singular(model):
+    moment = Moment(model, model.prompt(TEXT))
+    last = len(moment.tokens) - 1
+    alone = moment.with_edits([E.SkipLayer(3, tokens=(last,))]).edited_run.effect
+    assert f"nats at token {last}; top token changed at" in str(alone)
+    assert "mean" not in str(alone) and str(alone).endswith("; 1 routing flip")

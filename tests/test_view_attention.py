@@ -264,3 +264,32 @@ def test_an_update_of_a_long_prompt_stays_small(model, monkeypatch, edits):
     assert [row[0] for row in panels(view)["most"]["rows"]] == [
         str(i) for i in np.argsort(-rows(q[0], k[0], None, [15_001])[0].numpy())[:12]
     ]
+
+
+def test_a_token_that_edits_hide_everything_from_sees_nothing(model):
+    edit = E.KnockOut((2,), (0, 1, 2))
+    view = AttentionView(Moment(model, model.prompt("def add(a, b):"), [edit]))
+    view.selection.token = 2
+    assert view.board.summary.endswith("sees nothing, for edits hide all of it")
+
+
+def test_temperatures_of_several_edits_multiply(model, moment):
+    edits = [E.AttentionTemperature(3, scale=1.0), E.AttentionTemperature(3, floor_scale=16)]
+    view = AttentionView(moment.with_edits(edits))
+    view.selection.layer = 3
+    content = view.board.content
+    places = torch.tensor(content.axes["position"].values)
+    config = model.config
+    own, one, other = (
+        temperature(each, places)
+        for each in (config, config.replace(attn_scale=1.0), config.replace(floor_scale=16))
+    )
+    np.testing.assert_allclose(
+        unpack(content.arrays["edited"]), (one * other / own).numpy(), rtol=0.01
+    )
+    with E.edited(model, edits), l4.trace(model, ["layers.3.attn.q", "layers.3.attn.rot_q"]) as run:
+        model(**moment.prompt)
+    last = len(moment.tokens) - 1
+    q, tempered = (run[f"layers.3.attn.{name}"][0, last] for name in ("q", "rot_q"))
+    (panel,) = [each for each in content.panels if each["name"] == "temperature"]
+    assert f"{float((tempered / q).mean()):.3g} at the end of this prompt" in panel["note"]

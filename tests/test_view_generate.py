@@ -163,3 +163,13 @@ def test_a_model_without_experts_writes_as_well(model):
     write(view, 3)
     assert not view.board.problem and view.board.summary.startswith("3 new tokens")
     assert [panel["name"] for panel in view.board.content.panels] == ["entropy", "following"]
+
+
+def test_without_a_tokenizer_numbers_are_written(model):
+    bare = model.apart()
+    bare.tokenizer = None
+    view = GenerateView(Moment(bare, model.prompt(TEXT)))
+    write(view, 2)
+    view.branch(1)
+    assert not view.board.problem and len(view.written) == 2
+    assert view.branches[0].split()[0] == str(view.written[0].id)

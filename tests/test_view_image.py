@@ -142,7 +142,7 @@ def test_frames_lie_side_by_side(model):
 def test_a_prompt_without_picture_says_how_to_give_one(model):
     view = ImageView(Moment(model, model.prompt("two times two")))
     assert view.board.summary.startswith(
-        "this prompt has no picture: press Picture or Scene above, or give one in code, as in app."
+        "this prompt has no picture: in the lab press Picture or Scene above, or give one in code"
     )
     assert not view.board.content.panels
     view.work.begin.click()
@@ -207,3 +207,23 @@ def test_edits_show_the_attention_of_both_runs(model):
         np.testing.assert_allclose(10**found, patches.stitch(wanted), rtol=1e-3, atol=1e-7)
     chosen = patches.stitch(experts_of(routing, patches)[routing.row(3)])
     np.testing.assert_array_equal(cells(view, panels(view)["expert 0"]), chosen)
+
+
+def test_a_tile_that_is_out_of_sight_says_so_by_itself(model):
+    moment, _ = asked(model, tiles=(2, 1))
+    view = ImageView(moment)
+    first = patches_of(moment.prompt, 0).position
+    view.selection.token = int(first[0].max())  # behind the first tile, before the global one
+    shown = panels(view)
+    assert shown["attention 0"]["note"] == "of the selected head"
+    assert shown["attention 0 global"]["note"].startswith("none of it is in sight")
+
+
+def test_without_a_tokenizer_the_answer_is_a_number(model):
+    moment, _ = asked(model)
+    bare = model.apart()
+    bare.tokenizer = None
+    view = ImageView(Moment(bare, moment.prompt, pictures=moment.pictures))
+    view.work.begin.click()
+    answer = int(moment.replay.logits[-1].argmax())
+    assert f"log-probability of ‘{answer}’ lost" in panels(view)["effect 0"]["note"]

@@ -175,3 +175,15 @@ def test_long_prompts_show_the_words_around_the_token(model):
     message = view.board.content.message()
     arrays = sum(len(each["data"]) for each in message["arrays"].values())
     assert arrays + len(repr([message["axes"], message["panels"]]).encode()) < 300_000
+
+
+@pytest.mark.parametrize("edit", [E.Scale("logits", 2.0), E.Scale("final_norm", 0.5)])
+def test_edits_behind_the_last_layer_are_told_and_counted(moment, edit):
+    edited = moment.with_edits([edit])
+    view = LensView(edited)
+    view.selection.token = 7
+    assert "the last layer, before edits behind it, says" in view.board.summary
+    own = edited.edited_run.logits[7]
+    (parts,) = view._of_word(view._lenses()[1])[1][-1:]
+    assert parts.total == pytest.approx(float(own[parts.target]), abs=1e-4)
+    assert parts.residual > 0.1 and "edits of the stream itself wrote" in view.board.summary

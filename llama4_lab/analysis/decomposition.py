@@ -136,6 +136,8 @@ def decompose_logit(
     stream = f"layers.{halves // 2 - 1}.resid_post"
     cache = kept or _run(model, prompt, halves, sources, [stream, "final_norm"])
     logits = model.lm_head(cache["final_norm"][0, t])
+    if (altered := cache.get("logits")) is not None:
+        logits = altered[0, t]
     ids = f"this vocabulary has ids 0 to {len(logits) - 1}"
     pair = _choose(
         logits, logits.argmax()[None], target, versus, f"token id {{}} is out of range: {ids}"
@@ -248,8 +250,11 @@ def _run(
     outs = (f"layers.{half // 2}.attn.out" for half in range(0, halves, 2))
     written += [name for name in outs if model.tap.alters(name)]
     prompt = prompt.to(model.device)
-    with trace(model, ["embed", *written, *names]) as cache:
-        model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
+    altered = ["logits"] if model.tap.alters("logits") else []  # they are the model's own number
+    with trace(model, ["embed", *written, *names, *altered]) as cache:
+        (model if altered else model.hidden)(
+            prompt.input_ids, prompt.pixel_values, prompt.attention_mask
+        )
     return cache
 
 

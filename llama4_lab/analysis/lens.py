@@ -79,11 +79,19 @@ def logit_lens(
     if not 1 <= top <= config.vocab_size:
         raise ValueError(f"top {top} is out of range: choose 1 to {config.vocab_size}")
     prompt = prompt.to(model.device)
-    with trace(model, [*names, "final_norm"]) as cache:
-        model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
+    altered = ["logits"] if model.tap.alters("logits") else []
+    with trace(model, [*names, "final_norm", *altered]) as cache:
+        (model if altered else model.hidden)(
+            prompt.input_ids, prompt.pixel_values, prompt.attention_mask
+        )
 
     def logprobs(x: Float[Tensor, "t d"]) -> Float[Tensor, "t v"]:
         return model.lm_head(x).float().log_softmax(dim=-1)
+
+    def said(where: Int[Tensor, " t"]) -> Float[Tensor, "t v"]:
+        if altered:
+            return cache["logits"][0, where].float().log_softmax(dim=-1)
+        return logprobs(cache["final_norm"][0, where])
 
     def read(
         name: str, where: Int[Tensor, " t"], final: Float[Tensor, "t v"], goal: Int[Tensor, " t"]
@@ -99,7 +107,7 @@ def logit_lens(
     goals = _targets(target, len(places), config.vocab_size)
     blocks = []
     for block in torch.arange(len(places)).split(max(1, _LOGITS_AT_ONCE // config.vocab_size)):
-        final = logprobs(cache["final_norm"][0, places[block]])
+        final = said(places[block])
         goal = final.argmax(dim=-1) if goals is None else goals[block].to(model.device)
         rows = [read(name, places[block], final, goal) for name in names]
         blocks.append([goal.cpu()[None], *(torch.stack(x) for x in zip(*rows, strict=True))])

@@ -140,13 +140,13 @@ def choices(model: Llama4, batch: Batch) -> Choices:
         ids, pixels, mask = prompt.input_ids, prompt.pixel_values, prompt.attention_mask
     with trace(model, ["layers.*.router.logits", "layers.*.router.indices"]) as cache:
         model.hidden(ids.to(model.device), pixels, mask)
-    counts = counts.cpu()
+    counts = counts.cpu().numpy()  # a tensor of one element would count as a number
 
     def stacked(name: str) -> np.ndarray:
         return np.stack([_numpy(cache[f"layers.{i}.router.{name}"])[counts] for i in layers])
 
-    row = counts.nonzero()[:, 0]
-    arrays = (stacked("indices"), stacked("logits"), _numpy(ids)[counts], _numpy(row))
+    row = counts.nonzero()[0]
+    arrays = (stacked("indices"), stacked("logits"), _numpy(ids)[counts], row)
     return Choices(*arrays, num_rows=len(ids))
 
 

@@ -165,6 +165,8 @@ class LabApp(ipywidgets.VBox):
         now = self.moment
         if other is None:
             return None
+        if isinstance(other, Llama4) and _read_alike(self.model, other):  # token by token as here
+            return Moment(other.apart(), now.prompt, pictures=now.pictures, boxes=now.boxes)
         if isinstance(other, Llama4):
             return self._moment_of(other, self.prompt, now.pictures, now.boxes)
         if _are_edits(other):
@@ -263,7 +265,16 @@ class LabApp(ipywidgets.VBox):
         if not self._is_dragged or not self._catch_up_soon():
             self._catch_up()
         if self.difference:
-            self.bar.guard(lambda: self.compare(self._other))
+            self.bar.guard(self._compare_again)
+
+    def _compare_again(self) -> None:
+        try:
+            self.compare(self._other)
+        except (ValueError, TypeError, RuntimeError) as error:
+            for view in (self.difference, *self.beside.values()):
+                if view:  # what stands there is of the prompt or the edits before
+                    view.put_off(why=f"nothing can stand beside this run: {error}")
+            raise
 
     def _catch_up_soon(self) -> bool:
         """Bring the views up to date one after the other, while no newer wish comes.
@@ -356,12 +367,14 @@ class LabApp(ipywidgets.VBox):
         """Show the prompt with what was written behind it, token by token as it was."""
         now, tokenizer = self.moment, self.model.tokenizer
         asked, text = _asked(self.prompt, now.pictures), tokenizer.decode(ids)
-        is_text = isinstance(asked, str)
+        if isinstance(asked, str):
+            asked += text
+        elif asked[-1].get("role") == "assistant":  # whose message goes on
+            asked = [*asked[:-1], {**asked[-1], "content": f"{asked[-1]['content']}{text}"}]
+        else:
+            asked = [*asked, {"role": "assistant", "content": text}]
         prompt = now.prompt.followed_by(ids, [tokenizer.token_text(idx) for idx in ids])
-        self._show(
-            asked + text if is_text else [*asked, {"role": "assistant", "content": text}],
-            Moment(now.model, prompt, pictures=now.pictures, boxes=now.boxes),
-        )
+        self._show(asked, Moment(now.model, prompt, pictures=now.pictures, boxes=now.boxes))
 
     def _made_chips(self) -> list[ipywidgets.ToggleButton]:
         """Return a switch for each view; they share style and layout, each a message to a page."""
@@ -381,6 +394,13 @@ class LabApp(ipywidgets.VBox):
 
 def _are_edits(other: Any) -> bool:
     return isinstance(other, list | tuple) and all(isinstance(each, Edit) for each in other)
+
+
+def _read_alike(mine: Llama4, other: Llama4) -> bool:
+    """Whether two models make the same tokens and tiles of a prompt."""
+    files = [model.tokenizer.file for model in (mine, other)] if other.tokenizer else []
+    vision = mine.config.vision_config == other.config.vision_config
+    return vision and bool(files) and files[0].read_bytes() == files[1].read_bytes()
 
 
 def _spelled(edit: Edit) -> str:

@@ -17,6 +17,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.prompt import Prompt
 from llama4_widgets.still import png
 from llama4_widgets.view import button, in_row
+from llama4_widgets.words import counted
 
 _FILE = {  # one that was uploaded; what is in it is kept elsewhere
     "name": "", "type": "", "size": 0, "content": memoryview(b""),
@@ -71,7 +72,9 @@ class Bar(ipywidgets.VBox):
         is_text = isinstance(prompt, str)
         self.text.value, self._chat = (prompt, "") if is_text else ("", prompt)
         if not is_text:
-            shown.insert(0, ipywidgets.Label(f"a chat of {len(prompt)} messages is shown"))
+            shown.insert(
+                0, ipywidgets.Label(f"a chat of {counted(len(prompt), 'message')} is shown")
+            )
         self._is_led = False
         self._pictures, self._boxes = moment.pictures, moment.boxes
         if moment.pictures:
@@ -123,13 +126,31 @@ class Bar(ipywidgets.VBox):
         self.guard(lambda: self._run(asked, self._pictures, self._boxes))
 
     def _run_alone(self) -> None:
-        self.guard(lambda: self._run(self.text.value, (), ()))
+        self.guard(lambda: self._run(self._text_for_pictures(), (), ()))
+
+    def _text_for_pictures(self) -> str:
+        """Return the text; a chat says itself where its pictures are.
+
+        Raises:
+            ValueError: a chat is shown, and nothing is typed.
+        """
+        if self._chat and not self.text.value:
+            raise ValueError(
+                "pictures of a chat are given in code, as in app.run(messages, [picture]): type a "
+                "text to ask about pictures here"
+            )
+        return self.text.value
 
     def _take_files(self, change: Any) -> None:
         if self._is_led or not change["new"]:
             return
-        text, files = self.text.value, change["new"]
-        self.guard(lambda: self._run(text, [*self._pictures, *map(_picture, files)], ()))
+        files = change["new"]
+
+        def ask() -> None:
+            text = self._text_for_pictures()
+            self._run(text, [*self._pictures, *map(_picture, files)], ())
+
+        self.guard(ask)
         self._count()
 
     def _draw_scene(self) -> None:

@@ -8,6 +8,7 @@ With `explore` this is the only module here that needs torch; views ask it for a
 
 import asyncio
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -134,8 +135,11 @@ class Moment:
     @contextmanager
     def running_edited(self) -> Iterator[None]:
         """Run the model with the edits, alone, inside the block."""
-        with self.computing(), edited(self.model, self.edits, {"clean": self.prompt}):
-            yield
+        with self.computing(), warnings.catch_warnings():
+            # Not every question reads all that is edited, such as the logits.
+            warnings.filterwarnings("ignore", "the change of .* was never made")
+            with edited(self.model, self.edits, {"clean": self.prompt}):
+                yield
 
     def clean(self, compute: Callable[..., T], *args: Any, **options: Any) -> T:
         """Return ``compute(model, prompt, *args, **options)``, computed once."""

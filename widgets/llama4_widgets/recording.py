@@ -21,6 +21,7 @@ from llama4_widgets.board import Board, flat, page_of, unflat
 from llama4_widgets.panels import Axis, Content
 from llama4_widgets.selection import FIELDS, Selection
 from llama4_widgets.still import png, unpack
+from llama4_widgets.words import counted
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -113,9 +114,9 @@ class Recording:
         about, model = self.about, self.about["model"]
         prompt = about["prompt"] if isinstance(about["prompt"], str) else "".join(about["tokens"])
         short = prompt if len(prompt) <= 400 else f"{prompt[:400]} …"
-        pictures = f" with {len(self.pictures)} picture(s)" if self.pictures else ""
+        pictures = f" with {counted(len(self.pictures), 'picture')}" if self.pictures else ""
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        lines = [f"Prompt, {len(about['tokens'])} tokens{pictures}: {short.strip()}"]
+        lines = [f"Prompt, {counted(len(about['tokens']), 'token')}{pictures}: {short.strip()}"]
         lines += [f"Edits: {about['edits']}" if about["edits"] != "[]" else "No edits."]
         if about.get("beside"):
             lines += [f"Beside it: {about['beside']}"]

@@ -13,7 +13,7 @@ import traitlets
 
 from llama4_widgets.board import Board, page
 from llama4_widgets.panels import Axis, Content
-from llama4_widgets.selection import Selection
+from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.still import svg
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ class View(ipywidgets.VBox):
     is_shown = traitlets.Bool(True, help="a view that is not shown computes nothing")
 
     def __init__(self, moment: "Moment", selection: Selection | None = None, **traits: Any):
-        self.selection = Selection() if selection is None else selection
+        selection = Selection() if selection is None else selection
+        # Beside a view of less or more, it moves with the selection as far as it goes.
+        is_apart = bool(selection.bounds) and selection.bounds != moment.bounds
+        self.selection = Mirror(selection) if is_apart else selection
         self.board = Board(self.selection, title=self.title, help=self.help)
         self._is_stale = True  # what is on screen is not what is to be seen
         self._is_held = False  # takes a moment without drawing it
@@ -128,10 +131,11 @@ class View(ipywidgets.VBox):
         if self.board.busy == _DRAWING:
             self.board.busy = ""
 
-    def put_off(self, moment: "Moment | None" = None) -> None:
+    def put_off(self, moment: "Moment | None" = None, why: str = _LATE) -> None:
         """Hold a moment that could not be drawn, and mark what is on screen, if that is older.
 
         It is drawn when the next one comes or a control asks for it; None marks what is there.
+        The mark says `why`.
         """
         self.withdraw()
         self._is_held = True
@@ -139,7 +143,7 @@ class View(ipywidgets.VBox):
         self._is_held = False
         if moment is None or self._is_stale:
             self._is_stale = self._is_announced = True
-            self.board.problem, self.board.summary = _LATE, ""
+            self.board.problem, self.board.summary = why, ""
 
     def _say_busy(self, tokens: int) -> None:
         if self.is_shown and not self.board.busy and (tokens > _LONG or self._seconds > _SLOW):

@@ -41,6 +41,15 @@ def word_of(tokenizer: Any, idx: int) -> str:
     return str(idx) if tokenizer is None else visible(tokenizer.token_text(idx))
 
 
+def counted(count: int, what: str) -> str:
+    """Name a number of things.
+
+    >>> counted(1, "token"), counted(1200, "token")
+    ('1 token', '1,200 tokens')
+    """
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def number(value: float, form: str) -> str:
     """Format a number with a minus sign, not a hyphen, and no sign before zero.
 

@@ -56,7 +56,7 @@ class Control:
         mine = self.make(layer, self.usual)
         if self.field is None:
             return edit == mine
-        at = ("layer", "point")
+        at = ("layer", "point", "tokens")
         return type(edit) is type(mine) and all(
             getattr(edit, name, None) == getattr(mine, name, None) for name in at
         )
@@ -68,7 +68,17 @@ class Control:
             self.widget.layout.display = "" if fits else "none"
         if not fits:
             return
-        found = next((edit for edit in edits if self.is_one(edit, layer)), None)
+        # Of several, the last one counts, and of rules that exclude each other as well.
+        made = self.make(layer, self.usual)
+        rules = [
+            edit
+            for edit in edits
+            if isinstance(edit, E.Rope | E.Chunk)
+            and type(edit) is type(made)
+            and edit.layer == layer
+        ]
+        found = next((edit for edit in reversed(rules or edits) if self.is_one(edit, layer)), None)
+        found = None if rules and found is not rules[-1] else found
         if self.field is None:
             self.widget.value = found is not None
         else:
@@ -326,7 +336,8 @@ class AblateView(View):
         self.edits = self.moment.edits
         self._show_controls()
         run, count = self.moment.edited_run, len(self.moment.words)
-        kl, loss = np.zeros(count), np.full(count, np.nan)
+        kl, loss = np.zeros(count), np.zeros(count)
+        loss[-1:] = np.nan  # nothing follows
         kl[run.first :] = run.effect.kl.numpy()
         loss[run.first :] = run.effect.loss_change.numpy()
         content = Content(self.axes() | {"prompt": Axis("", 1, labels=["loss"])})
@@ -367,9 +378,12 @@ class AblateView(View):
         if not self.moment.edits:
             return "No edits: this is the model as it is."
         effect, count = self.moment.edited_run.effect, len(self.moment.words)
-        config = self.moment.model.config
-        if all(edit.first_token(config) >= count for edit in self.moment.edits):
+        config, edits = self.moment.model.config, self.moment.edits
+        is_beyond = all(edit.first_token(config) >= count for edit in edits)
+        if is_beyond and all(isinstance(edit, E.Chunk) for edit in edits):
             return "These edits change nothing in this prompt: it is no longer than a chunk."
+        if not effect.kl.isfinite().all():
+            return "These edits make logits that are no numbers: no prediction is left to compare."
         is_same = effect.kl.max() < ROUNDING and not any(effect.flips.values())
         if is_same and not effect.unseen:
             return "These edits change nothing in this prompt."

@@ -14,6 +14,7 @@ from llama4_lab.model.text import temperature
 from llama4_widgets.panels import Axis, Content, diverging, pack
 from llama4_widgets.patterns import Layer, decades, glance, in_decades, layer_of, pooled
 from llama4_widgets.view import View
+from llama4_widgets.words import counted
 
 _WHOLE = 220_000  # numbers in all, below which every head and row of the layer goes to the browser
 _LINE, _AROUND = 4096, 1024  # tokens: the longest text that is shown whole, and what is else
@@ -76,6 +77,11 @@ class AttentionView(View):
         row = np.nan_to_num(layer.row(self._head, token))
         best = int(row.argmax())
         sight = "its chunk" if layer.chunk else "the whole past"
+        if row[best] == 0:
+            return (
+                f"layer {self.selection.layer} ({_kind(layer)}), head {self._head}: token {token} "
+                f"‘{words[token]}’ sees nothing, for edits hide all of it"
+            )
         return (
             f"layer {self.selection.layer} ({_kind(layer)}), head {self._head}: token {token} "
             f"‘{words[token]}’ sees {sight} and looks most at token {best} ‘{words[best]}’, "
@@ -246,19 +252,28 @@ class AttentionView(View):
         config, chosen = self.moment.model.config, self.selection.layer
         places = np.unique(np.linspace(0, max(count, 4 * config.floor_scale), _CURVE).astype(int))
         content.axes["position"] = Axis("position (tokens)", len(places), values=places.tolist())
-        configs = [("the model's", config, "#1f77b4", None)]
+        others: list[Any] = []
         for edit in self.moment.edits:
             if isinstance(edit, AttentionTemperature) and edit.layer == chosen:
                 given = {"attn_scale": edit.scale, "floor_scale": edit.floor_scale}
                 given = {name: value for name, value in given.items() if value is not None}
-                other = config.replace(attn_temperature_tuning=True, **given)
-                configs = [configs[0], ("edited", other, "#d55e00", "5 4")]
+                others.append(config.replace(attn_temperature_tuning=True, **given))
+
+        def factors(configs: list[Any], where: np.ndarray) -> np.ndarray:
+            own, *changed = (
+                temperature(each, torch.from_numpy(where)).numpy() for each in (config, *configs)
+            )
+            return own * np.prod([each / own for each in changed], axis=0)
+
         series = []
-        for label, one, colour, dash in configs:
-            content.array(label, temperature(one, torch.from_numpy(places)).numpy(), ("position",))
+        for label, configs, colour, dash in (
+            ("the model's", [], "#1f77b4", None),
+            ("edited", others, "#d55e00", "5 4"),
+        )[: 1 + bool(others)]:
+            content.array(label, factors(configs, places), ("position",))
             series.append({"array": label, "label": label, "colour": colour, "dash": dash})
-        most = float(temperature(configs[-1][1], torch.tensor([count - 1])))
-        is_tuned = config.attn_temperature_tuning or len(configs) > 1
+        most = float(factors(others, np.array([count - 1]))[0])
+        is_tuned = config.attn_temperature_tuning or bool(others)
         content.add(
             "temperature", "Temperature of this NoPE layer", None, ("position",),
             {"kind": "sequential", "low": 1.0, "unit": "factor"}, kind="lines",
@@ -295,7 +310,8 @@ class AttentionView(View):
 
 def _kind(layer: Layer) -> str:
     name = "RoPE" if layer.uses_rope else "NoPE"
-    return f"{name}, chunks of {layer.chunk} tokens" if layer.chunk else f"{name}, no chunks"
+    chunks = f"chunks of {counted(layer.chunk, 'token')}" if layer.chunk else "no chunks"
+    return f"{name}, {chunks}"
 
 
 def _difference(clean: np.ndarray, edited: np.ndarray) -> np.ndarray:

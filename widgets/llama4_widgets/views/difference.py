@@ -13,6 +13,7 @@ from llama4_widgets.panels import Content, sequential
 from llama4_widgets.selection import Selection
 from llama4_widgets.view import View
 from llama4_widgets.views.router import add_flips, flips
+from llama4_widgets.words import counted
 
 _AT_ONCE = 256  # tokens
 
@@ -42,7 +43,7 @@ class DifferenceView(View):
                 where = int(kl.argmax())
                 strongest = f"{kl[where]:.3g} nats at token {where}"
                 source = "the run beside" if self._is_other_first() else "this run"
-                mean = f"mean {kl.mean():.3g} over all {len(kl)} tokens"
+                mean = f"mean {kl.mean():.3g} over all {counted(len(kl), 'token')}"
                 said = f"KL from {source}: {mean}, most {strongest}"
                 if kl[where] < ROUNDING:
                     strongest, said = "none", "the predictions are the same, up to rounding"
@@ -54,8 +55,8 @@ class DifferenceView(View):
                 )  # fmt: skip
             if _is_same_routing(self.moment, self.other):
                 found = self.flips()
-                self._said.insert(0, f"{found.sum()} routing flips")
-                note = f"of {found.shape[1]} tokens, those with other experts"
+                self._said.insert(0, counted(int(found.sum()), "routing flip"))
+                note = f"of {counted(found.shape[1], 'token')}, those with other experts"
                 add_flips(content, found.sum(axis=1).tolist(), note)
         self._add_answers(content)
         return content

@@ -180,9 +180,10 @@ class ExpertsView(View):
         dense = f"Layer {layer} is dense: it has no experts. " * (layer not in routing.layers)
         row = routing.row(self._layer(routing))
         load = routing.load[row]
+        idle = int((load == 0).sum())
         return (
             f"{dense}Layer {routing.layers[row]}: expert {load.argmax()} takes most, "
-            f"{100 * load.max():.0f} %; {int((load == 0).sum())} of {len(load)} take nothing; as "
+            f"{100 * load.max():.0f} %; {idle} of {len(load)} take{'s' * (idle == 1)} nothing; as "
             f"even as {float(effective_experts(load)):.1f} experts with equal loads."
         )
 

@@ -126,7 +126,8 @@ class GenerateView(View):
 
     def text(self) -> str:
         """Return what was written."""
-        return self.moment.model.tokenizer.decode(self._ids())
+        tokenizer, ids = self.moment.model.tokenizer, self._ids()
+        return tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
 
     def _ids(self) -> list[int]:
         stops = self.moment.model.config.stop_token_ids

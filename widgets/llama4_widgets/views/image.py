@@ -16,15 +16,15 @@ from llama4_lab.prompt import Prompt
 from llama4_widgets.panels import Axis, Content, diverging, experts
 from llama4_widgets.patterns import decades, in_decades, layer_of
 from llama4_widgets.slices import Work
-from llama4_widgets.still import png
+from llama4_widgets.still import png, unpack
 from llama4_widgets.view import View
-from llama4_widgets.words import visible
 
 _BYTES = 150_000  # of all pictures of an update
+_OUT_OF_SIGHT = "none of it is in sight: it comes later, or lies in another chunk"
 _SETS = 16  # of masked tokens in one step
 _NONE = (
-    "this prompt has no picture: press Picture or Scene above, or give one in code, as in "
-    "app.run('What colour is the circle?', [picture])"
+    "this prompt has no picture: in the lab press Picture or Scene above, or give one in code, as "
+    "in app.run(text, [picture]) and model.prompt(text, [picture])"
 )
 
 Overlay = tuple[str, str, Any, str]  # the name of its array, title, scale and note
@@ -81,6 +81,8 @@ class ImageView(View):
             one = pictures[i]
             place = starts[i] + np.arange(one.position.size).reshape(one.position.shape)
             place = place[-1] if is_global else one.stitch(place)
+            if array.startswith("attention") and not self._sees(content, array, place):
+                note = _OUT_OF_SIGHT
             name = "Picture" + f" {i}" * (len(pictures) > 1) + ", global tile" * is_global
             where = self._place(one, place, i, is_global, array == "bare")
             content.add(
@@ -129,10 +131,13 @@ class ImageView(View):
             name = f"attention {run}".strip()
             content.array(name, in_decades(share), ("head", "patch"))
             note = f"of the selected head{f', {run}' * bool(run)}"
-            if np.isnan(share).all():
-                note = "none of it is in sight: it comes later, or lies in another chunk"
             title = f"attention in layer {layer} from token {token} ‘{moment.words[token]}’"
             yield name, title, decades(count), note
+
+    def _sees(self, content: Content, array: str, place: np.ndarray) -> bool:
+        """Whether any head sees any of these places."""
+        held = unpack(content.arrays[array])
+        return bool(np.isfinite(held[:, place.ravel()]).any())
 
     def _effects(
         self, content: Content, tokens: np.ndarray, pictures: list[Patches]
@@ -194,7 +199,7 @@ class ImageView(View):
             effects = np.concatenate(parts)
             maps.append(causal_map(one, lambda _, effects=effects: effects))
         self._maps = maps
-        self._answer = visible(moment.model.tokenizer.decode(list(answer)))
+        self._answer = moment.word(answer[0])
 
     def refresh(self) -> None:
         """Draw anew, without the effects of another moment."""

@@ -103,8 +103,14 @@ class LensView(View):
         answer = self.moment.word(int(edited.top_token[-1, column, 0]))
         same = edited.top_token[:, column, 0] == edited.top_token[-1, column, 0]
         since = len(same) - int(np.argmin(same[::-1])) if not same.all() else 0
+        behind = any(
+            point in ("final_norm", "logits")
+            for edit in self.moment.edits
+            for point in edit.changes(self.moment.model.config)
+        )
+        says = "the last layer, before edits behind it, says" if behind else "the model says"
         text = (
-            f"After token {token} ‘{self.moment.words[token]}’ the model says ‘{answer}’ "
+            f"After token {token} ‘{self.moment.words[token]}’ {says} ‘{answer}’ "
             f"({np.exp(edited.top_logprob[-1, column, 0]):.0%}), without a break since "
             f"‘{self._names(edited)[since]}’. {self._sum(mine, self._quoted)}"
         )

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_widgets.panels import Content, diverging, experts, sequential
 from llama4_widgets.view import View
-from llama4_widgets.words import describe
+from llama4_widgets.words import counted, describe
 
 _BOTH = ("moe layer", "token")
 _RULES = (1, 2, 2.5, 5, 10, 15, 20, 25)  # % from one rule to the next
@@ -43,7 +43,7 @@ class RouterView(View):
         content.add(
             "chosen", "Chosen expert", edited.expert[..., 0], _BOTH, scale,
             clean="clean chosen" if is_edited else None, marks="flips" if is_marked else None,
-            note=f"rings: {changed.sum()} flips, where the clean run chose other experts"
+            note=f"rings: {counted(int(changed.sum()), 'flip')}, where the clean run chose others"
             if is_edited else "by layer (down) and token (across)",
         )  # fmt: skip
         each = (*_BOTH, "expert")
