@@ -73,6 +73,7 @@ def test_a_long_pattern_is_pooled_in_a_process_of_its_own(lab):
     assert "61.0 ✗" in text
 
 
+@pytest.mark.slow
 def test_the_shares_are_those_of_layers_and_tokens(lab):
     lines = lab.share().splitlines()
     assert [line.split("|")[0].strip() for line in lines[1:]] == [*"0123", "tokens only"]
@@ -80,6 +81,7 @@ def test_the_shares_are_those_of_layers_and_tokens(lab):
     assert lines[3].endswith("× 0.031")  # half of the layers, a sixteenth of the tokens
 
 
+@pytest.mark.slow
 def test_transformers_fills_its_column_in_an_interpreter_of_its_own(lab, folder):
     found = instruments.ask("transformers", sys.executable, folder, THEIRS, repeats=1)
     cells = found["cells"]

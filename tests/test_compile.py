@@ -85,6 +85,7 @@ def test_rows_in_fp8_are_off_by_a_sixteenth_at_most():
 # ---- the sort in numba-cuda
 
 
+@pytest.mark.slow
 def test_the_sort_in_numba_cuda_equals_torchs():
     code = """
 import torch

@@ -444,6 +444,7 @@ def test_another_process_compiles_what_is_not_on_disk(monkeypatch, tmp_path):
     assert part.kept.read_text().split() == [own]  # nobody else has to
 
 
+@pytest.mark.slow
 def test_compiled_kernels_are_kept_until_one_that_they_call_changes(tmp_path):
     call = "import caller; from llama4_lab import compiled; "
     call += "print(compiled.is_kept(caller.twice), caller.twice(3))"

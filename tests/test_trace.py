@@ -133,6 +133,7 @@ def test_nothing_stays_behind_after_an_interrupt(prompt, tmp_path):
     assert {file.stem for file in tmp_path.iterdir()} == set(cache)
 
 
+@pytest.mark.slow
 def test_200_traces_leave_nothing_in_memory():
     model = tiny(num_hidden_layers=2, vision_config=None)
     ids = torch.tensor([[5, 6, 7]])

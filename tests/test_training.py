@@ -70,6 +70,7 @@ def test_the_loop_learns_and_logs_every_step(data, tmp_path):
 
 
 @pytest.mark.parametrize("bias_rate", [0.0, 0.02])
+@pytest.mark.slow
 def test_training_goes_on_after_a_kill_as_if_nothing_had_happened(data, tmp_path, bias_rate):
     class Killed(BaseException):
         pass
@@ -118,6 +119,7 @@ def test_tensorboard_that_is_not_installed_is_said_before_anything_is_done(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_signal_inside_a_step_ends_it_saves_and_is_passed_on(data, tmp_path, monkeypatch, number):
     whole = loop.train(RECIPE, data, tmp_path / "whole")
     update, steps = loop.update, []
@@ -217,6 +219,7 @@ def test_an_interrupted_pass_leaves_no_tap(data, monkeypatch):
     assert model.tap is NO_TAP
 
 
+@pytest.mark.slow
 def test_a_teacher_is_imitated_even_where_the_text_says_nothing(data, tmp_path):
     """With hard weight 0 the student learns the teacher's distribution, not the text."""
     teacher = loop.train(RECIPE, data, tmp_path / "teacher")
