@@ -312,3 +312,9 @@ def test_one_thing_is_told_in_the_singular(model):
     alone = moment.with_edits([E.SkipLayer(3, tokens=(last,))]).edited_run.effect
     assert f"nats at token {last}; top token changed at" in str(alone)
     assert "mean" not in str(alone) and str(alone).endswith("; 1 routing flip")
+
+
+def test_a_view_that_stands_alone_brings_the_rules_of_its_controls(view):
+    # Without them a slider beside others has a track of no width.
+    assert "l4-app-chips" in view._rows.children[1]._dom_classes
+    assert ".l4-app-chips { flex-flow: row wrap;" in view.board._css
