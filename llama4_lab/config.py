@@ -242,16 +242,15 @@ class Llama4Config:
             fields = _known_fields(VisionConfig, vision) | _rope_fields(vision)
             values["vision_config"] = VisionConfig(**fields)
         # Models without MoE layers may count no experts; nothing reads these numbers then.
-        dense = {"num_local_experts": 0, "num_experts_per_tok": 0}
-        counted = {name: values[name] for name in dense if values.get(name) == 0}
-        values |= dict.fromkeys(counted, 1)
+        names = ("num_local_experts", "num_experts_per_tok")
+        none = [name for name in names if values.get(name) == 0]
+        values |= dict.fromkeys(none, 1)
         is_given = values.get("head_dim") is not None
         values["head_dim"] = values["head_dim"] if is_given else cls.head_dim
         config = cls(**values)  # what checks the numbers that are divided
         config._check_layer_types(text.get("layer_types"))
-        if counted and (moe := [i for i in range(config.num_hidden_layers) if config.is_moe(i)]):
-            name = next(iter(counted))
-            raise ValueError(f"{name} 0 must be positive: layer {moe[0]} has experts")
+        if none and (moe := [i for i in range(config.num_hidden_layers) if config.is_moe(i)]):
+            raise ValueError(f"{none[0]} 0 must be positive: layer {moe[0]} has experts")
         if is_given:
             return config
         return config.replace(head_dim=config.hidden_size // config.num_attention_heads)

@@ -61,6 +61,14 @@ class Control:
             getattr(edit, name, None) == getattr(mine, name, None) for name in at
         )
 
+    def _holding(self, layer: int, edits: Sequence[Edit]) -> Edit | None:
+        """Return the edit of this control that holds: of several, the last."""
+        mine = self.make(layer, self.usual)
+        if isinstance(mine, E.Rope | E.Chunk):  # which excludes others of its kind
+            alike = [edit for edit in edits if isinstance(edit, type(mine)) and edit.layer == layer]
+            edits = alike[-1:]
+        return next((edit for edit in reversed(edits) if self.is_one(edit, layer)), None)
+
     def show(self, config: Llama4Config, layer: int, edits: Sequence[Edit]) -> None:
         """Show the value that a layer has; hide what it cannot have."""
         fits = self.fits(config, layer)
@@ -68,17 +76,7 @@ class Control:
             self.widget.layout.display = "" if fits else "none"
         if not fits:
             return
-        # Of several, the last one counts, and of rules that exclude each other as well.
-        made = self.make(layer, self.usual)
-        rules = [
-            edit
-            for edit in edits
-            if isinstance(edit, E.Rope | E.Chunk)
-            and type(edit) is type(made)
-            and edit.layer == layer
-        ]
-        found = next((edit for edit in reversed(rules or edits) if self.is_one(edit, layer)), None)
-        found = None if rules and found is not rules[-1] else found
+        found = self._holding(layer, edits)
         if self.field is None:
             self.widget.value = found is not None
         else:
