@@ -500,6 +500,18 @@ def test_views_of_other_prompts_follow_one_selection_as_far_as_they_go(model):
     assert long.selection.token == 8 and "token 8" in long.board.content.panels[-1]["title"]
 
 
+def test_a_place_that_another_view_made_room_for_is_told_in_words(model):
+    selection = Selection()
+    first, second = (AblateView(Moment(model, model.prompt("Hi")), selection) for _ in range(2))
+    second.moment = Moment(model, model.prompt(TEXT))
+    selection.token = 8
+    count = len(first.moment.words)
+    assert first.board.problem == f"token 8 is selected, and this run has {count} tokens"
+    assert "token 8" in second.board.content.panels[-1]["title"]
+    selection.token = 0
+    assert not first.board.problem
+
+
 def test_a_chat_that_was_gone_on_with_has_one_answer_and_stands_beside_other_models(model, mini):
     chat = [{"role": "user", "content": "3 + 4 ="}]
     app = LabApp(model, chat, shown=["router", "generate"])

@@ -279,6 +279,10 @@ def test_of_several_edits_of_a_kind_controls_show_the_one_that_holds(model):
     view.selection.layer = 1
     assert control(view, "top-k").value == 4
     assert not control(view, "NoPE").value  # the last one turned it on again
+    twice = [E.Scale("layers.1.attn.out", 0.5), E.Scale("layers.1.attn.out", 0.5)]
+    view.moment = view.moment.with_edits([*twice, E.RouterTemperature(1, 2.0)] * 2)
+    assert control(view, "attention ×").value == 0.0625
+    assert control(view, "router temperature").value == 4.0
     one_token = E.RouterTemperature(1, 3.0, tokens=(2,))
     view.moment = view.moment.with_edits([one_token])
     assert control(view, "router temperature").value == 1.0  # it is not the layer's

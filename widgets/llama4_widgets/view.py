@@ -111,6 +111,11 @@ class View(ipywidgets.VBox):
             except (ValueError, KeyError, RuntimeError) as error:
                 self.board.problem = str(error.args[0] if error.args else error)
                 return
+            except IndexError:
+                if not (beyond := self._beyond()):
+                    raise
+                self.board.problem, self.board.summary = beyond, ""
+                return
             with self.board.hold_sync():
                 self.board.problem = ""
                 self._own = content
@@ -119,6 +124,13 @@ class View(ipywidgets.VBox):
             self._is_stale = False
             if self._beside:
                 self._beside._draw()
+
+    def _beyond(self) -> str:
+        """Say what is selected that this run does not have; others may share the selection."""
+        for field, count in self.moment.bounds.items():
+            if (value := getattr(self.selection, field)) >= count:
+                return f"{field} {value} is selected, and this run has {count} {field}s"
+        return ""
 
     def announce(self, tokens: int) -> None:
         """Say that a prompt of so many tokens is about to be shown; until then nothing is drawn."""

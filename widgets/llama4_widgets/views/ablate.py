@@ -1,5 +1,6 @@
 """Switches and sliders that change the model, and what each change does to its answer."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from llama4_widgets.views.router import add_flips
 _STRENGTH = [round(0.1 * i, 1) for i in range(31)]
 _WARMTH = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]
 _SCALES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0]
+_MULTIPLY = ("factor", "temperature")  # what several edits of one place do together
 _DRAG = 1.0  # seconds between two steps of a slider that are taken back as one, at most
 
 Fits = Callable[[Llama4Config, int], bool]
@@ -82,6 +84,9 @@ class Control:
         else:
             value = getattr(found, self.field, None)  # None: as in the model
             value = self.usual if value is None else value
+            if self.field in _MULTIPLY:
+                mine = (edit for edit in edits if self.is_one(edit, layer))
+                value = math.prod(getattr(edit, self.field) for edit in mine)
             known = {option for _, option in self.widget.options}
             if value not in known:
                 self.widget.options = _steps({*known, value})
