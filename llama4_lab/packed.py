@@ -189,8 +189,10 @@ _BLOCK = 1 << 20  # as many weights are unpacked at a time: they stay in the cac
 # Up to so many rows, multiplying the codes is faster than to unpack them for a library's product:
 # of 8192 x 5120, up to 48 on an EPYC with AVX-512, and 18 to 36 on a Xeon with units for matrices.
 _FEW = 32
-_FEWEST = 2  # rows of plain bfloat16, where the CPU has units for it: weights are read no faster
-_LEAST = 1 << 21  # products of plain bfloat16: fewer are made before ours would begin
+# Of plain bfloat16, where the CPU has units for it: so few rows take as long as to read the
+# weight, which our kernel does in four places; for more, the units are ahead.
+_FEWEST = 2
+_LEAST = 1 << 21  # products of plain bfloat16: fewer take the library less than ours takes to begin
 _COMPILED = ("int8", "int4")
 _ROWS_OF_NUMBERS = {torch.float32: 2, torch.bfloat16: 1}  # see `packed_kernels.whole_numbers`
 _CPU: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are

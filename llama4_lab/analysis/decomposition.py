@@ -295,13 +295,12 @@ def _split(
         layer, follows = divmod(half, 2)
         at = {name: cache[f"layers.{layer}.{name}"][0] for name in _writers(model, half, sources)}
         block: Any = model.layers[layer]
-        wrote = [
-            *(
-                _fed(at, t, direction)
-                if follows
-                else _attended(block.self_attn, at, t, direction, prompt, is_patch)
-            )
-        ]
+        parts = (
+            _fed(at, t, direction)
+            if follows
+            else _attended(block.self_attn, at, t, direction, prompt, is_patch)
+        )
+        wrote = [*parts]
         if not follows and (altered := cache.get(f"layers.{layer}.attn.out")) is not None:
             together = torch.cat([each.values for each in wrote]).sum()
             more = altered[0, t, None].float() @ direction - together

@@ -43,6 +43,8 @@ def encode_chat(
     in a content are plain text. Ids equal those of transformers' template with three exceptions,
     where Meta's ``chat_format.py`` is followed: the line breaks after a header are tokens of their
     own, a tool call or result ends in ``<|eom|>``, and a tool's result is written without quotes.
+    With Llama 3's tokenizer the names of the tokens are its own and the rules are these: nothing is
+    trimmed that they do not trim, and no date is put in front, as its templates do.
 
     Raises:
         TypeError, ValueError: a message that the format cannot express, with its index.
