@@ -28,7 +28,8 @@ TOKENS = (1, 2, 4, 8, 16, 64)
 PACKED = ("int8", "int4")
 HALF = "of bfloat16"  # inputs and activations, else of float32
 OURS = ("bfloat16", *PACKED, *(f"{kind} {HALF}" for kind in PACKED))
-LIBRARY = "bfloat16 by the library"
+LIBRARY = "float32 by the library", "bfloat16 by the library"
+COLUMNS = LIBRARY[1], "float32", *OURS  # beside the library's float32
 LAYERS = l4.SCOUT.replace(  # of two experts, of which a token reads one
     num_hidden_layers=2, num_local_experts=2, vocab_size=16384, vision_config=None
 )
@@ -50,11 +51,14 @@ def row(
     """Check the packed products, then let all take turns; return the cells of the table."""
     x = torch.randn(tokens, plain[0].shape[1])
     half = x.bfloat16()
-    check_near(
-        f"bfloat16, {tokens} tokens", linear(half, halves[0]), F.linear(half, halves[0]), 1e-2
-    )
-    calls = {LIBRARY: partial(in_turn, halves, half, F.linear)}
-    calls["bfloat16"] = partial(in_turn, halves, half, linear)
+    calls = {LIBRARY[1]: partial(in_turn, halves, half, F.linear)}
+    for name, y, weights, most in (
+        ("float32", x, plain, 1e-5),
+        ("bfloat16", half, halves, 1e-2),
+    ):
+        expected = F.linear(y, weights[0])
+        check_near(f"{name}, {tokens} tokens", linear(y, weights[0]), expected, most)
+        calls[name] = partial(in_turn, weights, y, linear)
     for kind, weights in packed.items():
         for name, y, most in ((kind, x, 1e-5), (f"{kind} {HALF}", half, 1e-2)):
             expected = y.float() @ weights[0].unpack().mT
@@ -62,7 +66,7 @@ def row(
             check_near(f"{name}, {tokens} tokens", found, expected, most)
             calls[name] = partial(in_turn, weights, y, linear)
     found = ratios(partial(in_turn, plain, x, F.linear), calls, repeats)
-    return [str(tokens), *cells(found, len(plain), (LIBRARY, *OURS))]
+    return [str(tokens), *cells(found, len(plain), COLUMNS)]
 
 
 def check_near(what: str, found: Tensor, expected: Tensor, most: float) -> None:
@@ -86,7 +90,7 @@ def table(out: int, width: int, tokens: list[int], repeats: int) -> str:
     plain = [torch.randn(out, width, generator=generator) / width**0.5 for _ in range(MATRICES)]
     packed = {kind: [pack(weight, kind) for weight in plain] for kind in PACKED}
     halves = [weight.bfloat16() for weight in plain]
-    head = ["tokens", "float32", LIBRARY, *OURS]
+    head = ["tokens", LIBRARY[0], *COLUMNS]
     return layout([head, *(row(n, plain, halves, packed, repeats) for n in tokens)])
 
 

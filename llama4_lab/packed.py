@@ -189,10 +189,10 @@ _BLOCK = 1 << 20  # as many weights are unpacked at a time: they stay in the cac
 # Up to so many rows, multiplying the codes is faster than to unpack them for a library's product:
 # of 8192 x 5120, up to 48 on an EPYC with AVX-512, and 18 to 36 on a Xeon with units for matrices.
 _FEW = 32
-# Of plain bfloat16, where the CPU has units for it: so few rows take as long as to read the
-# weight, which our kernel does in four places; for more, the units are ahead.
-_FEWEST = 2
-_LEAST = 1 << 21  # products of plain bfloat16: fewer take the library less than ours takes to begin
+# Likewise of plain weights: the kernel reads each of them once, and in several places at a time.
+# Libraries take up to four times as long for so few rows, except where units multiply bfloat16.
+_FEWEST = {torch.float32: 8, torch.bfloat16: 2}
+_LEAST = 1 << 21  # products with plain weights: the library makes fewer before ours has begun
 _COMPILED = ("int8", "int4")
 _ROWS_OF_NUMBERS = {torch.float32: 2, torch.bfloat16: 1}  # see `packed_kernels.whole_numbers`
 _CPU: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
@@ -206,8 +206,8 @@ def linear(
     The product is that of the unpacked weight, up to the order of the sum. For few rows on the CPU
     the codes are multiplied, with 30 bits of float32's numbers and 15 of bfloat16's, counted from
     the largest of a group, and else the unpacked weight, in x's dtype; in float32 where that is
-    bfloat16 and the CPU has no units for it, also of plain weights. Gradients reach x, and plain
-    weights.
+    bfloat16 and the CPU has no units for it, also of plain weights, which kernels multiply by few
+    rows. Gradients reach x, and plain weights.
 
     Raises:
         ValueError: rows of another width than a packed weight's.
@@ -253,15 +253,16 @@ def _wants_derivatives(*tensors: Tensor) -> bool:
 
 
 def _is_slow_plain(x: Tensor, w: Tensor) -> bool:
-    """Whether the library is slow with a plain weight: in bfloat16, few rows or without units."""
+    """Whether the library is slow with a plain weight: few rows, or bfloat16 without units."""
     return (
-        w.dtype == torch.bfloat16
+        w.dtype in _FEWEST
         and x.dtype == w.dtype
         and x.is_cpu
         and type(x) in _PLAIN
         and x.shape[-1:] == w.shape[1:]
         and x.numel() * len(w) >= _LEAST
-        and (x.shape[:-1].numel() <= _FEWEST or _is_slow(x))
+        and (x.shape[:-1].numel() <= _FEWEST[x.dtype] or _is_slow(x))
+        and not torch.is_autocast_enabled("cpu")
         and is_for_kernels(w)
     )
 
@@ -290,7 +291,7 @@ class _Product(torch.autograd.Function):
 
 def _product(x: Tensor, w: Tensor | Packed) -> Tensor:
     if x.shape[:-1].numel() <= _FEW:
-        found = _product_of_bits(x, w) if isinstance(w, Tensor) else _product_of_codes(x, w)
+        found = _product_of_numbers(x, w) if isinstance(w, Tensor) else _product_of_codes(x, w)
         if found is not None:
             return found
     y = x.float() if _is_slow(x) else x
@@ -337,8 +338,8 @@ def _product_of_codes(x: Tensor, w: Packed) -> Tensor | None:
     return out.view(*x.shape[:-1], outputs).to(x.dtype)
 
 
-def _product_of_bits(x: Tensor, w: Tensor) -> Tensor:
-    """Return the product with a plain weight, of bfloat16, for few rows."""
+def _product_of_numbers(x: Tensor, w: Tensor) -> Tensor:
+    """Return the product with a plain weight for few rows."""
     from llama4_lab import plain_kernels as kernels
     from llama4_lab.compiled import array, beside, threads
 
@@ -358,6 +359,9 @@ def _blocks(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the weight some rows at a time; a block is good until the next one is asked for."""
     step = max(1, (_ON_A_GPU if w.device.type == "cuda" else _BLOCK) // w.shape[-1])
     parts: list[Any] = [w[start : start + step] for start in range(0, len(w), step)]
+    if isinstance(w, Tensor) and w.dtype == dtype:
+        yield from parts
+        return
     if isinstance(w, Tensor):
         space = torch.empty(parts[0].shape, dtype=dtype, device=w.device)
         yield from (space[: len(part)].copy_(part) for part in parts)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import llama4_lab as l4
+from llama4_lab.packed import Packed, linear
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import clock
@@ -235,11 +237,11 @@ def test_a_layer_that_is_not_equal_is_not_timed(moe_layer, monkeypatch):
 def test_the_table_of_packed_weights_has_a_row_for_each_number_of_tokens():
     head, _, *rows = packed_weights.table(24, 32, [1, 3], repeats=1).splitlines()
     assert [part.strip() for part in head.split("|")] == [
-        *("tokens", "float32", "bfloat16 by the library", "bfloat16", "int8", "int4"),
-        *("int8 of bfloat16", "int4 of bfloat16"),
+        *("tokens", "float32 by the library", "bfloat16 by the library", "float32", "bfloat16"),
+        *("int8", "int4", "int8 of bfloat16", "int4 of bfloat16"),
     ]
     assert [row.split()[0] for row in rows] == ["1", "3"]
-    assert all(row.count("×") == 6 for row in rows)
+    assert all(row.count("×") == 7 for row in rows)
 
 
 def test_a_packed_model_decodes_what_the_rounded_one_does():
@@ -255,8 +257,12 @@ def test_a_packed_model_that_is_not_equal_is_not_timed(monkeypatch):
         packed_weights.steps(TINY, repeats=1)
 
 
-def test_a_packed_product_that_is_not_equal_is_not_timed(monkeypatch):
-    monkeypatch.setattr(packed_weights, "linear", lambda x, w: x.float() @ w.float().mT * 1.001)
+@pytest.mark.parametrize(("kind", "name"), [(Tensor, "float32"), (Packed, "int8")])
+def test_a_product_that_is_not_equal_is_not_timed(kind, name, monkeypatch):
+    def product(x, w):
+        return linear(x, w) * (1.001 if isinstance(w, kind) else 1)
+
+    monkeypatch.setattr(packed_weights, "linear", product)
     monkeypatch.setattr(packed_weights, "ratios", None)
-    with pytest.raises(ValueError, match=r"int8, 2 tokens: differs by .* it is not timed"):
+    with pytest.raises(ValueError, match=rf"^{name}, 2 tokens: differs by .* it is not timed"):
         packed_weights.table(24, 32, [2], repeats=1)

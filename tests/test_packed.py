@@ -238,7 +238,7 @@ def test_second_derivatives_see_every_block(kind, monkeypatch):
 # ---- plain weights
 
 
-def test_a_plain_weight_is_multiplied_as_ever():
+def test_a_small_plain_weight_is_multiplied_as_ever():
     x, w, bias = inputs(3, 16), weight(5, 16), weight(5)
     assert torch.equal(linear(x, w), F.linear(x, w))
     assert torch.equal(linear(x, w, bias), F.linear(x, w, bias))
@@ -253,22 +253,23 @@ def has_units(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("rows", [(), (1,), (2,), (3,), (2, 16), (5, 7), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (3,), (8,), (2, 16), (5, 7), (0, 4)])
 @pytest.mark.parametrize(("out", "k"), [(9, 40), (1, 7), (50, 128)])
-def test_plain_bfloat16_is_multiplied_as_exactly(has_units, out, k, rows, monkeypatch):
+def test_plain_weights_are_multiplied_as_exactly(has_units, out, k, rows, dtype, monkeypatch):
     monkeypatch.setattr(llama4_lab.packed, "_BLOCK", 7 * 128)
-    x, w, bias = inputs(*rows, k).bfloat16(), weight(out, k).bfloat16(), weight(out).bfloat16()
+    x, w, bias = inputs(*rows, k).to(dtype), weight(out, k).to(dtype), weight(out).to(dtype)
     exact, most = (f(x.double()) @ f(w.double()).mT for f in (lambda y: y, torch.abs))
-    found = linear(x, w)
-    assert found.dtype == torch.bfloat16 and found.shape == (*rows, out)
-    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * most).all()
+    found, rounding = linear(x, w), {torch.float32: 2**-20, torch.bfloat16: 2**-8}[dtype]
+    assert found.dtype == dtype and found.shape == (*rows, out)
+    assert ((found.double() - exact).abs() <= rounding * exact.abs() + 2**-20 * most).all()
     shifted, exact_shifted = linear(x, w, bias), exact + bias.double()
-    rounding = 2**-8 * (exact.abs() + exact_shifted.abs())
-    assert ((shifted.double() - exact_shifted).abs() <= rounding + 2**-20 * most).all()
+    allowed = rounding * (exact.abs() + exact_shifted.abs())
+    assert ((shifted.double() - exact_shifted).abs() <= allowed + 2**-20 * most).all()
 
 
 @pytest.mark.parametrize("threads", [2, 3, 60])
-def test_several_threads_multiply_plain_bfloat16_alike(threads, monkeypatch):
+def test_several_threads_multiply_plain_weights_alike(threads, monkeypatch):
     monkeypatch.setattr(llama4_lab.packed, "_LEAST", 1)
     monkeypatch.setattr(llama4_lab.packed, "product_dtype", lambda device: torch.float32)
     x, w, used = inputs(5, 64).bfloat16(), weight(50, 64).bfloat16(), []
@@ -285,10 +286,11 @@ def test_several_threads_multiply_plain_bfloat16_alike(threads, monkeypatch):
     assert torch.equal(linear(x, w), alone) and used == [min(threads, 50)]  # outputs
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [2, 40])
-def test_plain_bfloat16_passes_gradients_as_ever(has_units, rows):
-    x, w = inputs(rows, 64).bfloat16().requires_grad_(), weight(7, 64).bfloat16()
-    given = weight(rows, 7).bfloat16()
+def test_plain_weights_pass_gradients_as_ever(has_units, rows, dtype):
+    x, w = inputs(rows, 64).to(dtype).requires_grad_(), weight(7, 64).to(dtype)
+    given = weight(rows, 7).to(dtype)
     for trained in (False, True):
         x.grad = None
         w = w.detach().requires_grad_(trained)
@@ -297,22 +299,25 @@ def test_plain_bfloat16_passes_gradients_as_ever(has_units, rows):
     torch.testing.assert_close(w.grad, given.mT @ x.detach())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 40])
-def test_small_and_many_products_of_bfloat16_are_the_library_s(rows, monkeypatch):
-    x, w, calls = inputs(rows, 1024).bfloat16(), weight(1024, 1024).bfloat16(), []
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 40])
+def test_which_products_with_plain_weights_are_the_library_s(rows, monkeypatch):
+    x, w, calls = inputs(rows, 1024), weight(1024, 1024), []
     monkeypatch.setattr(
-        llama4_lab.packed, "_product", lambda x, w: calls.append(w) or F.linear(x, w)
+        llama4_lab.packed, "_product", lambda x, w: calls.append(x.dtype) or F.linear(x, w)
     )
-    for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(llama4_lab.packed, "product_dtype", lambda device, dtype=dtype: dtype)
+    for units in (torch.float32, torch.bfloat16):  # what bfloat16 is multiplied in
+        monkeypatch.setattr(llama4_lab.packed, "product_dtype", lambda device, units=units: units)
+        calls.clear()
         linear(x, w)
-        linear(x.float(), w.float())
-    # Two rows are the least that take longer than to begin; more only where there are no units.
-    assert len(calls) == {1: 0, 2: 2}.get(rows, 1)
+        linear(x.bfloat16(), w.bfloat16())
+        # Two rows are the least that take longer than to begin.
+        assert (torch.float32 in calls) == (2 <= rows <= 8)
+        assert (torch.bfloat16 in calls) == (rows == 2 or (rows > 2 and units == torch.float32))
 
 
-def test_observers_and_transforms_see_products_of_plain_bfloat16(has_units):
-    x, w, bias = inputs(2, 64).bfloat16(), weight(7, 64).bfloat16(), weight(7).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_observers_and_transforms_see_products_of_plain_weights(has_units, dtype):
+    x, w, bias = (y.to(dtype) for y in (inputs(2, 64), weight(7, 64), weight(7)))
     with FlopCounterMode(display=False) as counter:
         linear(x, w)
     assert counter.get_total_flops() == 2 * 2 * 64 * 7
@@ -323,7 +328,9 @@ def test_observers_and_transforms_see_products_of_plain_bfloat16(has_units):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, x)
         torch.testing.assert_close(forward_ad.unpack_dual(linear(dual, w)).tangent, F.linear(x, w))
-    strided = weight(64, 7).bfloat16().mT
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w).dtype == torch.bfloat16
+    strided = weight(64, 7).to(dtype).mT
     torch.testing.assert_close(linear(x, strided), F.linear(x, strided))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         linear(x[:, :60], w)
