@@ -21,7 +21,7 @@ from torch import Tensor
 
 import llama4_lab as l4
 from llama4_lab.checkpoint.quantised import packable
-from llama4_lab.packed import Packed, linear, pack
+from llama4_lab.packed import Packed, linear, pack, prepare
 
 OUT, WIDTH, MATRICES = 8192, 5120, 4  # of one of Scout's experts; the caches hold no four
 TOKENS = (1, 2, 4, 8, 16, 64)
@@ -132,6 +132,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
+    prepare()
     print(
         f"{date.today()}: torch {version('torch')}, numba {version('numba')}, Python "
         f"{platform.python_version()}; {given.threads} thread(s), load {os.getloadavg()[0]:.1f}\n"

@@ -15,6 +15,7 @@ contracts:
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,7 @@ _FEW = 32
 # Libraries take up to four times as long for so few rows, except where units multiply bfloat16.
 _FEWEST = {torch.float32: 8, torch.bfloat16: 2}
 _LEAST = 1 << 21  # products with plain weights: the library makes fewer before ours has begun
+_is_prepared = Event()  # whether the kernel for plain weights is there, see `prepare`
 _COMPILED = ("int8", "int4")
 _ROWS_OF_NUMBERS = {torch.float32: 2, torch.bfloat16: 1}  # see `packed_kernels.whole_numbers`
 _CPU: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
@@ -225,6 +227,16 @@ def linear(
     is_plain = not torch.compiler.is_compiling() and not _wants_derivatives(x)
     out: Tensor = _product(x, w) if is_plain else _Product.apply(x, w)
     return out if bias is None else out + bias
+
+
+def prepare() -> None:
+    """Load the kernel for plain weights, or compile it: `linear` takes it for float32 from then on.
+
+    It is not worth waiting for, as the kernels for packed weights and for bfloat16 are.
+    """
+    x = torch.ones(1, 16, **_CPU)
+    _product_of_numbers(x, x)
+    _is_prepared.set()
 
 
 def is_for_kernels(*tensors: Tensor) -> bool:
@@ -262,6 +274,7 @@ def _is_slow_plain(x: Tensor, w: Tensor) -> bool:
         and x.shape[-1:] == w.shape[1:]
         and x.numel() * len(w) >= _LEAST
         and (x.shape[:-1].numel() <= _FEWEST[x.dtype] or _is_slow(x))
+        and (x.dtype == torch.bfloat16 or _is_prepared.is_set())
         and not torch.is_autocast_enabled("cpu")
         and is_for_kernels(w)
     )

@@ -238,6 +238,13 @@ def test_second_derivatives_see_every_block(kind, monkeypatch):
 # ---- plain weights
 
 
+@pytest.fixture(autouse=True, scope="module")
+def is_prepared():
+    llama4_lab.packed.prepare()
+    yield
+    llama4_lab.packed._is_prepared.clear()
+
+
 def test_a_small_plain_weight_is_multiplied_as_ever():
     x, w, bias = inputs(3, 16), weight(5, 16), weight(5)
     assert torch.equal(linear(x, w), F.linear(x, w))

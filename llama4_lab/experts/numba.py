@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llama4_lab import packed
 from llama4_lab.compiled import array, beside, compiled, floats, threads, wide
 from llama4_lab.experts import loop, probe, tile
 from llama4_lab.experts.tile import PANEL, ROWS
@@ -295,6 +296,7 @@ def can_run(*tensors: "Tensor | Packed") -> bool:
 
 def prepare() -> None:
     """Compile the float32 kernels, or load what was compiled before."""
+    packed.prepare()
     d, e, f = 16, 2, 16
     x, router, gate_up, down = (torch.zeros(s) for s in ((1, d), (e, d), (e, 2 * f, d), (e, d, f)))
     shared = (gate_up[0, :f], gate_up[0, f:], down[0])
