@@ -642,3 +642,21 @@ def test_bars_lines_and_tables_are_walked_through_by_keyboard(lab):
     lab.wait_for_selection(layer=6)
     expect(load).to_be_visible()
     assert lab.kernel("print(app.selection.expert)") == "0"
+
+
+def test_a_table_of_words_is_walked_through_by_keyboard(lab):
+    table = panel(lab.show("lens"), "words").locator(".l4-scroll")
+    rows = table.locator("tr", has=lab.on.page.locator("td"))
+    rows.nth(1 + 2 * LAYER).locator("td").nth(3).click()  # after the attention of the layer
+    lab.wait_for_selection(layer=LAYER)
+    token = int(lab.kernel("print(app.selection.token)"))
+    table.press("ArrowRight")
+    lab.wait_for_selection(token=token + 1, layer=LAYER)
+    table.press("ArrowDown")
+    lab.wait_for_selection(token=token + 1, layer=LAYER + 1)
+    for layer in (LAYER, LAYER - 1):  # of a layer's two rows, each leads to another layer
+        table.press("ArrowUp")
+        lab.wait_for_selection(token=token + 1, layer=layer)
+    expect(table.locator("td.l4-selected")).to_have_count(1)
+    table.press("Home")
+    lab.wait_for_selection(token=0, layer=LAYER - 1)

@@ -68,8 +68,7 @@ class Values {
     if (this.painted.has(key)) return this.painted.get(key);
     if (this.painted.size > 64) this.painted.clear();
     const [rows, cols] = shown.map(this.size);
-    const colour = colourOf(scale);
-    const image = new ImageData(cols, rows);
+    const [colour, image] = [colourOf(scale), new ImageData(cols, rows)];
     for (let k = 0; k < rows * cols; k++) {
       const v = value(Math.floor(k / cols), k % cols);
       if (v === v) image.data.set([...colour(v), 255], 4 * k);
@@ -134,6 +133,8 @@ function render({ model, el }) {
     const change = Object.fromEntries(pairs.filter(([name]) => axis(name).select).map(([name, i]) => [axis(name).select, place(name, i)]));
     if (Object.keys(change).length) select(change);
   };
+  // Moves the selection along axes; from the first or last of the places that it stands for.
+  const walk = (...steps) => choose(steps.map(([name, by]) => [name, clamp(by + (by < 0 ? (axis(name).values?.indexOf(place(name, index(name))) ?? index(name)) : index(name)), 0, axis(name).size - 1)]));
   const picked = (array, at = index) => (shown) => arrays[array].slice(shown, at);
 
   function describe(panel, indices, names = panel.axes.map((name, i) => called(name, indices[i])), array = panel.array) {
@@ -216,10 +217,7 @@ function render({ model, el }) {
       node.onpointerenter = () => look({ [axis(name).select]: place(name, i) });
       return Object.assign(hover(node, () => describe(panel, [i])), { onpointerleave: () => (point(), look({})) });
     });
-    onArrows(box, (right, down) => {
-      const along = panel.walk && down ? panel.walk : name;
-      choose([[along, clamp(index(along) + right + down, 0, axis(along).size - 1)]]);
-    });
+    onArrows(box, (right, down) => walk([panel.walk && down ? panel.walk : name, right + down]));
     // Dims all words but those of an expert.
     const shine = (expert) => words.forEach((node, i) => node.classList.toggle("l4-dim", expert !== undefined && numbers.every((at) => at(i) !== expert)));
     const again = () => {
@@ -328,7 +326,7 @@ function render({ model, el }) {
     canvas.onkeydown = (event) => {
       const step = STEPS[event.key];
       if (step && event.shiftKey && panel.zoom) move((step[0] * (window.x[1] - window.x[0])) / 8, (step[1] * (window.y[1] - window.y[0])) / 8);
-      else if (step) choose([[across, clamp(index(across) + step[0], 0, axis(across).size - 1)], [down, clamp(index(down) + step[1], 0, axis(down).size - 1)]]);
+      else if (step) walk([across, step[0]], [down, step[1]]);
       else if (panel.zoom && "+-0".includes(event.key)) {
         const [y, x] = [index(down), axis(across).select ? index(across) : index(down)];
         zoom({ "+": 0.7, "-": 1.4, 0: 1e9 }[event.key], [0, 0, clamp(y, ...window.y), clamp(x, ...window.x)]);
@@ -358,8 +356,7 @@ function render({ model, el }) {
     const again = () => {
       const { width, inner, tall } = size();
       if (inner <= 0) return;
-      const ratio = globalThis.devicePixelRatio || 1;
-      const pen = canvas.getContext("2d");
+      const [ratio, pen] = [globalThis.devicePixelRatio || 1, canvas.getContext("2d")];
       const [w, h] = [width, tall + TOP + BOTTOM].map((length) => Math.floor(length * ratio));
       if (canvas.width === w && canvas.height === h) pen.reset(); // what keeps its size needs no new layout
       else Object.assign(Object.assign(canvas, { width: w, height: h }).style, { width: `${width}px`, height: `${tall + TOP + BOTTOM}px` });
@@ -499,7 +496,7 @@ function render({ model, el }) {
     const [name] = panel.axes;
     const { title, size, select } = axis(name);
     const svg = draw("svg", figure, { role: "img", height: 200, tabindex: select ? 0 : -1, ...OWN_KEYS });
-    onArrows(svg, (right, down) => choose([[name, clamp(index(name) + right + down, 0, size - 1)]]));
+    onArrows(svg, (right, down) => walk([name, right + down]));
     const spoken = (v) => (Number.isFinite(v) ? written(v, panel.scale.unit) : "no number");
     const shine = (i) => select === "expert" && drawn.forEach((each) => each.again.shine?.(i));
     return () => {
@@ -533,11 +530,10 @@ function render({ model, el }) {
   function addLines(figure, panel) {
     const [name] = panel.axes;
     const svg = draw("svg", figure, { role: "img", "aria-label": panel.title, height: 180, tabindex: axis(name).select ? 0 : -1, ...OWN_KEYS });
-    onArrows(svg, (right, down) => choose([[name, clamp(index(name) + right + down, 0, axis(name).size - 1)]]));
+    onArrows(svg, (right, down) => walk([name, right + down]));
     return () => {
-      const width = figure.wide;
+      const [width, count] = [figure.wide, axis(name).size];
       const series = panel.series.map((one) => ({ ...one, at: picked(one.array)(panel.axes) }));
-      const count = axis(name).size;
       const all = series.flatMap(({ at }) => Array.from({ length: count }, (_, i) => at(i))).filter(Number.isFinite);
       const [low, high] = [panel.scale.low ?? Math.min(...all), panel.scale.high ?? Math.max(...all)];
       const x = (i) => LEFT + ((i + 0.5) / count) * (width - LEFT - RIGHT);
@@ -550,7 +546,7 @@ function render({ model, el }) {
         draw("text", svg, { x: LEFT + 8 + before * 150, y: 12, style: `fill:${colour}` }, label);
       });
       if (axis(name).select) draw("line", svg, { x1: x(index(name)), x2: x(index(name)), y1: 18, y2: 150, class: "l4-reference" });
-      for (const i of width / count > 50 ? Array(count).keys() : [0, count >> 1, count - 1]) draw("text", svg, { x: Math.min(x(i), width - 2 - 3.3 * `${place(name, i)}`.length), y: 163, "text-anchor": "middle" }, place(name, i));
+      for (const i of width / count > 50 ? Array(count).keys() : [0, count >> 1, count - 1]) draw("text", svg, { x: Math.min(x(i), width - 2 - 3.3 * `${written(place(name, i))}`.length), y: 163, "text-anchor": "middle" }, written(place(name, i)));
       draw("text", svg, { x: width / 2, y: 177, "text-anchor": "middle" }, `${axis(name).title} (${panel.scale.unit} upwards)`);
       svg.onclick = (event) => {
         const frame = svg.getBoundingClientRect();
@@ -578,8 +574,7 @@ function render({ model, el }) {
       choose([[name, positions[clamp(at, 0, positions.length - 1)]]]);
     });
     return () => {
-      const value = picked(panel.array)(panel.axes);
-      const colour = colourOf(panel.scale);
+      const [value, colour] = [picked(panel.array)(panel.axes), colourOf(panel.scale)];
       cells.forEach((node, i) => {
         const v = value(positions[i]);
         node.style.background = v === v ? `rgb(${colour(v).join(" ")} / ${panel.opacity ?? 0.6})` : "none";
@@ -592,7 +587,9 @@ function render({ model, el }) {
   // A table of words, `text[row][column]`, around the selected column, coloured by an array.
   function addWords(figure, panel) {
     const [down, across] = panel.axes;
-    const table = make("table", make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { ...OWN_KEYS, role: "group", "aria-label": panel.title }));
+    const box = make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { ...OWN_KEYS, role: "group", "aria-label": panel.title });
+    const table = make("table", box);
+    onArrows(box, (right, low) => walk([across, right], [down, low]));
     return () => {
       const room = Math.max(axis(across).size > 16 ? 3 : 16, Math.floor((figure.wide - 120) / (panel.cell ?? 84)));
       const first = clamp(index(across) - Math.floor(room / 2), 0, Math.max(axis(across).size - room, 0));
