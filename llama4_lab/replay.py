@@ -350,7 +350,7 @@ class Edited:
         loss_change = (clean[:-1].gather(-1, following) - mine[:-1].gather(-1, following))[:, 0]
         return Effect(
             positions=torch.arange(self.first, len(self.replay)),
-            kl=_kl(mine, clean),
+            kl=divergence(mine, clean),
             loss_change=F.pad(loss_change, (0, 1), value=float("nan")),
             top_changed=clean.argmax(dim=-1) != mine.argmax(dim=-1),
             flips={i: self._flips(i) for i in self.replay.experts},
@@ -483,8 +483,13 @@ class _Rows(Tap):
         }
 
 
-def _kl(mine: Float[Tensor, "n v"], clean: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
-    """Return KL(clean ‖ mine) in nats; what is impossible in the clean run adds nothing."""
+def divergence(
+    mine: Float[Tensor, "*runs v"], clean: Float[Tensor, "*runs v"]
+) -> Float[Tensor, "*runs"]:
+    """Return KL(clean ‖ mine) of log-probabilities, in nats.
+
+    What is impossible in the clean run adds nothing.
+    """
     parts = F.kl_div(mine, clean, reduction="none", log_target=True)
     return parts.masked_fill_(clean == -math.inf, 0).sum(dim=-1).clamp(min=0)
 

@@ -1,5 +1,7 @@
 """Counterfactual routing: one shared set of passes says what separate whole runs say."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,13 @@ def test_a_map_tells_its_progress_and_can_be_stopped(model, replay):
     with pytest.raises(Stopped):
         counterfactual(replay, -1, on_run=stop)
     assert torch.equal(model(**some_prompt(0)), before)
+
+
+def test_words_that_the_clean_run_cannot_say_add_nothing_to_a_distance(replay):
+    found = counterfactual(replay, 3)
+    clean, logprobs = found.clean.copy(), found.logprobs.copy()
+    clean[7] = logprobs[0, :, 7] = -np.inf  # both cannot say it; then only the clean run
+    given = dataclasses.replace(found, clean=clean, logprobs=logprobs)
+    p, others = np.exp(clean), np.arange(len(clean)) != 7
+    expected = (p * (clean - logprobs))[..., others].sum(-1)
+    np.testing.assert_allclose(given.kl, expected.clip(min=0), atol=1e-5)

@@ -152,6 +152,13 @@ def test_the_difference_from_the_clean_run_is_what_an_edit_does(moment):
         assert f"KL from {source}: {mean}, most " in view.summary()
 
 
+def test_a_difference_from_what_is_no_number_is_told_in_words(moment):
+    view = DifferenceView(moment.with_edits([E.Scale("logits", 1e39)]), Selection(), moment)
+    assert "edits make logits that are no numbers: no predictions are left" in view.board.summary
+    names = [panel["name"] for panel in view.board.content.panels]
+    assert "kl" not in names and "answers" in names
+
+
 def test_a_hidden_view_computes_when_it_is_shown(moment, model):
     view = RouterView(moment)
     view.is_shown = False

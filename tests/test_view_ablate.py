@@ -307,7 +307,7 @@ def test_the_loss_before_an_edit_is_as_it_was(model):
 
 def test_numbers_beyond_float32_are_told_in_words(model):
     view = AblateView(Moment(model, model.prompt(TEXT), [E.Scale("logits", 1e39)]))
-    assert view.board.summary.startswith("These edits make logits that are no numbers")
+    assert view.board.summary.startswith("Edits make logits that are no numbers")
 
 
 def test_one_thing_is_told_in_the_singular(model):

@@ -55,6 +55,14 @@ def test_cells_are_the_librarys_effects_and_words(moment, model):
     assert f"expert {expert} in layer {found.layers[row]}, KL" in view.board.summary
 
 
+def test_edits_that_leave_no_answer_are_told_in_words(moment):
+    view = CounterfactualView(moment.with_edits([E.Scale("logits", 1e39)]))
+    assert view.board.summary.startswith(
+        "Edits make logits that are no numbers: there is no answer"
+    )
+    assert view.board.content.panels == []
+
+
 def test_the_word_after_the_token_itself_can_be_read(moment, model):
     view = CounterfactualView(moment)
     view.selection.token = 3

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.edits import Edit, Route
-from llama4_lab.replay import Edited, Replay
+from llama4_lab.replay import Edited, Replay, divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,8 @@ class Counterfactual:
     @property
     def kl(self) -> Float[np.ndarray, "l e"]:
         """Nats from the clean distribution to the one that would have come."""
-        return (np.exp(self.clean) * (self.clean - self.logprobs)).sum(axis=-1).clip(min=0.0)
+        mine = torch.from_numpy(self.logprobs)
+        return _numpy(divergence(mine, torch.from_numpy(self.clean).expand_as(mine)))
 
     @property
     def top(self) -> Int[np.ndarray, "l e"]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama4_lab.analysis.routing import Routing
 
+NO_NUMBERS = "edits make logits that are no numbers"
+"""Begins what is said where there is nothing to compare."""
 _CONTROLS = {chr(code): chr(0x2400 + code) for code in range(32)}  # Unicode's own pictures
 _INVISIBLE = str.maketrans({"·": " ", "↵": "\n", "→": "\t"})
 _VISIBLE = str.maketrans(_CONTROLS | {" ": "·", "\n": "↵", "\t": "→"})

@@ -17,6 +17,7 @@ from llama4_widgets.moment import ROUNDING
 from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.views.router import add_flips
+from llama4_widgets.words import NO_NUMBERS
 
 _STRENGTH = [round(0.1 * i, 1) for i in range(31)]
 _WARMTH = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0]
@@ -385,8 +386,8 @@ class AblateView(View):
         is_beyond = all(edit.first_token(config) >= count for edit in edits)
         if is_beyond and all(isinstance(edit, E.Chunk) for edit in edits):
             return "These edits change nothing in this prompt: it is no longer than a chunk."
-        if not effect.kl.isfinite().all():
-            return "These edits make logits that are no numbers: no prediction is left to compare."
+        if effect.kl.isnan().any():
+            return f"{NO_NUMBERS.capitalize()}: no predictions are left to compare."
         is_same = effect.kl.max() < ROUNDING and not any(effect.flips.values())
         if is_same and not effect.unseen:
             return "These edits change nothing in this prompt."

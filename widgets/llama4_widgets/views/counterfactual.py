@@ -14,6 +14,7 @@ from llama4_lab.edits import Route
 from llama4_widgets.panels import Content, diverging, sequential
 from llama4_widgets.slices import Work, sliced
 from llama4_widgets.view import View, button, in_row
+from llama4_widgets.words import NO_NUMBERS
 
 EFFECTS = ("KL from the prediction", "change of its top word")
 READS = ("last token", "selected token")
@@ -109,7 +110,7 @@ class CounterfactualView(View):
             self.edits = self.moment.edits
         self._name_route()
         found = self._found()
-        if found is None:
+        if found is None or not _has_answer(found):
             return Content()
         word = self.moment.word(int(found.clean.argmax()))
         where = f"after token {found.read}"
@@ -148,6 +149,8 @@ class CounterfactualView(View):
             tokens = self._runs() * (len(self.moment.words) - self.selection.token)
             runs = f"{self._runs()} runs of {tokens} tokens in all"
             return f"Not computed yet: {runs} take a while: press Run."
+        if not _has_answer(found):
+            return f"{NO_NUMBERS.capitalize()}: there is no answer that a choice could change."
         kl = found.kl
         row, expert = np.unravel_index(int(kl.argmax()), kl.shape)
         word = self.moment.word(int(found.clean.argmax()))
@@ -159,3 +162,8 @@ class CounterfactualView(View):
             f"‘{self.moment.word(int(found.top[row, expert]))}’"
             + (", all with the edits." if self.moment.edits else ".")
         )
+
+
+def _has_answer(found: Counterfactual) -> bool:
+    """Whether the model predicts anything without a choice of ours."""
+    return not np.isnan(found.clean).any()

@@ -8,12 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama4_lab.analysis.routing import routing_of
+from llama4_lab.replay import divergence
 from llama4_widgets.moment import ROUNDING, Moment
 from llama4_widgets.panels import Content, sequential
 from llama4_widgets.selection import Selection
 from llama4_widgets.view import View
 from llama4_widgets.views.router import add_flips, flips
-from llama4_widgets.words import counted
+from llama4_widgets.words import NO_NUMBERS, counted
 
 _AT_ONCE = 256  # tokens
 
@@ -38,8 +39,10 @@ class DifferenceView(View):
         content = Content(self.axes())
         self._said = _hindrances(self.moment, self.other)
         if len(self.moment.tokens) == len(self.other.tokens):
-            if _is_same_vocabulary(self.moment, self.other):
-                kl = self.kl()
+            kl = self.kl() if _is_same_vocabulary(self.moment, self.other) else None
+            if kl is not None and np.isnan(kl).any():
+                self._said.insert(0, f"{NO_NUMBERS}: no predictions are left to compare")
+            elif kl is not None:
                 where = int(kl.argmax())
                 strongest = f"{kl[where]:.3g} nats at token {where}"
                 source = "the run beside" if self._is_other_first() else "this run"
@@ -144,5 +147,5 @@ def _kl(first: Moment, second: Moment) -> Float[np.ndarray, " n"]:
     pairs = (_logits(side).split(_AT_ONCE) for side in (first, second))
     for ours, theirs in zip(*pairs, strict=True):
         p, q = (part.float().log_softmax(-1) for part in (ours, theirs.to(ours.device)))
-        found.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
+        found.append(divergence(q, p))
     return torch.cat(found).cpu().numpy()

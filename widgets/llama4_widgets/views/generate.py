@@ -14,6 +14,7 @@ from llama4_lab.generate import sample
 from llama4_lab.trace import trace
 from llama4_widgets.panels import Axis, Content, experts, sequential
 from llama4_widgets.view import View, button, in_row
+from llama4_widgets.words import NO_NUMBERS
 
 _MOST = 256  # tokens of one branch
 _TOLD = 120  # characters of one that was left, from its end
@@ -106,7 +107,7 @@ class GenerateView(View):
             logits = model(**given, cache=self._cache, keep_last=1)[0, -1]
         if not logits.isfinite().all():
             self._cache = None  # it has read a token that stays without a next one
-            raise ValueError("the edits make logits that are no numbers: there is no next token")
+            raise ValueError(f"{NO_NUMBERS}: there is no next token")
         logprob = logits.float().log_softmax(-1)
         self.following = logprob.exp()
         token = int(sample(logits[None], self._temperature.value, 0.95, self._draws))
