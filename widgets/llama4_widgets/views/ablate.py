@@ -342,8 +342,8 @@ class AblateView(View):
         run, count = self.moment.edited_run, len(self.moment.words)
         kl, loss = np.zeros(count), np.zeros(count)
         loss[-1:] = np.nan  # nothing follows
-        kl[run.first :] = run.effect.kl.numpy()
-        loss[run.first :] = run.effect.loss_change.numpy()
+        kl[run.first :] = run.effect.kl.cpu().numpy()
+        loss[run.first :] = run.effect.loss_change.cpu().numpy()
         content = Content(self.axes() | {"prompt": Axis("", 1, labels=["loss"])})
         content.add(
             "kl",

@@ -84,7 +84,7 @@ class GenerateView(View):
         """Go back to the prompt."""
         self._play.value = False
         self.written, self.branches, self._cache = [], [], None
-        self._draws = torch.Generator().manual_seed(0)
+        self._draws = torch.Generator(device=self.moment.model.device).manual_seed(0)
         self.refresh()
 
     @torch.no_grad()
@@ -94,12 +94,14 @@ class GenerateView(View):
         model, config = moment.model, moment.model.config
         layers = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
         if self._cache is None:
-            ids = moment.prompt.input_ids
-            new = torch.tensor([[one.id for one in self.written]], dtype=ids.dtype)
+            ids = moment.prompt.input_ids.to(model.device)
+            new = torch.tensor([[one.id for one in self.written]], device=model.device).to(ids)
             given: dict[str, Any] = {"input_ids": torch.cat([ids, new], dim=1)}
-            given["pixel_values"] = moment.prompt.pixel_values
+            if (pixels := moment.prompt.pixel_values) is not None:
+                given["pixel_values"] = pixels.to(model.device)
         else:
-            given = {"input_ids": torch.tensor([[self.written[-1].id]])}
+            new = torch.tensor([[self.written[-1].id]], device=model.device)
+            given = {"input_ids": new}
         names = [f"layers.{i}.router.indices" for i in layers]
         with moment.running_edited(), trace(model, names) as seen:
             if self._cache is None:
