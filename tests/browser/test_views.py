@@ -189,7 +189,8 @@ def assert_bars(figure: Locator, values: Any, name: str = "expert") -> None:
 
     def check() -> None:
         heard = figure.locator("svg[role=img]").get_attribute("aria-label") or ""
-        each = re.split(rf", (?={name} \d+:)", heard)
+        everything = heard.split("All: ")[-1].split(". ")[-1]  # behind the title, and the selected one
+        each = re.split(rf", (?={name} \d+:)", everything)
         assert [part.split(":")[0] for part in each] == [f"{name} {i}" for i in range(len(values))]
         for part, value in zip(each, values, strict=True):
             assert_reads(part, float(value))
@@ -660,3 +661,50 @@ def test_a_table_of_words_is_walked_through_by_keyboard(lab):
     expect(table.locator("td.l4-selected")).to_have_count(1)
     table.press("Home")
     lab.wait_for_selection(token=0, layer=LAYER - 1)
+
+
+PREVENTED = """(node, key) => {
+    const event = new KeyboardEvent("keydown", { ...key, bubbles: true, cancelable: true });
+    node.dispatchEvent(event);
+    return event.defaultPrevented;
+}"""
+
+
+def test_controls_and_places_are_told_as_they_are(lab):
+    view = lab.show("ablate")
+    skip = view.get_by_role("button", name="skip layer")
+    expect(skip).to_have_attribute("aria-pressed", "false")
+    skip.press("Enter")
+    expect(skip).to_have_attribute("aria-pressed", "true")
+    top_k = view.get_by_role("slider", name="top-k")
+    expect(top_k).to_have_attribute("aria-valuetext", "1")
+    strip = panel(view, "kl").get_by_role("listbox")
+    strip.press("ArrowRight")
+    expect(strip).to_have_attribute("aria-label", re.compile(r"^How far .* token 6 .*: .* nats$"))
+    assert strip.evaluate("box => box.ariaActiveDescendantElement.ariaSelected") == "true"
+    expect(view.locator("textarea")).to_be_hidden()
+    view.get_by_role("button", name="Edits as text and code").press("Space")
+    expect(view.locator("textarea")).to_be_visible()
+    chip = lab.on.page.get_by_role("button", name="Planner")
+    for pressed in ("true", "false"):
+        chip.press("Enter")
+        expect(chip).to_have_attribute("aria-pressed", pressed)
+
+
+def test_a_map_leaves_the_browser_its_keys(lab):
+    canvas = panel(lab.show(), "chosen").locator("canvas")
+    keys = [{"key": "0", "ctrlKey": True}, {"key": "ArrowLeft", "altKey": True}]
+    assert [canvas.evaluate(PREVENTED, key) for key in keys] == [False, False]
+    assert canvas.evaluate(PREVENTED, {"key": "ArrowLeft"})
+
+
+def test_buttons_keep_the_focus_of_who_presses_them(lab):
+    run = lab.on.page.locator(".l4-prompt button").first
+    run.press("Enter")
+    expect(run).to_be_focused()
+    view = lab.show("attribution")
+    view.get_by_role("button", name="Run", exact=True).press("Enter")
+    stop = view.get_by_role("button", name="Cancel")
+    expect(stop).to_be_focused()
+    stop.press("Enter")
+    expect(view.get_by_role("button", name="Run", exact=True)).to_be_focused()

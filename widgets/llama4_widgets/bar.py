@@ -46,7 +46,11 @@ class Bar(ipywidgets.VBox):
         self.beside.layout.display = "none"
         self.beside.observe(self._choose_text, "value")
         self.upload = ipywidgets.FileUpload(
-            accept=".png,.jpg,.jpeg", multiple=True, description="Picture", layout={"width": "auto"}
+            accept=".png,.jpg,.jpeg",
+            multiple=True,
+            description="Picture",
+            tooltip="add PNG or JPEG files to the text",
+            layout={"width": "auto"},
         )
         self.upload.observe(self._take_files, "value")
         self.scene = button("Scene", "a random picture of shapes, and a question", self._draw_scene)
@@ -127,6 +131,7 @@ class Bar(ipywidgets.VBox):
 
     def _run_alone(self) -> None:
         self.guard(lambda: self._run(self._text_for_pictures(), (), ()))
+        self.upload.focus()  # the button goes with its picture
 
     def _text_for_pictures(self) -> str:
         """Return the text; a chat says itself where its pictures are.
@@ -179,9 +184,9 @@ class Bar(ipywidgets.VBox):
 
 
 def _picture(file: Any) -> Image.Image:
-    """Return an uploaded picture, upright."""
+    """Return an uploaded picture, as `open_picture` takes its file."""
     try:
         found = Image.open(io.BytesIO(bytes(file["content"])), formats=("PNG", "JPEG"))
-        return ImageOps.exif_transpose(found).convert("RGB")
+        return open_picture(ImageOps.exif_transpose(found))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file['name']} is no PNG or JPEG picture that can be read") from error

@@ -43,8 +43,7 @@ const told = (value, scale) => written(scale?.log ? 10 ** value : value, scale?.
 class Values {
   constructor({ dtype, shape, axes, low, high, data, tile }) {
     const numbers = (bytes) => new TYPES[dtype](bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
-    this.axes = axes;
-    this.tile = tile;
+    Object.assign(this, { axes, tile });
     this.size = (name) => shape[axes.indexOf(name)];
     this.strides = shape.map((_, i) => shape.slice(i + 1).reduce((a, b) => a * b, 1));
     this.painted = new Map(); // slices that were drawn as pictures
@@ -150,7 +149,7 @@ function render({ model, el }) {
     tip.textContent = text;
     const frame = root.getBoundingClientRect();
     tip.style.left = `${clamp(event.clientX - frame.left + 12, 0, frame.width - tip.offsetWidth - 4)}px`;
-    tip.style.top = `${event.clientY - frame.top + 16}px`;
+    tip.style.top = `${event.clientY - frame.top + (event.clientY + 20 + tip.offsetHeight > innerHeight ? -8 - tip.offsetHeight : 16)}px`;
   }
 
   const hover = (node, text) => Object.assign(node, { onpointermove: (event) => point(event, text()), onpointerleave: () => point() });
@@ -223,14 +222,12 @@ function render({ model, el }) {
     const again = () => {
       slide?.();
       numbers = (panel.chosen ?? []).map((array) => picked(array)(panel.axes));
-      box.setAttribute("aria-label", panel.title);
       const [value, colour] = [picked(panel.array)(panel.axes), colourOf(panel.scale)];
       const { kind, low, high } = panel.scale;
       const strength = (v) => FADED[kind] * (kind === "category" ? 1 : clamp(kind === "diverging" ? Math.abs(v) / high : (v - low) / (high - low), 0, 1));
       const at = axis(name).select ? index(name) : -1;
-      const chosen = words[at];
-      if (chosen && chosen !== shown && (chosen.offsetTop < box.scrollTop || chosen.offsetTop > box.scrollTop + box.clientHeight - 24)) box.scrollTop = chosen.offsetTop - 60;
-      shown = chosen;
+      const chosen = (box.ariaActiveDescendantElement = words[at] ?? null);
+      box.setAttribute("aria-label", chosen ? `${panel.title}. ${describe(panel, [at])}` : panel.title);
       words.forEach((node, i) => {
         const v = value(i);
         const [r, g, b] = kind === "sequential" ? [224, 139, 0] : colour(kind === "diverging" ? Math.sign(v || 0) * high : v);
@@ -242,6 +239,8 @@ function render({ model, el }) {
         node.dataset.value = numbers.map((at) => at(i)).filter((number) => number >= 0);
         node.style.setProperty("--own", `rgb(${r} ${g} ${b})`);
       });
+      if (chosen && chosen !== shown && (chosen.offsetTop < box.scrollTop || chosen.offsetTop > box.scrollTop + box.clientHeight - 24)) box.scrollTop = chosen.offsetTop - 60;
+      shown = chosen;
     };
     return Object.assign(again, { shine });
   }
@@ -303,12 +302,12 @@ function render({ model, el }) {
     if (panel.zoom) {
       canvas.onwheel = (event) => {
         const isWhole = String([window.x, window.y]) === String([whole.x, whole.y]); // then the page scrolls
-        if (event.deltaY < 0 || !isWhole) (event.preventDefault(), zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event)));
+        if (event.deltaY && (event.deltaY < 0 || !isWhole)) (event.preventDefault(), zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event)));
       };
       canvas.ondblclick = () => zoom(1e9, cell({ clientX: 0, clientY: 0 }));
     }
     canvas.onpointerdown = (event) => {
-      grabbed = { at: cell(event), x: event.clientX, y: event.clientY, moved: false };
+      grabbed = event.button ? null : { at: cell(event), x: event.clientX, y: event.clientY, moved: false };
       canvas.setPointerCapture(event.pointerId);
     };
     canvas.onpointermove = (event) => {
@@ -322,8 +321,9 @@ function render({ model, el }) {
       if (grabbed && !grabbed.moved && inside(at)) choose([[down, at[0]], [across, at[1]]]);
       grabbed = null;
     };
-    canvas.onpointerleave = () => point();
+    canvas.onpointerleave = canvas.onpointercancel = () => ((grabbed = null), point());
     canvas.onkeydown = (event) => {
+      if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own, such as its zoom
       const step = STEPS[event.key];
       if (step && event.shiftKey && panel.zoom) move((step[0] * (window.x[1] - window.x[0])) / 8, (step[1] * (window.y[1] - window.y[0])) / 8);
       else if (step) walk([across, step[0]], [down, step[1]]);
@@ -369,7 +369,7 @@ function render({ model, el }) {
       pen.imageSmoothingEnabled = false;
       for (const array of layers()) {
         const { x: xs, y: ys } = tile(array);
-        pen.clearRect(px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
+        Object.assign(pen, { fillStyle: theme.ground }).fillRect(px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
         pen.drawImage(arrays[array].paint(panel.axes, index, panel.scale), px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
       }
       const [rows, cols] = panel.axes.map(arrays[panel.array].size);
@@ -383,8 +383,8 @@ function render({ model, el }) {
         const [x, y] = [(px(j) + px(j + 1)) / 2, (py(i) + py(i + 1)) / 2];
         const ring = isNumbered ? [px(j + 1) - radius - 1, py(i) + radius + 1] : [x, y]; // not over the number
         if (isNumbered) {
-          pen.clearRect(px(j + 1) - 1, py(i), 1, py(i + 1) - py(i));
-          pen.clearRect(px(j), py(i + 1) - 1, px(j + 1) - px(j), 1);
+          Object.assign(pen, { fillStyle: theme.ground }).fillRect(px(j + 1) - 1, py(i), 1, py(i + 1) - py(i));
+          pen.fillRect(px(j), py(i + 1) - 1, px(j + 1) - px(j), 1);
           pen.fillStyle = panel.scale.inks[value(i, j) % panel.scale.inks.length];
           if (value(i, j) >= 0) pen.fillText(value(i, j), x, y + 4);
         }
@@ -415,9 +415,8 @@ function render({ model, el }) {
       Object.assign(pen, { fillStyle: theme.muted, font: "11px system-ui, sans-serif", textAlign: "center" });
       const ticks = (name, [low, high], room) => {
         const step = 2 ** Math.max(0, Math.ceil(Math.log2((high - low) / room))); // as chunks are long
-        const found = [];
-        for (let i = Math.ceil(low / step) * step; i < high; i += step) found.push(i);
-        return found.filter((i) => i < axis(name).size);
+        const [first, end] = [Math.ceil(low / step), Math.ceil(Math.min(high, axis(name).size) / step)];
+        return Array.from({ length: Math.max(end - first, 0) }, (_, k) => (first + k) * step);
       };
       for (const j of ticks(across, window.x, inner / 44)) pen.fillText(place(across, j), Math.min((px(j) + px(j + 1)) / 2, width - 14), TOP + tall + 13);
       pen.fillText(axis(across).title, left + inner / 2, TOP + tall + 26);
@@ -523,13 +522,16 @@ function render({ model, el }) {
         bar.onpointerleave = () => (point(), shine());
       });
       draw("text", svg, { x: (LEFT + figure.wide) / 2, y: 197, "text-anchor": "middle" }, title);
-      svg.setAttribute("aria-label", heights.map((v, i) => `${title} ${place(name, i)}: ${spoken(v)}`).join(", "));
+      const said = heights.map((v, i) => `${title} ${place(name, i)}: ${spoken(v)}${ghosts ? ` (clean ${spoken(ghosts[i])})` : ""}`);
+      svg.setAttribute("aria-label", `${panel.title}. ${select ? `Selected: ${said[index(name)]}. All: ` : ""}${said.join(", ")}`);
     };
   }
 
   function addLines(figure, panel) {
     const [name] = panel.axes;
-    const svg = draw("svg", figure, { role: "img", "aria-label": panel.title, height: 180, tabindex: axis(name).select ? 0 : -1, ...OWN_KEYS });
+    const svg = draw("svg", figure, { role: "img", height: 180, tabindex: axis(name).select ? 0 : -1, ...OWN_KEYS });
+    const legend = make("div", figure, { className: "l4-scale" });
+    for (const { colour, label, dash } of panel.series.filter((one) => one.label)) (make("i", legend, { className: "l4-line", style: `border-top: 2px ${dash ? "dashed" : "solid"} ${colour}` }), make("span", legend, { textContent: label }));
     onArrows(svg, (right, down) => walk([name, right + down]));
     return () => {
       const [width, count] = [figure.wide, axis(name).size];
@@ -539,15 +541,15 @@ function render({ model, el }) {
       const x = (i) => LEFT + ((i + 0.5) / count) * (width - LEFT - RIGHT);
       const y = (v) => 150 - ((v - low) / (high - low || 1)) * 130;
       chart(svg, figure, 180, [low, (low + high) / 2, high], y, written);
-      series.forEach(({ at, colour, label, dash }, k) => {
+      series.forEach(({ at, colour, dash }) => {
         const path = Array.from({ length: count }, (_, i) => (Number.isFinite(at(i)) ? `${x(i)},${y(at(i))}` : null)).filter(Boolean);
         if (path.length) draw("path", svg, { d: `M${path.join("L")}`, fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash ?? "" });
-        const before = series.slice(0, k).filter((one) => one.label).length;
-        draw("text", svg, { x: LEFT + 8 + before * 150, y: 12, style: `fill:${colour}` }, label);
       });
       if (axis(name).select) draw("line", svg, { x1: x(index(name)), x2: x(index(name)), y1: 18, y2: 150, class: "l4-reference" });
       for (const i of width / count > 50 ? Array(count).keys() : [0, count >> 1, count - 1]) draw("text", svg, { x: Math.min(x(i), width - 2 - 3.3 * `${written(place(name, i))}`.length), y: 163, "text-anchor": "middle" }, written(place(name, i)));
       draw("text", svg, { x: width / 2, y: 177, "text-anchor": "middle" }, `${axis(name).title} (${panel.scale.unit} upwards)`);
+      const said = (i) => `${called(name, i)}: ${series.map(({ at, label }) => label && `${label} ${written(at(i), panel.scale.unit)}`).filter(Boolean).join(", ")}`;
+      svg.setAttribute("aria-label", `${panel.title}. ${(axis(name).select ? [index(name)] : [0, count - 1]).map(said).join("; ")}`);
       svg.onclick = (event) => {
         const frame = svg.getBoundingClientRect();
         choose([[name, clamp(Math.floor(((event.clientX - frame.left - LEFT) / (width - LEFT - RIGHT)) * count), 0, count - 1)]]);
@@ -657,11 +659,15 @@ function render({ model, el }) {
   function redraw(which = drawn) {
     if (!theme.paper) {
       const style = getComputedStyle(root);
-      theme = Object.fromEntries(["muted", "paper", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
+      theme = Object.fromEntries(["muted", "paper", "ground", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
     }
     which.forEach(show);
     say();
-    for (const slider of root.closest(".l4-view")?.querySelectorAll(".widget-slider") ?? []) slider.querySelector("[role=slider]")?.setAttribute("aria-label", slider.querySelector("label").textContent); // ipywidgets leaves them without
+    const ours = root.closest(".l4-view"); // ipywidgets leaves these unsaid
+    for (const each of ours?.querySelectorAll(".widget-slider") ?? [])
+      for (const [name, part] of [["aria-label", "label"], ["aria-valuetext", ".widget-readout"]]) each.querySelector("[role=slider]")?.setAttribute(name, each.querySelector(part)?.textContent ?? "");
+    for (const box of [ours, ours?.closest(".l4-app")?.querySelector(":scope > .l4-app-chips")])
+      for (const each of box?.querySelectorAll(".widget-toggle-button") ?? []) (each.setAttribute("aria-pressed", each.classList.contains("mod-active")), restyle.observe(each, { attributeFilter: ["class"] }));
   }
   // A browser that is asked for a size after a change lays the whole page out for the answer; here it
   // tells sizes when it knows them, before it paints.
@@ -706,6 +712,7 @@ function render({ model, el }) {
     const tell = (change) => {
       Object.assign(panel, change);
       write(title, panel.title);
+      figure.querySelector("[role=group]")?.setAttribute("aria-label", panel.title);
       write(note, [panel.note, hint].map((text) => text && ` ${text}`).join(""));
       if (legend && scaled !== (scaled = JSON.stringify(panel.scale))) fillScale(legend, isFaded ? { ...panel.scale, colours: ["#e08b0000", "#e08b00b2"] } : panel.scale);
     };

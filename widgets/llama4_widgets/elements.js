@@ -5,20 +5,15 @@ const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" }; // on what has the fo
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-function make(tag, parent, properties = {}, attributes = {}) {
-  const node = Object.assign(document.createElement(tag), properties);
+function put(node, parent, attributes) {
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   parent.append(node);
   return node;
 }
 
-function draw(tag, parent, attributes, text = "") {
-  const node = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.textContent = text;
-  parent.append(node);
-  return node;
-}
+const make = (tag, parent, properties = {}, attributes = {}) => put(Object.assign(document.createElement(tag), properties), parent, attributes);
+
+const draw = (tag, parent, attributes, textContent = "") => put(Object.assign(document.createElementNS(SVG, tag), { textContent }), parent, attributes);
 
 // A text that is written once more, though it is the same, is laid out once more.
 const write = (node, text) => node.textContent === text || (node.textContent = text);

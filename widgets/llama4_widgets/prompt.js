@@ -18,6 +18,7 @@ function render({ model, el }) {
     event.preventDefault();
     form.requestSubmit();
   };
+  button.onclick = (event) => model.get("is_busy") && event.preventDefault(); // disabled, it would lose the focus
   form.onsubmit = (event) => {
     event.preventDefault();
     if (field.value === model.get("value")) model.send({ again: true }); // which changes no trait
@@ -25,7 +26,7 @@ function render({ model, el }) {
     model.save_changes();
   };
   model.on("change:value", show);
-  model.on("change:is_busy", () => (button.disabled = model.get("is_busy")));
+  model.on("change:is_busy", () => button.setAttribute("aria-disabled", model.get("is_busy")));
   show();
   const watch = new ResizeObserver(fit); // a field that is not in the page yet has no height
   watch.observe(form);

@@ -30,8 +30,8 @@ class Work:
     ):
         self._board, self._steps, self._then = board, steps, then
         self._task: asyncio.Task[None] | None = None
-        self.begin = button(name, None, self.start, button_style="primary")
-        self.stop = button("Cancel", None, self.cancel, disabled=True)
+        self.begin = button(name, None, self._start, button_style="primary")
+        self.stop = button("Cancel", None, self._stop, disabled=True)
 
     def start(self) -> None:
         """Begin anew; in a kernel this returns at once, in a script when all is done."""
@@ -46,6 +46,16 @@ class Work:
         if self._task is not None:
             self._task.cancel()
             self._task = None
+
+    def _start(self) -> None:
+        self.stop.disabled = False
+        self.stop.focus()  # the other is going to be disabled, and would lose it
+        self.start()
+
+    def _stop(self) -> None:
+        self.cancel()
+        self.begin.disabled = False
+        self.begin.focus()
 
     async def _work(self) -> None:
         self.begin.disabled, self.stop.disabled = True, False

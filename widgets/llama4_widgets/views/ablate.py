@@ -208,12 +208,17 @@ class AblateView(View):
         undo = button("Undo", "take back the last change", self.undo)
         clear = button("Clear", "go back to the clean model", lambda: self._set(()))
         apply = button("Apply text", "use the edits in the text field", self.apply_text)
-        details = ipywidgets.Accordion(
-            [ipywidgets.VBox([self._text, apply, self._code])], titles=["Edits as text and code"]
-        )
+        # No Accordion, whose heads the keyboard does not reach.
+        details = ipywidgets.VBox([self._text, apply, self._code], layout={"display": "none"})
+        more = ipywidgets.ToggleButton(description="Edits as text and code")
+
+        def unfold(change: Any) -> None:
+            details.layout.display = "" if change["new"] else "none"
+
+        more.observe(unfold, "value")
         top = ipywidgets.HBox([self._layer, undo, clear])
         top.add_class("l4-app-chips")
-        return [top, self._rows, details]
+        return [top, self._rows, in_row(more), details]
 
     def undo(self) -> None:
         """Take back the last change, if this prompt can have what was before it."""
