@@ -630,7 +630,7 @@ dtype='float16': give a dtype of torch, such as torch.float16
 input_ids=[1, 2]: give a tensor of whole numbers [b, t]
 input_ids=tensor([[1., 1., 1.]]): give a tensor of whole numbers [b, t]
 b'bytes' is no prompt: give a text, a list of texts
-a picture is a PIL image, a uint8 array or a file name, not Tensor
+a picture is a PIL image, a uint8 array, or a file's name or bytes, not Tensor
 """
 
 

@@ -1,6 +1,8 @@
 """Pictures to tiles and tokens, against the published rules and torch's own resizing."""
 
 import inspect
+import io
+import math
 import random
 
 import numpy as np
@@ -54,6 +56,32 @@ def test_canvas_equals_the_published_table(width, height, rows, cols):
 
 def test_sixteen_tiles_take_2467_tokens():
     assert len(image_tokens(place(4000, 5000, LLAMA4), LLAMA4)) == 2467
+
+
+def published_fit(height: int, width: int, rows: int, cols: int, tile: int) -> tuple[int, int]:
+    """The rule of transformers' image processor, whose canvases are rows of a tensor."""
+    canvas = torch.tensor([rows * tile, cols * tile])
+    target_height, target_width = (
+        min(max(side, tile), most) for side, most in zip((height, width), canvas, strict=True)
+    )
+    scale_w, scale_h = target_width / width, target_height / height
+    if scale_w < scale_h:
+        fit = min(math.floor(height * scale_w), target_height), target_width
+    else:
+        fit = target_height, min(math.floor(width * scale_h), target_width)
+    return max(int(fit[0]), 1), max(int(fit[1]), 1)
+
+
+@pytest.mark.parametrize("max_tiles", [1, 4, 16])
+def test_pictures_get_the_sizes_that_are_published(max_tiles):
+    tiling, draws = Tiling(336, 14, 0.5, max_tiles=max_tiles), random.Random(0)
+    sizes = [(1600, 1200), (1863, 2484), (1917, 2982), (2001, 2668)]  # others in float64
+    sizes += [(draws.randint(1, 6000), draws.randint(1, 6000)) for _ in range(1500)]
+    for height, width in sizes:
+        layout = place(height, width, tiling)
+        found = layout.fit_height, layout.fit_width
+        assert found == published_fit(height, width, layout.rows, layout.cols, 336), layout
+    assert place(1600, 1200, LLAMA4).fit_width == 1007
 
 
 def test_a_picture_smaller_than_a_tile_grows_to_its_side():
@@ -206,7 +234,11 @@ def test_tokens_of_one_tile_have_no_separators():
         (Image.new("F", (4, 4)), ValueError, "mode F has no 8-bit colours"),
         (Image.new("RGB", (0, 4)), ValueError, "a picture of 0x4 pixels shows nothing"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "a picture of 4x0 pixels shows nothing"),
-        (7, TypeError, "a picture is a PIL image, a uint8 array or a file name, not int"),
+        (
+            7,
+            TypeError,
+            "a uint8 array, or a file's name or bytes, not int",
+        ),
     ],
 )
 def test_what_is_no_picture_is_explained(picture, error, message):
@@ -240,3 +272,14 @@ def test_sizes_that_cannot_tile_are_refused():
         Tiling(48, 4, 0.5, max_tiles=0)
     with pytest.raises(ValueError, match=r"5 channels: pictures have 1 \(grey\) or 3 \(RGB\)"):
         Tiling(48, 4, 0.5, num_channels=5)
+
+
+def test_a_file_may_be_given_as_it_was_read(tmp_path):
+    picture = noise(20, 30)
+    picture.save(tmp_path / "a.png")
+    written = (tmp_path / "a.png").read_bytes()
+    with (tmp_path / "a.png").open("rb") as file:
+        for each in (written, io.BytesIO(written), file, file):
+            assert np.array_equal(open_picture(each), picture)
+    with pytest.raises(ValueError, match="is not a usable image file"):
+        open_picture(b"no picture")

@@ -6,6 +6,7 @@ transformers' ``Llama4ImageProcessor``; the pixels are float32, as in Meta's ``p
 where transformers rounds them to bfloat16. Read `llama4_lab.prompt` next.
 """
 
+import io
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-Picture = Image.Image | np.ndarray | str | Path
+Picture = Image.Image | np.ndarray | str | Path | bytes | io.BytesIO | io.BufferedReader
 MODES = {1: "L", 3: "RGB"}  # PIL's name of a picture with so many channels
 
 
@@ -76,12 +77,15 @@ class Layout:
 def open_picture(picture: Picture, num_channels: int = 3) -> Image.Image:
     """Bring a PIL image, an array of uint8 ``(height, width, channels)`` or a file to 8-bit colour.
 
-    Transparency lies on white; a file is turned upright as its EXIF data say.
+    A file is given by its name, its bytes, or open. Transparency lies on white; a file is turned
+    upright as its EXIF data say.
 
     Raises:
         TypeError, ValueError: not a picture, or not of 8 bits.
     """
-    if isinstance(picture, str | Path):
+    if isinstance(picture, bytes):
+        picture = io.BytesIO(picture)
+    if isinstance(picture, str | Path | io.BytesIO | io.BufferedReader):
         try:
             with Image.open(picture) as file:
                 picture = ImageOps.exif_transpose(file)
@@ -93,7 +97,8 @@ def open_picture(picture: Picture, num_channels: int = 3) -> Image.Image:
         picture = _from_array(picture)
     elif not isinstance(picture, Image.Image):
         raise TypeError(
-            f"a picture is a PIL image, a uint8 array or a file name, not {type(picture).__name__}"
+            f"a picture is a PIL image, a uint8 array, or a file's name or bytes, not "
+            f"{type(picture).__name__}"
         )
     if picture.mode.startswith(("I", "F")):
         raise ValueError(f"a picture of mode {picture.mode} has no 8-bit colours: convert it first")
@@ -140,14 +145,25 @@ def choose_canvas(height: int, width: int, tiling: Tiling) -> tuple[int, int]:
 def place(height: int, width: int, tiling: Tiling) -> Layout:
     """Lay a picture out: it grows to the side of one tile at most, and keeps its proportions."""
     rows, cols = choose_canvas(height, width, tiling)
-    box_height = min(max(height, tiling.image_size), rows * tiling.image_size)
-    box_width = min(max(width, tiling.image_size), cols * tiling.image_size)
-    across, down = box_width / width, box_height / height  # floats, rounded as in transformers
+    box_height, down = _box(height, rows, tiling.image_size)
+    box_width, across = _box(width, cols, tiling.image_size)
     if across < down:
         fit_height, fit_width = min(floor(height * across), box_height), box_width
     else:
         fit_height, fit_width = box_height, min(floor(width * down), box_width)
     return Layout(height, width, max(fit_height, 1), max(fit_width, 1), rows, cols)
+
+
+def _box(side: int, tiles: int, tile: int) -> tuple[int, float | np.float32]:
+    """Return how long a side may become, and how many times as long as it is.
+
+    Where the canvas is the limit, transformers computes in float32: it keeps canvases in tensors.
+    What is then rounded down to whole pixels can be one less or more than in float64.
+    """
+    grown, canvas = max(side, tile), tiles * tile
+    if canvas < grown:
+        return canvas, np.float32(canvas) / np.float32(side)
+    return grown, grown / side
 
 
 def cut_tiles(

@@ -189,7 +189,7 @@ def assert_bars(figure: Locator, values: Any, name: str = "expert") -> None:
 
     def check() -> None:
         heard = figure.locator("svg[role=img]").get_attribute("aria-label") or ""
-        everything = heard.split("All: ")[-1].split(". ")[-1]  # behind the title, and the selected one
+        everything = heard.split("All: ")[-1].split(". ")[-1]  # without title and selected one
         each = re.split(rf", (?={name} \d+:)", everything)
         assert [part.split(":")[0] for part in each] == [f"{name} {i}" for i in range(len(values))]
         for part, value in zip(each, values, strict=True):
