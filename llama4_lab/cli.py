@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ import torch
 import llama4_lab as l4
 from llama4_lab.packed import KINDS
 from llama4_lab.plan import PRECISIONS
+from llama4_lab.points import described
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _CONFIGS = "scout, maverick, behemoth, a shipped model's name, or a folder"
@@ -24,9 +26,12 @@ _CONFIGS = "scout, maverick, behemoth, a shipped model's name, or a folder"
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a failure that a user can mend, or a stop, is a sentence, no traceback."""
     options = parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no µ
     try:
         options.run(options)
-        sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+        if sys.stdout:  # else it was closed before us
+            sys.stdout.flush()  # a closed pipe shows here, not when Python ends
     except KeyboardInterrupt as stop:
         said = ": ".join(["interrupted", *map(str, stop.args)])
         print(f"\nllama4-lab: {said}", file=sys.stderr)  # below a progress bar
@@ -35,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         # `head` has read enough; what Python still flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
         print(f"llama4-lab: {error}", file=sys.stderr)
         return 1
     return 0
@@ -54,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("open", open_lab, "open a notebook in JupyterLab, or with --app as a page")
     sub.add_argument("notebook", nargs="?", type=Path, help="(default with --app: the lab)")
     sub.add_argument("--app", action="store_true", help="show what the cells show, by Voila")
-    sub.add_argument("--port", type=_count)
+    sub.add_argument("--port", type=_port)
 
     sub = command("corpus", build_corpus, "fetch, clean and encode the training texts")
     sub.add_argument("folder", type=_folder)
@@ -187,9 +192,7 @@ def train_model(options: argparse.Namespace) -> None:
         recipe = dataclasses.replace(recipe, steps=options.steps, minutes=None)
     minutes = recipe.minutes if options.budget_minutes is None else options.budget_minutes
     out = options.out or Path("runs") / recipe.name
-    device, teacher = torch.device(options.device), None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA GPU was found: train on one, or with --device cpu")
+    device, teacher = _device(options, "train on one, or with --device cpu"), None
     if options.teacher:
         read = l4.load(options.teacher, dtype=product_dtype(device))
         teacher = Teacher(read.to(device).eval())
@@ -253,8 +256,8 @@ def _translated(model: l4.Llama4, corpus: Path) -> str:
 
 
 def convert(options: argparse.Namespace) -> None:
+    from llama4_lab.checkpoint import open_plain
     from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
-    from llama4_lab.checkpoint.quantised import require_plain
     from llama4_lab.checkpoint.saving import UNFINISHED
     from llama4_lab.checkpoint.shipped import MODELS, find
 
@@ -272,12 +275,11 @@ def convert(options: argparse.Namespace) -> None:
         folder = find(options.source)
         if target.resolve() == folder.resolve():
             raise ValueError(f"{target} is what is converted: give another folder to write to")
+        open_plain(folder)
         # By itself, `load` widens a shipped model.
         dtype = HuggingFaceFolder.open(folder).dtype if folder.parent == MODELS else None
         dtype = getattr(torch, options.dtype) if options.dtype else dtype
-        model = l4.load(folder, dtype=dtype)
-        require_plain(model, "--hugging-face")
-        l4.save(model, target)
+        l4.save(l4.load(folder, dtype=dtype), target)
     print(f"saved to {target}")
 
 
@@ -338,12 +340,11 @@ def bench(options: argparse.Namespace) -> None:
     from llama4_lab.bench.base import HEAD, shrunk
     from llama4_lab.bench.run import STAGES, Job, Results, run
 
-    device, is_tiny = torch.device(options.device), options.scale == "tiny"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "no CUDA GPU was found: run this on a machine with one, or try the stages here with "
-            "--device cpu --scale tiny"
-        )
+    device = _device(
+        options,
+        "run this on a machine with one, or try the stages here with --device cpu --scale tiny",
+    )
+    is_tiny = options.scale == "tiny"
     if device.type != "cuda" and not is_tiny:
         raise ValueError(f"the full scale needs a GPU: add --scale tiny to --device {device}")
     only = [name for name in options.only.split(",") if name]
@@ -376,8 +377,8 @@ def list_points(options: argparse.Namespace) -> None:
     if options.markdown:
         print(as_markdown(config), end="")
         return
-    for name, axes in l4.points(config).items():
-        print(f"{name:40} {axes}")
+    for name, point in described(config).items():
+        print(f"{name:40} {point.axes:12} {point.meaning}")
 
 
 def _count(text: str) -> int:
@@ -385,6 +386,26 @@ def _count(text: str) -> int:
     if not (digits := text.replace(",", "").replace("_", "")).isdecimal() or int(digits) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(digits)
+
+
+def _port(text: str) -> int:
+    """Read the number of a TCP port."""
+    if (port := _count(text)) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give 1 to 65535")
+    return port
+
+
+def _device(options: argparse.Namespace, otherwise: str) -> torch.device:
+    """Return the device that is asked for, if it is there; else say what to do."""
+    try:
+        device = torch.device(options.device)
+        if device.type != "cuda" or torch.cuda.is_available():
+            torch.ones(1, device=device).tolist()
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        pass  # so says torch of one that it does not know or have
+    name = "CUDA GPU" if options.device == "cuda" else f"device {options.device!r}"
+    raise ValueError(f"no {name} was found: {otherwise}")
 
 
 def _minutes(text: str) -> float:

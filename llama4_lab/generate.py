@@ -97,7 +97,7 @@ def tokens(
 ) -> Iterator[Int[Tensor, " b"]]:
     """Yield the next token of every row until all rows have met a stop token.
 
-    What a row yields after its stop token means nothing.
+    What a row yields after its stop token means nothing. The arguments are those of `generate`.
 
     Raises:
         ValueError: a temperature below zero, a top_p outside (0, 1], no tokens to make, or a seed
@@ -142,7 +142,7 @@ def _whole(what: str, given: Any) -> int:
 def _tokens(
     model: Llama4 | StaticDecoder, prompt, max_new_tokens, temperature, top_p, seed, stops
 ) -> Iterator[Tensor]:
-    given = {key: x.to(model.device) for key, x in {**prompt}.items() if x is not None}
+    given = inputs_of(model, prompt)
     ends = torch.tensor(stops, dtype=torch.long, device=model.device)
     generator = torch.Generator(device=model.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()

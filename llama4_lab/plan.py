@@ -200,6 +200,11 @@ class Roofline:
         return self.read_seconds >= self.math_seconds
 
 
+def _require_some(*counts: int) -> None:
+    if min(counts) < 1:
+        raise ValueError(f"a plan is for rows and tokens, at least one of each, not {min(counts)}")
+
+
 @dataclass(frozen=True)
 class Plan:
     """A model on one or several equal GPUs, with tensor parallel layers on several.
@@ -233,7 +238,12 @@ class Plan:
         return USABLE * self.gpu.memory
 
     def needed(self, batch: int = 1, context: int = 8192) -> dict[str, float]:
-        """Return the bytes that each GPU needs, by purpose."""
+        """Return the bytes that each GPU needs, by purpose.
+
+        Raises:
+            ValueError: less than one row or token.
+        """
+        _require_some(batch, context)
         piece = min(PIECE, batch * context)
         return {
             "weights": self._weights(),
@@ -284,7 +294,11 @@ class Plan:
         """Return the roofline of one step: a token for each row, after `context` tokens.
 
         `distinct` experts are read in each layer: by default as many as are expected.
+
+        Raises:
+            ValueError: less than one row, or no number of tokens.
         """
+        _require_some(batch, context + 1)
         read = step_bytes(
             self.config, batch, context, self.weights, self.cache, self.head, distinct
         )
@@ -294,7 +308,12 @@ class Plan:
         return self._roofline(batch, batch, read, batch * products, batch * attention)
 
     def prefill(self, tokens: int = 8192) -> Roofline:
-        """Return the roofline of one prompt up to its first new token; weights are read once."""
+        """Return the roofline of one prompt up to its first new token; weights are read once.
+
+        Raises:
+            ValueError: less than one token.
+        """
+        _require_some(tokens)
         read = step_bytes(self.config, tokens, 0, self.weights, self.cache, self.head)
         products = tokens * token_flops(self.config) + head_flops(self.config)
         return self._roofline(tokens, tokens, read, products, attention_flops(self.config, tokens))

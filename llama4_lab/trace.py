@@ -149,7 +149,7 @@ def inputs_of(model: Any, prompt: Any) -> dict[str, Any]:
     (``[b t]`` or ``[t]``).
 
     Raises:
-        ValueError: a mapping without token ids, such as a single chat message.
+        ValueError: a mapping without token ids, such as a single chat message, or of no tensors.
     """
     if isinstance(prompt, Tensor):
         prompt = {"input_ids": prompt if prompt.ndim > 1 else prompt[None]}
@@ -160,7 +160,11 @@ def inputs_of(model: Any, prompt: Any) -> dict[str, Any]:
             f"{', '.join(map(repr, prompt.keys()))} make no prompt: give input_ids, or chat "
             'messages as a list, [{"role": "user", "content": …}]'
         )
-    return {key: value.to(model.device) for key, value in {**prompt}.items() if value is not None}
+    given = {key: value for key, value in {**prompt}.items() if value is not None}
+    for key, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} is a {type(value).__name__}: give a tensor")
+    return {key: value.to(model.device) for key, value in given.items()}
 
 
 @contextmanager

@@ -145,6 +145,19 @@ def test_neighbouring_text_parts_are_one_text(tokenizer):
             ValueError,
             r"""message 1 has the tool call {'name': 'f'}: give {"function": """,
         ),
+        *(
+            (
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": a}}]},
+                ValueError,
+                r"message 1 has the tool call .*, which JSON can write",
+            )
+            for a in ({"a": {1}}, {"a": float("nan")})
+        ),
+        (
+            {"role": "assistant", "tool_calls": {"function": {"name": "f", "arguments": {}}}},
+            ValueError,
+            r"message 1 has tool_calls {'function': .*: give a list of calls",
+        ),
     ],
 )
 def test_a_message_that_cannot_be_written_is_explained(tokenizer, message, error, text):

@@ -299,7 +299,7 @@ def test_the_command_says_what_went_wrong(folder, tmp_path, capsys, monkeypatch)
     free = shutil.disk_usage(tmp_path)._replace(free=1_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     at = tmp_path / "v" / ".unfinished-conversion"
-    assert said(folder, tmp_path / "v").startswith(f"{at} has room for 0.0 GB, and the next file")
+    assert said(folder, tmp_path / "v").startswith(f"{at} has room for 0 MB, and the next file")
 
 
 _PEAK = """

@@ -19,6 +19,7 @@ from llama4_lab import cli
 from llama4_lab.checkpoint import convert
 from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
 from llama4_lab.checkpoint.params import config_from_params
+from llama4_lab.points import described
 from llama4_lab.train import loop
 from llama4_lab.train.recipes import RECIPES, TEXT
 
@@ -53,6 +54,9 @@ def test_plan_reads_a_folders_config(tmp_path, capsys):
             "--quantize int8 is a format of our own, which --hugging-face is not",
         ),
         (["open", "no_such.ipynb"], "there is no notebook no_such.ipynb"),
+        (["bench", "--device", "xpu"], "no device 'xpu' was found: run this on a machine with one"),
+        (["bench", "--device", "meta"], "no device 'meta' was found"),
+        (["train", "nano", "--device", "gpu"], "no device 'gpu' was found: train on one, or with"),
         (["plan", "scout", "--model", "maverick"], "plan takes one model, not scout and maverick"),
         (["plan", ""], ". is not a checkpoint: it needs config.json (Hugging Face) or params.json"),
         (["points", "--model", str(LAB.parent)], f"{LAB.parent} is not a checkpoint: it needs"),
@@ -189,8 +193,22 @@ def test_a_model_without_tokenizer_has_no_card(tmp_path, capsys):
 def test_points_are_those_of_a_meta_folder(tmp_path, capsys):
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))
     assert cli.main(["points", "--model", str(tmp_path)]) == 0
-    points = l4.points(config_from_params(PARAMS))
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(points)
+    points = described(config_from_params(PARAMS))
+    for line, (name, point) in zip(
+        capsys.readouterr().out.splitlines(), points.items(), strict=True
+    ):
+        assert line.split()[0] == name and line.endswith(f"{point.axes:12} {point.meaning}")
+
+
+def test_a_port_that_cannot_be_is_refused(capsys):
+    assert "'70000' is no port: give 1 to 65535" in refusal(capsys, "open", "--port", "70000")
+
+
+@pytest.mark.parametrize("streams", ["PYTHONIOENCODING=ascii", "exec >&-;"])
+def test_a_report_needs_no_terminal_that_knows_every_letter(streams):
+    command = f"{streams} {sys.executable} -m llama4_lab.cli plan nano --gpu h100"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_numbers_that_no_training_can_have_are_refused(capsys):
@@ -210,7 +228,9 @@ def test_a_quantised_source_is_not_called_hugging_faces(tmp_path, capsys):
     l4.convert("nano", tmp_path / "int4", quantize="int4")
     command = ["convert", str(tmp_path / "int4"), str(tmp_path / "t"), "--hugging-face"]
     assert cli.main(command) == 1
-    assert "--hugging-face takes plain weights in memory, but " in capsys.readouterr().err
+    assert (
+        "is quantised already, to int4: convert the checkpoint that it" in capsys.readouterr().err
+    )
     assert not (tmp_path / "t").exists()
 
 

@@ -199,3 +199,11 @@ def test_a_static_decoder_says_what_does_not_fit():
         decoder.step(torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="4 \\+ 1 tokens exceed max_len 4"):
         decoder.step(torch.zeros(1, dtype=torch.long))
+
+
+def test_a_decoder_has_its_own_cache_and_the_last_logits():
+    model = tiny()
+    decoder = StaticDecoder(model, 1, max_len=8)
+    for given in ({"cache": model.new_cache()}, {"cache": decoder.cache, "keep_last": 2}):
+        with pytest.raises(ValueError, match="returns the last logits and has its own cache"):
+            decoder(torch.ones(1, 3, dtype=torch.long), **given)

@@ -124,6 +124,8 @@ def test_what_is_no_number_and_what_is_no_prompt_is_refused(model, prompt):
     for name in ("temperature", "top_p"):
         with pytest.raises(TypeError, match=rf"^{name}='1': give a number$"):
             inspect.unwrap(tokens)(model, prompt, **{name: "1"})
+    with pytest.raises(ValueError, match="input_ids is a list: give a tensor"):
+        l4.generate(model, {"input_ids": [[5, 6, 7]]})
     with pytest.raises(ValueError, match="'role', 'content' make no prompt: give input_ids, or"):
         l4.generate(model, {"role": "user", "content": "hello"})
 

@@ -444,3 +444,10 @@ def test_a_length_that_is_no_number_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "scout", "--gpu", "h100", "--context", "-5"])
     assert "'-5' is no whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_plan_for_nothing_is_refused():
+    plan = Plan(l4.SCOUT, GPUS["h200"], 4)
+    for ask in (lambda: plan.needed(batch=-1), lambda: plan.decode(0), lambda: plan.prefill(0)):
+        with pytest.raises(ValueError, match="a plan is for rows and tokens, at least one of each"):
+            ask()

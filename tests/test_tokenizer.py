@@ -288,6 +288,12 @@ def test_special_tokens_of_another_family_are_refused(tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
+def test_a_tokenizer_without_added_tokens_is_refused(tmp_path):
+    write_json(tmp_path / "tokenizer.json", lambda state: state["added_tokens"].clear())
+    with pytest.raises(ValueError, match="lacks Llama 4's special tokens"):
+        Tokenizer.from_folder(tmp_path)
+
+
 @pytest.mark.parametrize("is_first", [True, False], ids=["Llama 3.0", "Llama 3.1"])
 def test_llama_3_s_names_stand_for_those_that_mean_the_same(tokenizer, tmp_path, is_first):
     names = {

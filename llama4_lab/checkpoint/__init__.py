@@ -140,15 +140,25 @@ def convert(
     folder, target = find(name_or_folder), Path(target).expanduser()
     if target.resolve() == folder.resolve():
         raise ValueError(f"{target} is what is converted: give another folder to write to")
-    source = _open(folder, text_only)
+    source = open_plain(folder, text_only)
     quantisation = None if quantize is None else Quantisation(quantize)
+    tokenizer = _tokenizer(folder, source.config)
+    convert_folder(source, tokenizer, target, quantisation, max_shard_bytes, dtype)
+
+
+def open_plain(folder: Path, text_only: bool = False) -> HuggingFaceFolder | MetaFolder:
+    """Open a folder whose weights can be written anew.
+
+    Raises:
+        ValueError: they are quantised, or the folder is no checkpoint.
+    """
+    source = _open(folder, text_only)
     if source.quantisation is not None:
         raise ValueError(
             f"{folder} is quantised already, to {source.quantisation.kind}: convert the checkpoint "
             "that it was made from"
         )
-    tokenizer = _tokenizer(folder, source.config)
-    convert_folder(source, tokenizer, target, quantisation, max_shard_bytes, dtype)
+    return source
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:

@@ -189,6 +189,6 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise OSError(
-            f"{folder} has room for {free / 1e9:.1f} GB, and the next file takes "
-            f"{size / 1e9:.1f} GB: make room, and convert again to go on"
+            f"{folder} has room for {free / 1e6:,.0f} MB, and the next file takes "
+            f"{size / 1e6:,.0f} MB: make room, and convert again to go on"
         )

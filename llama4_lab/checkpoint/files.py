@@ -52,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): fetch the file again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__} where an object is needed")

@@ -109,7 +109,8 @@ class StaticDecoder:
         self, input_ids: Int[Tensor, "b t"], cache: KVCache | None = None, **given: Any
     ) -> Float[Tensor, "b 1 v"]:
         """As the model's forward, for `llama4_lab.generate`; the cache is the decoder's own."""
-        assert cache is self.cache and given.pop("keep_last", 1) == 1
+        if given.pop("keep_last", 1) != 1 or cache is not self.cache:
+            raise ValueError("a StaticDecoder returns the last logits and has its own cache")
         if self.cache.slots and input_ids.shape[1] == 1 and not given:
             return self.step(input_ids[:, 0])[:, None]
         return self.prefill(input_ids, **given)[:, None]

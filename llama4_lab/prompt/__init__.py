@@ -83,7 +83,7 @@ class Prompt:
 
         return replace(
             self,
-            input_ids=longer(self.input_ids, torch.tensor(ids)),
+            input_ids=longer(self.input_ids, torch.tensor(ids, dtype=torch.long)),
             attention_mask=longer(self.attention_mask, 1),
             texts=[[*self.tokens, *texts]],
             spans=replace(

@@ -8,6 +8,7 @@ A message is ``{"role": ..., "content": ...}``; its content a text, or a list of
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from llama4_lab.prompt.tokenizer import (
@@ -94,6 +95,8 @@ def _encode_message(
     tokenizer: Tokenizer, role: str, message: Mapping[str, Any], idx: int
 ) -> list[int]:
     calls = message.get("tool_calls") or ()
+    if not isinstance(calls, list | tuple):
+        raise ValueError(f"message {idx} has tool_calls {calls!r:.80}: give a list of calls")
     content_of = message.get("content")
     parts = _parts("" if calls and content_of is None else content_of, idx)
     if role == "system" and idx == 0:
@@ -132,8 +135,10 @@ def _parts(content: Any, idx: int) -> list[str | None]:
 def _call_text(call: Any, idx: int) -> str:
     match call:
         case {"function": {"name": str(name), "arguments": Mapping() as arguments}}:
-            return json.dumps({"name": name, "parameters": arguments}, ensure_ascii=False)
+            given = {"name": name, "parameters": arguments}
+            with suppress(TypeError, ValueError):  # what is no JSON
+                return json.dumps(given, ensure_ascii=False, allow_nan=False)
     raise ValueError(
         f"message {idx} has the tool call {call!r:.80}: "
-        'give {"function": {"name": ..., "arguments": {...}}}'
+        'give {"function": {"name": ..., "arguments": {...}}}, which JSON can write'
     )

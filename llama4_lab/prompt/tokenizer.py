@@ -129,7 +129,7 @@ class Tokenizer:
             token = engine.id_to_token(idx) or ""  # ids may have gaps
             return token.encode() if idx in added else bytes(byte_of[char] for char in token)
 
-        vocab_size = max(engine.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added))
+        vocab_size = max([engine.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
         return cls(path, vocab_size, special, encode_plain, plain_bytes)
 
     @classmethod
