@@ -169,6 +169,11 @@ class Llama4Config:
         step = self.interleave_moe_layer_step
         return step > 0 and (layer + 1) % step == 0
 
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The layers with experts, in order; none in a dense model."""
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_moe(i))
+
     def uses_rope(self, layer: int) -> bool:
         """Whether the layer rotates queries and keys (and then attends inside chunks)."""
         self.check_layer(layer)
@@ -249,7 +254,7 @@ class Llama4Config:
         values["head_dim"] = values["head_dim"] if is_given else cls.head_dim
         config = cls(**values)  # what checks the numbers that are divided
         config._check_layer_types(text.get("layer_types"))
-        if none and (moe := [i for i in range(config.num_hidden_layers) if config.is_moe(i)]):
+        if none and (moe := config.routed_layers):
             raise ValueError(f"{none[0]} 0 must be positive: layer {moe[0]} has experts")
         if is_given:
             return config
@@ -285,7 +290,7 @@ class Llama4Config:
             "model_type": "llama4_text",
             "hidden_act": "silu",
             "no_rope_layers": [int(self.uses_rope(i)) for i in layers],
-            "moe_layers": [i for i in layers if self.is_moe(i)],
+            "moe_layers": [*self.routed_layers],
             "rope_scaling": None,
         }
         if self.rope_scaling is not None:
@@ -315,7 +320,7 @@ class Llama4Config:
         d, f, e = self.hidden_size, self.intermediate_size, self.num_local_experts
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         layers = self.num_hidden_layers
-        moe = sum(self.is_moe(i) for i in range(layers))
+        moe = len(self.routed_layers)
         counts = {
             "embeddings": self.vocab_size * d * (1 if self.tie_word_embeddings else 2),
             "attention": layers * (2 * d * (q + kv) + self.attention_bias * (q + 2 * kv + d)),

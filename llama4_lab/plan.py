@@ -6,7 +6,7 @@ faster. Routing is taken as uniform. GPUs are in `llama4_lab.hardware`, the repo
 ``llama4-lab plan`` in `llama4_lab.plan_page`.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -276,15 +276,11 @@ class Plan:
 
         The model may be made for fewer (`max_position_embeddings`). It is at most 2³² - 1.
         """
-        sizes = self.needed(batch)
-        room = self.usable - sizes["weights"] - sizes["runtime"]
 
-        def held(context: int) -> float:
-            piece = min(PIECE, batch * context)
-            kept = cache_bytes(self.config, context, batch, self.cache) / self.num_gpus
-            return kept + activation_bytes(self.config, piece, batch, self.num_gpus)
+        def is_too_long(context: int) -> bool:
+            return not self.fits(batch, context)
 
-        return bisect_right(range(1, 2**32), room, key=held)
+        return bisect_left(range(1, 2**32), True, key=is_too_long)
 
     # ---- time
 

@@ -72,7 +72,7 @@ class Replay:
                 + (" with padding" if mask is not None and not mask.all() else "")
             )
         names = [f"layers.*.{part}" for part in _KEPT] + ["embed", "final_norm"]
-        if any(model.config.is_moe(i) for i in range(model.config.num_hidden_layers)):
+        if model.config.routed_layers:
             names.append("layers.*.router.*")
         with torch.no_grad(), trace(model, names) as kept:
             model.hidden(**self.inputs)
@@ -89,11 +89,8 @@ class Replay:
     @property
     def experts(self) -> dict[int, Int[Tensor, "t topk"]]:
         """The experts chosen in the clean run, by MoE layer."""
-        return {
-            i: self._kept[f"layers.{i}.router.indices"][0]
-            for i in range(self.model.config.num_hidden_layers)
-            if self.model.config.is_moe(i)
-        }
+        layers = self.model.config.routed_layers
+        return {i: self._kept[f"layers.{i}.router.indices"][0] for i in layers}
 
     @cached_property
     def logits(self) -> Float[Tensor, "t v"]:

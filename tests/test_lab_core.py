@@ -159,6 +159,11 @@ def test_a_difference_from_what_is_no_number_is_told_in_words(moment):
     assert "kl" not in names and "answers" in names
 
 
+def test_a_view_of_a_model_says_what_it_shows(model):
+    with pytest.raises(TypeError, match=r"a view shows a Moment\(model, .*\), not Llama4"):
+        RouterView(model)
+
+
 def test_a_hidden_view_computes_when_it_is_shown(moment, model):
     view = RouterView(moment)
     view.is_shown = False

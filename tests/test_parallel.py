@@ -40,6 +40,23 @@ def report(tmp_path_factory) -> dict[str, str | None]:
 
 
 @pytest.mark.slow
+def test_the_script_of_the_documentation_ends_well(tmp_path):
+    text = (Path(__file__).parents[1] / "docs/parallel.md").read_text()
+    script = tmp_path / "route.py"
+    script.write_text(text.split("```python\n")[1].split("```")[0])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", str(script)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tensor([[[")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [check.__name__ for check in parallel_worker.CHECKS])
 def test_two_processes(report, name):
     assert name in report, "an earlier check failed"

@@ -336,3 +336,18 @@ def test_ids_can_be_replayed_and_what_was_not_routed_is_named(model):
     assert torch.equal(replay.logits, Replay(model, {"input_ids": ids[None]}).logits)
     with pytest.raises(ValueError, match=r"no layers.2.router.logits: MoE layers are 1, 3, 5"):
         replay.edited([]).router(2, "logits")
+
+
+@pytest.mark.parametrize("backend", ["loop", "numba"])
+def test_what_reads_an_edit_of_routing_is_an_operation_of_the_model(backend, prompt):
+    model = tiny()
+    model.backend = backend
+    replay = Replay(model, prompt)
+    layer = next(iter(replay.experts))
+    for edit, point, reader in (
+        (E.RouterTemperature(layer, 2.0), "router.logits", "topk"),
+        (E.Route(layer, 3, 1), "router.indices", "gather"),
+        (E.AblateShared(layer), "shared.out", "add"),
+    ):
+        seen = replay.edited([edit]).effect.evidence[f"layers.{layer}.{point}"]
+        assert seen.used_by == (reader if backend == "loop" else "moe_block")

@@ -176,7 +176,7 @@ def decompose_router(
             range; no runner-up, because all experts are chosen.
     """
     t = position_in(prompt, position)
-    moe = [i for i in range(model.config.num_hidden_layers) if model.config.is_moe(i)]
+    moe = model.config.routed_layers
     if layer not in moe:
         known = ", ".join(map(str, moe)) or "none"
         raise ValueError(f"layer {layer} has no experts: the MoE layers are {known}")

@@ -69,7 +69,7 @@ class Question:
                 f"token {target.token} is out of range: this vocabulary has ids 0 to {size - 1}"
             )
         prompt, position = prompt.to(model.device), target.position % count
-        layers = [i for i in range(model.config.num_hidden_layers) if model.config.is_moe(i)]
+        layers = model.config.routed_layers
         names = ["embed", *(f"layers.{i}.router.indices" for i in layers)]
         with torch.no_grad(), trace(model, names) as chosen:
             logits = model(**prompt, keep_last=count - position)[0, 0]

@@ -73,7 +73,7 @@ def quantisation(
     layers = tuple(layers)
     _check_kind(kind)
     _check_layers(config, layers, parts)
-    routers = tuple(i for i in every if config.is_moe(i))
+    routers = config.routed_layers
     scored = count_predicted(batches)
     loss, change, kl = 0.0, np.zeros(len(layers)), np.zeros(len(layers))
     flips = np.zeros((len(layers), len(routers)))
@@ -185,12 +185,7 @@ def _check_kind(kind: str) -> None:
 def _check_layers(
     config: Llama4Config, layers: Iterable[int], parts: tuple[str, ...] | None
 ) -> None:
-    count = config.num_hidden_layers
     for layer in layers:
-        if not 0 <= layer < count:
-            raise ValueError(
-                f"layer {layer} is out of range: this model has {count} layers (0 to {count - 1})"
-            )
         of_layer = PARTS[config.is_moe(layer)]
         for part in parts or ():
             if part not in of_layer:

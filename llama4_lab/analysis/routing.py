@@ -174,12 +174,11 @@ def moe_layers(model: Llama4) -> tuple[int, ...]:
         ValueError: a model without MoE layers.
     """
     config = model.config
-    layers = tuple(i for i in range(config.num_hidden_layers) if config.is_moe(i))
-    if not layers:
+    if not config.routed_layers:
         raise ValueError(
             f"this model routes nothing: all its {config.num_hidden_layers} layers are dense"
         )
-    return layers
+    return config.routed_layers
 
 
 def _next_best(

@@ -11,6 +11,7 @@ shared_up [f, d], shared_down [d, f], hidden [2f], logits [e], scores [topk],
 indices [topk] int64, out [d])`` is the whole MoE block of one token; ``hidden`` is scratch.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from llama4_lab import packed
 from llama4_lab.compiled import array, beside, compiled, floats, threads, wide
@@ -391,6 +393,15 @@ def _routed(x, order, offsets, score, gate_up, down, *others: Any) -> None:
     )  # fmt: skip
 
 
+def moe_block(given: Tensor, value: Tensor, go_on: Callable[[], None]) -> Tensor:
+    """Let kernels go on from another value; who watches torch's functions sees this read it."""
+    if has_torch_function_unary(given):
+        return handle_torch_function(moe_block, (given,), given, value, go_on)
+    value.copy_(given)
+    go_on()
+    return value
+
+
 def _spread(slots: int, down: Any) -> int:
     """Return over how many threads to spread the experts of so many slots."""
     e, d, f = down.shape
@@ -444,13 +455,14 @@ def moe(
     fill(0)
     noting, routed = loop.Noting(record), None  # by the loop
 
+    def go_on(known: int) -> None:
+        logits.gather(-1, indices)  # refuses experts that do not exist
+        fill(known)
+
     def show(known: int, name: str, value: Tensor) -> None:
         given = record(name, value)
         if given is not value:
-            if name == "router.indices":
-                logits.gather(-1, given)  # refuses experts that do not exist
-            value.copy_(given)
-            fill(known)
+            moe_block(given, value, partial(go_on, known))
 
     show(1, "router.logits", logits)
     show(2, "router.indices", indices)

@@ -68,6 +68,16 @@ def start(device: str | None = None) -> DeviceMesh:
     return init_device_mesh(device, (size,), mesh_dim_names=("ranks",))
 
 
+def stop() -> None:
+    """Wait for the other processes and part from them: the last line of a script.
+
+    A process that ends without it may be aborted by what still waits for the others.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def engines(count: int) -> Any:
     """Start processes for a notebook and return ipyparallel's view of them, ready for ``%%px``.
 

@@ -22,7 +22,7 @@ class Bias:
     """
 
     def __init__(self, config: Llama4Config, rate: float, device: torch.device):
-        layers = sum(config.is_moe(i) for i in range(config.num_hidden_layers))
+        layers = len(config.routed_layers)
         self.rate, self.topk = rate, config.num_experts_per_tok
         self.value: Float[Tensor, "l e"] = torch.zeros(
             layers, config.num_local_experts, device=device

@@ -41,7 +41,7 @@ def record(prompt: Any, moment: Moment, boards: Mapping[str, Board], beside: str
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     routing = {}
-    if any(config.is_moe(i) for i in range(config.num_hidden_layers)):
+    if config.routed_layers:
         found = vars(moment.edited(routing_of))
         routing = {name: np.asarray(found[name]) for name in found if name != "tokens"}
     pictures = [open_picture(picture) for picture in moment.pictures]

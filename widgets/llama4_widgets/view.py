@@ -44,6 +44,10 @@ class View(ipywidgets.VBox):
     is_shown = traitlets.Bool(True, help="a view that is not shown computes nothing")
 
     def __init__(self, moment: "Moment", selection: Selection | None = None, **traits: Any):
+        if not hasattr(moment, "bounds"):
+            raise TypeError(
+                f"a view shows a Moment(model, model.prompt(text)), not {type(moment).__name__}"
+            )
         selection = Selection() if selection is None else selection
         # Beside a view of less or more, it moves with the selection as far as it goes.
         is_apart = bool(selection.bounds) and selection.bounds != moment.bounds
@@ -197,8 +201,7 @@ class View(ipywidgets.VBox):
 
     def axes(self) -> dict[str, Axis]:
         """Return the axes that most views share."""
-        config = self.moment.model.config
-        moe = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
+        moe = self.moment.model.config.routed_layers
         axes = {name: Axis(name, size, name) for name, size in self.moment.bounds.items()}
         axes["token"] = replace(axes["token"], labels=self.moment.words)
         return axes | {"moe layer": Axis("layer", len(moe), "layer", values=moe)}

@@ -131,8 +131,7 @@ def _is_same_routing(mine: Moment, other: Moment) -> bool:
 
     def sizes(moment: Moment) -> tuple[int, ...]:
         config = moment.model.config
-        moe = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
-        return config.num_local_experts, config.num_experts_per_tok, *moe
+        return config.num_local_experts, config.num_experts_per_tok, *config.routed_layers
 
     return sizes(mine) == sizes(other) and len(sizes(mine)) > 2
 

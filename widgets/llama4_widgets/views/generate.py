@@ -91,8 +91,7 @@ class GenerateView(View):
     def step(self) -> None:
         """Write one token."""
         moment = self.moment
-        model, config = moment.model, moment.model.config
-        layers = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
+        model, layers = moment.model, moment.model.config.routed_layers
         if self._cache is None:
             ids = moment.prompt.input_ids.to(model.device)
             new = torch.tensor([[one.id for one in self.written]], device=model.device).to(ids)
