@@ -43,8 +43,8 @@ _PRODUCTS_A_THREAD = 25_000_000  # half a millisecond's: for less, none is woken
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Compile a function at its first call; a wrapper that checks shapes is taken off first.
 
-    Of a kernel on disk numba knows whether the file has changed in which the kernel stands; whether
-    one has that it calls, we find out.
+    Numba compiles a kernel anew when its own file has changed, not when a kernel that it calls has:
+    kernels on disk that are older than any of the sources are deleted.
     """
     function = inspect.unwrap(function)
     _SOURCES.add(Path(inspect.getfile(function)))

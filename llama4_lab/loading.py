@@ -50,7 +50,7 @@ class Loading:
         self._rest = self._due = 0.0  # seconds
 
     def put_off(self, seconds: float) -> None:
-        """Begin when nobody has asked for so many seconds, and let nobody wait."""
+        """Begin only after so many seconds without a request, and let nobody wait meanwhile."""
         self._rest = seconds
 
     def is_done(self) -> bool:
@@ -86,7 +86,7 @@ class Loading:
             return True
 
     def work(self) -> None:
-        """Do the work here and now, as a process that was started for it does, behind others."""
+        """Do the work now, at low priority; the process that was started for it calls this."""
         with suppress(AttributeError, OSError):  # no such thing on Windows
             os.nice(10)
         self._work()

@@ -232,7 +232,7 @@ def linear(
 def prepare() -> None:
     """Load the kernel for plain weights, or compile it: `linear` takes it for float32 from then on.
 
-    It is not worth waiting for, as the kernels for packed weights and for bfloat16 are.
+    Unlike the kernels for packed weights and for bfloat16, it gains too little for anyone to wait.
     """
     x = torch.ones(1, 16, **_CPU)
     _product_of_numbers(x, x)

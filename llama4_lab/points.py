@@ -114,7 +114,7 @@ class Tap:
         return value
 
     def records(self) -> Collection[str] | None:
-        """Return the whole names whose values it wants, if it changes none and wants no others."""
+        """Return the whole names that it records; None if it may change values or want others."""
         return () if type(self) is Tap else None
 
     def alters(self, name: str) -> bool:

@@ -181,8 +181,8 @@ def intervene(
     attention, which another path of the same mathematics makes, leaves them as they are in a traced
     run.
 
-    A change that no whole forward pass inside the block came by, such as that of a picture in a
-    prompt without one, is told at the block's end in a UserWarning.
+    If no complete forward pass inside the block computes a named value, such as one of pictures in
+    prompts without any, a UserWarning says so at its end.
 
     Raises:
         KeyError: a name or pattern that no point has, with the closest one.

@@ -145,7 +145,8 @@ def round_weight(weight: Float[Tensor, "*rows d"], kind: str) -> Float[Tensor, "
 
     int8 has 255 steps up to the largest weight of each row, int4 has 15 steps up to the largest of
     each 32 neighbours in a row. Ternary weights are -s, 0 or s, where s is the mean size of a
-    matrix's weights (BitNet b1.58, Ma et al. 2024, eq. 1 to 3, there while training).
+    matrix's weights (BitNet b1.58, Ma et al. 2024, eq. 1 to 3, there while training). What
+    ``load(quantize=...)`` keeps in memory is coarser: scales in bfloat16, of 128 neighbours.
 
     >>> round_weight(torch.tensor([[0.1, -0.9, 2.0, 1.0]]), "ternary").tolist()
     [[0.0, -1.0, 1.0, 1.0]]

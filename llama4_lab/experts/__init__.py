@@ -136,10 +136,9 @@ def moe(
 ) -> Float[Tensor, "n d"]:
     """Send each token through its experts and the shared expert, and add the two.
 
-    What is inside the experts is shown by the readable backend (to a mere trace, `numba` shows its
-    own). If it is changed there, that backend's result counts, and so it does for experts in a
-    file, and where gradients are recorded, so that what is shown is part of the graph; else that of
-    `backend` does, as ever.
+    Values inside the experts come from `loop` (to a mere trace, `numba` shows its own). The result
+    is `loop`'s if one of them was changed, if the experts are in a file, or if gradients are
+    recorded, so that what is shown is part of the graph; else it is that of `backend`.
 
     Args:
         experts: ``gate_up`` and ``down``.

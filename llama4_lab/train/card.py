@@ -57,7 +57,7 @@ class Card:
     emptiest: list[float]
     share: dict[str, list[list[float]]]  # domain -> layer -> expert
     recall: dict[str, dict[str, float]]  # where the code was said -> variant -> right answers
-    pictures: dict[str, dict[str, float]]  # task -> right, changed, kept (see `Seeing`)
+    pictures: dict[str, dict[str, float]]  # task -> right, changed, kept (see `behaviour.seeing`)
     sums: dict[str, float]  # kind -> right answers
     loss_by_position: dict[str, dict[str, float]]  # positions -> variant -> nats a token
     samples: dict[str, str]

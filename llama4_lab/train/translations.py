@@ -105,7 +105,7 @@ def articles(page: str) -> tuple[str, list[str]]:
 def measure(model: Llama4, texts: Mapping[str, Sequence[str]], length: int = 16) -> Translations:
     """Count experts over the first `length` tokens of every article in every language.
 
-    The first token of all, the begin of a text, is not counted. Languages with an article that is
+    The first token of all, which begins a text, is not counted. Languages with an article that is
     shorter are left out.
 
     Raises:

@@ -87,7 +87,7 @@ class LabApp(ipywidgets.VBox):
         self.children = [top, self.bar, self._chips, self._across, self._grid]
         self.add_class("l4-app")
         self.run(prompt, pictures)
-        self.selection.token = min(1, len(self.moment.tokens) - 1)  # what stands behind the begin
+        self.selection.token = min(1, len(self.moment.tokens) - 1)  # the first begins every text
         self.shown = shown
 
     # ---- running

@@ -228,6 +228,8 @@ function render({ model, el }) {
       const at = axis(name).select ? index(name) : -1;
       const chosen = (box.ariaActiveDescendantElement = words[at] ?? null);
       box.setAttribute("aria-label", chosen ? `${panel.title}. ${describe(panel, [at])}` : panel.title);
+      const reveal = () => chosen && chosen !== shown && (chosen.offsetTop < box.scrollTop || chosen.offsetTop > box.scrollTop + box.clientHeight - 24) && (box.scrollTop = chosen.offsetTop - 60);
+      if (shown) reveal();
       words.forEach((node, i) => {
         const v = value(i);
         const [r, g, b] = kind === "sequential" ? [224, 139, 0] : colour(kind === "diverging" ? Math.sign(v || 0) * high : v);
@@ -239,7 +241,7 @@ function render({ model, el }) {
         node.dataset.value = numbers.map((at) => at(i)).filter((number) => number >= 0);
         node.style.setProperty("--own", `rgb(${r} ${g} ${b})`);
       });
-      if (chosen && chosen !== shown && (chosen.offsetTop < box.scrollTop || chosen.offsetTop > box.scrollTop + box.clientHeight - 24)) box.scrollTop = chosen.offsetTop - 60;
+      if (!shown) reveal(); // the first time, what was just written has moved the lines
       shown = chosen;
     };
     return Object.assign(again, { shine });
@@ -363,10 +365,9 @@ function render({ model, el }) {
       const px = (x) => left + ((x - window.x[0]) / (window.x[1] - window.x[0])) * inner;
       const py = (y) => TOP + ((y - window.y[0]) / (window.y[1] - window.y[0])) * tall;
       pen.scale(ratio, ratio);
-      pen.save();
+      Object.assign(pen, { imageSmoothingEnabled: false }).save();
       pen.rect(left, TOP, inner, tall);
       pen.clip();
-      pen.imageSmoothingEnabled = false;
       for (const array of layers()) {
         const { x: xs, y: ys } = tile(array);
         Object.assign(pen, { fillStyle: theme.ground }).fillRect(px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
@@ -424,8 +425,7 @@ function render({ model, el }) {
       for (const i of ticks(down, window.y, tall / 13)) pen.fillText(named(down, i), left - 6, (py(i) + py(i + 1)) / 2 + 4);
       pen.translate(10, TOP + tall / 2);
       pen.rotate(-Math.PI / 2);
-      pen.textAlign = "center";
-      pen.fillText(axis(down).title, 0, 0);
+      Object.assign(pen, { textAlign: "center" }).fillText(axis(down).title, 0, 0);
       canvas.setAttribute("aria-label", `${panel.title}. ${tell([index(down), index(across)])}`);
     };
     return Object.assign(again, { lay: again });
@@ -454,10 +454,9 @@ function render({ model, el }) {
     const [each, down, across] = panel.axes;
     const box = make("div", figure, { className: "l4-multiples" });
     const small = Array.from({ length: axis(each).size }, (_, i) => {
-      const button = make("button", box, { onclick: () => choose([[each, i]]) }, OWN_KEYS);
-      const canvas = make("canvas", button);
-      make("span", button, { textContent: called(each, i) });
-      return { button, canvas };
+      const canvas = make("canvas", make("button", box, { onclick: () => choose([[each, i]]) }, OWN_KEYS));
+      make("span", canvas.parentNode, { textContent: called(each, i) });
+      return { button: canvas.parentNode, canvas };
     });
     return () =>
       small.forEach(({ button, canvas }, i) => {
@@ -663,11 +662,12 @@ function render({ model, el }) {
     }
     which.forEach(show);
     say();
-    const ours = root.closest(".l4-view"); // ipywidgets leaves these unsaid
+    const ours = root.closest(".l4-view"); // ipywidgets leaves unsaid what its controls are set to
+    const tell = (node, name, text) => node && node[name] !== text && (node[name] = text);
     for (const each of ours?.querySelectorAll(".widget-slider") ?? [])
-      for (const [name, part] of [["aria-label", "label"], ["aria-valuetext", ".widget-readout"]]) each.querySelector("[role=slider]")?.setAttribute(name, each.querySelector(part)?.textContent ?? "");
+      for (const [name, part] of [["ariaLabel", "label"], ["ariaValueText", ".widget-readout"]]) tell(each.querySelector("[role=slider]"), name, each.querySelector(part)?.textContent);
     for (const box of [ours, ours?.closest(".l4-app")?.querySelector(":scope > .l4-app-chips")])
-      for (const each of box?.querySelectorAll(".widget-toggle-button") ?? []) (each.setAttribute("aria-pressed", each.classList.contains("mod-active")), restyle.observe(each, { attributeFilter: ["class"] }));
+      for (const each of box?.querySelectorAll(".widget-toggle-button") ?? []) tell(each, "ariaPressed", String(each.classList.contains("mod-active"))) && restyle.observe(each, { attributeFilter: ["class"] });
   }
   // A browser that is asked for a size after a change lays the whole page out for the answer; here it
   // tells sizes when it knows them, before it paints.

@@ -53,7 +53,7 @@ class Selection(traitlets.HasTraits):
             if getattr(self, field) >= count:
                 setattr(self, field, count - 1)
         if isinstance(change["old"], dict) and change["old"].get("token") == 1:
-            self.token = min(1, self.bounds["token"] - 1)  # nobody chose the begin: it was alone
+            self.token = min(1, self.bounds["token"] - 1)  # nobody chose the first: it was alone
 
     def follow(self, chosen: Mapping[str, int]) -> None:
         """Take over what was chosen elsewhere, unless something newer is known.
