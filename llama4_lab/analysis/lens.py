@@ -19,6 +19,7 @@ from torch import Tensor
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
+from llama4_lab.replay import divergence
 from llama4_lab.trace import match, trace
 
 _LOGITS_AT_ONCE = 2**25  # 128 MB of float32
@@ -100,7 +101,7 @@ def logit_lens(
         best = lens.topk(top)
         aimed = lens.gather(-1, goal[:, None])
         rank = (lens > aimed).sum(dim=-1)
-        kl = (final.exp() * (final - lens)).sum(dim=-1)
+        kl = divergence(lens, final)
         kept = [best.indices, best.values, rank, aimed[:, 0], kl]
         return [x.cpu() for x in ([*kept, lens] if keep_logprobs else kept)]
 

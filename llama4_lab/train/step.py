@@ -28,7 +28,7 @@ class Teacher:
     """A model of the same vocabulary whose predictions of text are learnt beside the text itself.
 
     The true next token counts `hard` and the teacher's distribution the rest, as in the
-    co-distillation of Llama 4 from Behemoth; `schedule` gives `hard` at the beginning and at the end.
+    co-distillation of Llama 4 from Behemoth; `schedule` gives `hard` at both ends.
     """
 
     model: Llama4
