@@ -43,7 +43,7 @@ def generate(
         seed: the same seed gives the same text.
 
     Raises:
-        ValueError: as `tokens`, and for a model without tokenizer.
+        TypeError, ValueError: as `tokens`; ValueError for a model without tokenizer.
     """
     if model.tokenizer is None:
         raise ValueError(

@@ -205,11 +205,12 @@ def linear(
 ) -> Float[Tensor, "*batch out"]:
     """Return ``x @ w.T + bias``, where the weight ``[out, k]`` may be packed.
 
-    The product is that of the unpacked weight, up to the order of the sum. For few rows on the CPU
-    the codes are multiplied, with 30 bits of float32's numbers and 15 of bfloat16's, counted from
-    the largest of a group, and else the unpacked weight, in x's dtype; in float32 where that is
-    bfloat16 and the CPU has no units for it, also of plain weights, which kernels multiply by few
-    rows. Gradients reach x, and plain weights.
+    The product is that of the unpacked weight, up to the order of the sum. On the CPU a kernel
+    multiplies few rows by the codes, with 30 bits of float32's numbers and 15 of bfloat16's,
+    counted from the largest of a group; for more, the weight is unpacked to x's dtype, or to
+    float32 where that is bfloat16 and the CPU has no units for it. Plain weights likewise have a
+    kernel for few rows, and are multiplied in float32 where there are no such units. Gradients
+    reach x, and plain weights.
 
     Raises:
         ValueError: rows of another width than a packed weight's.

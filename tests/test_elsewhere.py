@@ -1,4 +1,4 @@
-"""A model on a device that is not the CPU: the lab shows of it what it shows here."""
+"""A model on a device that is not the CPU: what is found and shown of it is what is here."""
 
 import re
 
@@ -9,7 +9,20 @@ from elsewhere import elsewhere
 
 import llama4_lab as l4
 from llama4_lab import edits as E
+from llama4_lab.analysis import (
+    attention,
+    attribution,
+    counterfactual,
+    decomposition,
+    features,
+    lens,
+    margins,
+    patching,
+    pruning,
+    routing,
+)
 from llama4_lab.generate import tokens
+from llama4_lab.replay import Replay
 from llama4_widgets.app import VIEWS, LabApp
 from llama4_widgets.still import unpack
 from llama4_widgets.view import View
@@ -62,3 +75,41 @@ def apart(text: str) -> tuple[list[str], list[float]]:
     """Take the numbers out of a sentence."""
     parts = re.split(r"([+−-]?\d+(?:\.\d+)?(?:e[+−-]\d+)?)", text)
     return parts[::2], [float(number.replace("−", "-")) for number in parts[1::2]]
+
+
+def patched(model: l4.Llama4) -> object:
+    clean, other = (model.prompt(f"def add({name}, b): return b") for name in ("a", "c"))
+    return patching.patch_heads(model, clean, other, patching.logit_difference(5, 9))
+
+
+ANALYSES = {
+    "routing": lambda model: routing.routing_of(model, model.prompt(TEXT)),
+    "lens": lambda model: lens.logit_lens(model, model.prompt(TEXT), keep_logprobs=True),
+    "logit": lambda model: decomposition.decompose_logit(model, model.prompt(TEXT)),
+    "router": lambda model: decomposition.decompose_router(model, model.prompt(TEXT), 1),
+    "effects": lambda model: counterfactual.counterfactual(Replay(model, model.prompt(TEXT)), 3),
+    "heads": lambda model: attention.head_summaries(model, model.prompt(TEXT)),
+    "margins": lambda model: margins.margins(model, model.prompt(TEXT), "int4"),
+    "survey": lambda model: pruning.survey(model, [torch.arange(300, 340)[None]]),
+    "shares": lambda model: attribution.attribute(
+        features.token_features(model, model.prompt(TEXT)), "feature_ablation"
+    ),
+    "patching": patched,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANALYSES)
+def test_an_analysis_finds_the_same(name):
+    expected = ANALYSES[name](l4.load("nano"))
+    with elsewhere() as device:
+        found = ANALYSES[name](l4.load("nano").to(device))
+    assert type(found) is type(expected)
+    arrays = vars(expected) if hasattr(expected, "__dict__") else {"all": expected}
+    compared = 0
+    for key, value in arrays.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+            mine = getattr(found, key) if key != "all" else found
+            np.testing.assert_allclose(mine, value, rtol=1e-3, atol=2e-4)
+            compared += 1
+    assert compared

@@ -65,6 +65,7 @@ def load(
 
     Raises:
         FileNotFoundError, NotADirectoryError: no such folder, or a file that it needs is missing.
+        TypeError: neither a name nor a folder.
         ValueError: unknown model, or a file that is broken, foreign or contradicts the config; a
             `quantize` that does not exist, or not the one of a quantised folder; a `max_tiles`
             that is no number of tiles.

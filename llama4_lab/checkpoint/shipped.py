@@ -17,6 +17,7 @@ def find(name_or_folder: str | Path) -> Path:
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: there is no such folder or model.
+        TypeError: neither a name nor a folder.
     """
     known = names()
     if not isinstance(name_or_folder, str | PathLike):

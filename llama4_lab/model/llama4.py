@@ -139,6 +139,7 @@ class Llama4(nn.Module):
             cache: keys and values of what came before; this call adds its own.
 
         Raises:
+            TypeError: input_ids that are no tensor of whole numbers.
             ValueError: ids, tiles or a mask that do not fit the model or each other.
         """
         is_decoding = pixel_values is None and attention_mask is None and keep_last in (None, 1)
@@ -158,7 +159,11 @@ class Llama4(nn.Module):
         attention_mask: Int[Tensor, "b slots"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """Return the final norm's output; `forward` without the read-out."""
+        """Return the final norm's output; `forward` without the read-out.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in _WHOLE:
             raise TypeError(f"input_ids={input_ids!r:.80}: give a tensor of whole numbers [b, t]")
         input_ids = input_ids if input_ids.dtype in _WHOLE[:2] else input_ids.long()

@@ -19,6 +19,9 @@ def random(
 
     Matrices are normal with variance 1/inputs (those that write to the residual stream smaller by
     ``sqrt(2 * layers)``, as in GPT-2), embeddings have unit variance, norms are one.
+
+    Raises:
+        TypeError: no config.
     """
     if not isinstance(config, Llama4Config):
         raise TypeError(f"{config!r:.80} is no config: give one, such as load('nano').config")

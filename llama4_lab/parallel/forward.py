@@ -15,9 +15,7 @@ from llama4_lab.experts import loop
 from llama4_lab.model import Llama4
 from llama4_lab.model.text import DecoderLayer, DenseBlock, MoEBlock, _PerToken
 from llama4_lab.parallel.ranks import Ranks
-from llama4_lab.points import Tap
-
-_INSIDE = ("experts.in", "experts.hidden", "experts.out")
+from llama4_lab.points import INSIDE, Tap
 
 
 def join(model: Llama4, ranks: Ranks) -> Llama4:
@@ -80,7 +78,7 @@ class PlacedExperts:
         backend = experts.backend_for(rows, backend, self.weights[0])
         logits = record("router.logits", F.linear(rows, self.block.router.weight))
         expert, score = experts.route(logits, self.block.topk, record)
-        run = self.run_watched if any(map(record.watches, _INSIDE)) else self.run
+        run = self.run_watched if any(map(record.watches, INSIDE)) else self.run
         first = len(self.weights[1]) * self.ranks.rank
         routed = run(rows, expert - first, score, record, backend)
         return (record("shared.out", self.block.shared_expert(rows)) + routed).view_as(x)

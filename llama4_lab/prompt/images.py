@@ -82,6 +82,7 @@ def open_picture(picture: Picture, num_channels: int = 3) -> Image.Image:
 
     Raises:
         TypeError, ValueError: not a picture, or not of 8 bits.
+        FileNotFoundError: no file of this name.
     """
     if isinstance(picture, bytes):
         picture = io.BytesIO(picture)
