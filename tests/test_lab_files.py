@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,3 +196,21 @@ def test_the_hash_tells_models_apart_and_says_what_it_read(model, monkeypatch):
     assert model_facts(other)["sha256"] != facts["sha256"]
     monkeypatch.setattr("llama4_widgets.keeping._HASHED", 1000)
     assert model_facts(model)["of"].startswith("every ")
+
+
+@pytest.mark.parametrize("kept", ["recording", "view"])
+def test_a_page_is_written_whole_or_not_at_all(app, file, kept, tmp_path, monkeypatch):
+    def fail(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no room")
+
+    shown = open_lab(file) if kept == "recording" else app.views["router"]
+    page = tmp_path / "page.html"
+    page.write_text("before")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*none for a\.html: make it"):
+        shown.to_html(tmp_path / "none" / "a.html")
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="no room"):
+        shown.to_html(page)
+    assert page.read_bytes() == b"before"
+    assert [each.name for each in tmp_path.iterdir()] == [page.name]

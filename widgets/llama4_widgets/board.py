@@ -4,9 +4,11 @@ import base64
 import gzip
 import html
 import json
+import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,24 @@ class Board(anywidget.AnyWidget):
             for name, text in (("summary", self.summary), ("problem", self.problem))
         }
         return found | said | {"busy": "", "content": content.message()}
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Give a name to write to; that file gets its `path` when the block ends, and not if it fails.
+
+    Raises:
+        FileNotFoundError: no folder to write it to.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def page(boards: Sequence[Board], title: str) -> str:

@@ -5,7 +5,6 @@ they drew it), ``routing/*.npy`` and ``pictures/*.png``; nothing in it can run.
 """
 
 import io
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import ipywidgets
 import numpy as np
 from PIL import Image
 
-from llama4_widgets.board import Board, flat, page_of, unflat
+from llama4_widgets.board import Board, flat, page_of, unflat, whole
 from llama4_widgets.panels import Axis, Content
 from llama4_widgets.selection import FIELDS, Selection
 from llama4_widgets.still import png, unpack
@@ -56,23 +55,15 @@ class Recording:
         Raises:
             FileNotFoundError: no folder to write it to.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}: make it")
         text, data = flat({"format": FORMAT, "about": self.about, "states": self.states})
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file:
-                file.writestr("lab.json", text)
-                file.writestr("arrays.bin", data)
-                for name, values in self.routing.items():
-                    with file.open(f"routing/{name}.npy", "w") as array:
-                        np.save(array, values, allow_pickle=False)
-                for i, picture in enumerate(self.pictures):
-                    file.writestr(f"pictures/{i}.png", png(picture))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("lab.json", text)
+            file.writestr("arrays.bin", data)
+            for name, values in self.routing.items():
+                with file.open(f"routing/{name}.npy", "w") as array:
+                    np.save(array, values, allow_pickle=False)
+            for i, picture in enumerate(self.pictures):
+                file.writestr(f"pictures/{i}.png", png(picture))
 
     @classmethod
     def read(cls, path: str | Path) -> "Recording":
@@ -99,10 +90,15 @@ class Recording:
         )
 
     def to_html(self, path: str | Path) -> None:
-        """Write one page that works by itself: no kernel, no network."""
+        """Write one page that works by itself, without kernel and network.
+
+        Raises:
+            FileNotFoundError: no folder to write it to.
+        """
         states = [state | {"wide": self.is_wide(name)} for name, state in self.states.items()]
         text = page_of(states, "Llama 4 lab", [*self.told(), _KERNEL])
-        Path(path).write_text(text, encoding="utf-8")
+        with whole(path) as part:
+            part.write_text(text, encoding="utf-8")
 
     def is_wide(self, name: str) -> bool:
         """Whether a view stands across both columns of a comparison."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 import traitlets
 
-from llama4_widgets.board import Board, page
+from llama4_widgets.board import Board, page, whole
 from llama4_widgets.panels import Axis, Content
 from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.still import svg
@@ -220,8 +220,13 @@ class View(ipywidgets.VBox):
         return figure(self.board.content, self.selection.shared, self._told())
 
     def to_html(self, path: str | Path) -> None:
-        """Write the view as one page that works by itself: no kernel, no network."""
-        Path(path).write_text(page([self.board], self.title), encoding="utf-8")
+        """Write the view as one page that works by itself, without kernel and network.
+
+        Raises:
+            FileNotFoundError: no folder to write it to.
+        """
+        with whole(path) as part:
+            part.write_text(page([self.board], self.title), encoding="utf-8")
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """Add a picture and a sentence, for pages that run no script."""
