@@ -700,8 +700,14 @@ def test_a_map_leaves_the_browser_its_keys(lab):
 
 def test_buttons_keep_the_focus_of_who_presses_them(lab):
     run = lab.on.page.locator(".l4-prompt button").first
+    field, text = lab.on.page.get_by_label("prompt").first, lab.kernel("print(app.bar.text.value)")
+    field.fill("one two three")
     run.press("Enter")
+    lab.wait_for("app.bar.text.value", "one two three")
     expect(run).to_be_focused()
+    field.fill(text)
+    run.press("Enter")
+    lab.wait_for("app.bar.text.value", text)
     view = lab.show("attribution")
     view.get_by_role("button", name="Run", exact=True).press("Enter")
     stop = view.get_by_role("button", name="Cancel")

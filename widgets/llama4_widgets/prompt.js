@@ -18,7 +18,7 @@ function render({ model, el }) {
     event.preventDefault();
     form.requestSubmit();
   };
-  button.onclick = (event) => model.get("is_busy") && event.preventDefault(); // disabled, it would lose the focus
+  button.onclick = (event) => void (model.get("is_busy") && event.preventDefault()); // disabled, it would lose the focus
   form.onsubmit = (event) => {
     event.preventDefault();
     if (field.value === model.get("value")) model.send({ again: true }); // which changes no trait
