@@ -213,6 +213,7 @@ def test_the_page_lists_every_point_with_its_axes_and_layers(config):
 def test_the_command_lists_the_points_of_a_shipped_model(capsys):
     assert cli.main(["points", "--model", "nano"]) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert dict(lines)["layers.0.resid_pre"] == "b t d"
+    said = "b t d        the residual stream that the layer reads"
+    assert dict(lines)["layers.0.resid_pre"] == said
     assert cli.main(["points", "--model", "no_such_model"]) == 1
     assert "unknown model 'no_such_model'" in capsys.readouterr().err

@@ -682,9 +682,10 @@ def test_controls_and_places_are_told_as_they_are(lab):
     strip.press("ArrowRight")
     expect(strip).to_have_attribute("aria-label", re.compile(r"^How far .* token 6 .*: .* nats$"))
     assert strip.evaluate("box => box.ariaActiveDescendantElement.ariaSelected") == "true"
-    expect(view.locator("textarea")).to_be_hidden()
+    field = view.locator("textarea")
+    was_open = field.is_visible()
     view.get_by_role("button", name="Edits as text and code").press("Space")
-    expect(view.locator("textarea")).to_be_visible()
+    expect(field).to_be_visible(visible=not was_open)
     chip = lab.on.page.get_by_role("button", name="Planner")
     for pressed in ("true", "false"):
         chip.press("Enter")
