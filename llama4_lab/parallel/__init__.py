@@ -71,7 +71,8 @@ def start(device: str | None = None) -> DeviceMesh:
 def stop() -> None:
     """Wait for the other processes and part from them: the last line of a script.
 
-    A process that ends without it may be aborted by what still waits for the others.
+    A process that ends without it is often aborted, after its last line, by gloo's threads that
+    still wait for the others; with it that is rare, and harmless.
     """
     if dist.is_initialized():
         dist.barrier()

@@ -204,7 +204,7 @@ class View(ipywidgets.VBox):
         moe = self.moment.model.config.routed_layers
         axes = {name: Axis(name, size, name) for name, size in self.moment.bounds.items()}
         axes["token"] = replace(axes["token"], labels=self.moment.words)
-        return axes | {"moe layer": Axis("layer", len(moe), "layer", values=moe)}
+        return axes | {"moe layer": Axis("layer", len(moe), "layer", values=[*moe])}
 
     def linked(self, **controls: Any) -> list[ipywidgets.Widget]:
         """Link controls to the traits of the same names, whose changes are drawn; return them."""
