@@ -72,7 +72,7 @@ def stop() -> None:
     """Wait for the other processes and part from them: the last line of a script.
 
     A process that ends without it is often aborted, after its last line, by gloo's threads that
-    still wait for the others; with it that is rare, and harmless.
+    still wait for the others; with it that is rare.
     """
     if dist.is_initialized():
         dist.barrier()
