@@ -332,19 +332,21 @@ def _product_of_codes(x: Tensor, w: Packed) -> Tensor | None:
     from llama4_lab.compiled import array, beside, threads
 
     (outputs, width), groups = w.codes.shape, w.scales.shape[1]
-    if w.group > kernels.LARGEST_GROUP or width // groups % kernels.VECTOR:
+    if w.group > kernels.LARGEST_GROUP or width // groups % kernels.BYTES[w.kind]:
         return None
     given = x.detach().float().reshape(-1, x.shape[-1]).contiguous()
     n = len(given) * _ROWS_OF_NUMBERS[x.dtype]
     # In torch's memory, which is aligned; numpy's is not.
     numbers = torch.empty(n, given.shape[1], dtype=torch.int16, device="cpu").numpy()
     steps = torch.empty(n, groups, **_CPU).numpy()
-    if not kernels.whole_numbers(given.numpy(), w.group, numbers, steps):
+    starts = torch.empty(n, groups, dtype=torch.int32, device="cpu").numpy()
+    made = numbers, steps, starts
+    if not kernels.whole_numbers(given.numpy(), w.group, w.kind == "int4", *made):
         return None
     out = torch.empty(len(given), outputs, **_CPU)
     products = outputs * (given.numel() + given.shape[1])  # codes are read, once for all
     step = -(-outputs // threads(products) // kernels.ROWS) * kernels.ROWS
-    arrays = numbers, steps, array(w.codes), array(w.scales), out.numpy()
+    arrays = *made, array(w.codes), array(w.scales), out.numpy()
     beside(
         partial(kernels.product, *arrays, start, min(start + step, outputs))
         for start in range(0, outputs, step)

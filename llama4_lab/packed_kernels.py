@@ -38,14 +38,15 @@ from llama4_lab.compiled import (
 
 ROWS = 4
 """Rows of codes whose products are made at a time."""
-VECTOR = 2 * LANES
-"""Codes, or pairs of them, that are read at a time; a group has to be whole ones."""
+_HALVES = 2 * LANES  # numbers of 16 bits in a vector
+BYTES = {"int8": _HALVES, "int4": 2 * _HALVES}
+"""Bytes of codes that are read at a time; a group has to be whole ones."""
 LARGEST_GROUP = 4096
 """Sums of a group this large stay below 2**31 in each lane."""
 _MOST = 4 if LANES == 16 else 2  # rows of inputs whose sums fit into the registers
 _AT_ONCE = 32  # rows of inputs: they stay in the second cache while all codes pass by
-_BYTES = ir.VectorType(ir.IntType(8), VECTOR)
-_HALVES = ir.VectorType(ir.IntType(16), VECTOR)
+_BYTE = ir.VectorType(ir.IntType(8), _HALVES)
+_HALF = ir.VectorType(ir.IntType(16), _HALVES)
 
 
 def _load(builder, start, i, kind: ir.VectorType):
@@ -54,22 +55,27 @@ def _load(builder, start, i, kind: ir.VectorType):
     return loaded
 
 
-def _codes(builder, held, is_int4: bool) -> list:
-    """Return the codes of a vector of bytes in 16 bits; of nibbles, the low ones and the high."""
+def _codes(builder, start, byte, is_int4: bool) -> list:
+    """Return vectors of the codes that begin at a byte, in 16 bits.
+
+    Of nibbles, taken from 16 bits at a time: the low ones at even places, and at odd, then likewise
+    the high ones. They stay 8 more than their codes.
+    """
     if not is_int4:
-        return [builder.sext(held, _HALVES)]
-    held = builder.zext(held, _HALVES)
-    masks, fours, eights = (_HALVES([value] * VECTOR) for value in (15, 4, 8))
-    nibbles = builder.and_(held, masks), builder.lshr(held, fours)
-    return [builder.sub(each, eights) for each in nibbles]
+        return [builder.sext(_load(builder, start, byte, _BYTE), _HALF)]
+    even = _load(builder, start, byte, _HALF)
+    four, eight, nibble = (_HALF([value] * _HALVES) for value in (4, 8, 15))
+    odd = builder.lshr(even, eight)
+    high, last = (builder.lshr(each, four) for each in (even, odd))
+    return [*(builder.and_(each, nibble) for each in (even, odd, high)), last]
 
 
 def _add_pairs(builder, a, b, place):
     """Add ``a * b``, two neighbours to a lane, to what lies in a place: one instruction on x86."""
-    a, b = (builder.sext(each, ir.VectorType(WHOLE, VECTOR)) for each in (a, b))
+    a, b = (builder.sext(each, ir.VectorType(WHOLE, _HALVES)) for each in (a, b))
     product = builder.mul(a, b)
     even, odd = (
-        builder.shuffle_vector(product, product, vector(WHOLE)(list(range(first, VECTOR, 2))))
+        builder.shuffle_vector(product, product, vector(WHOLE)(list(range(first, _HALVES, 2))))
         for first in (0, 1)
     )
     total = builder.add(builder.add(even, odd), builder.load(place))
@@ -77,21 +83,24 @@ def _add_pairs(builder, a, b, place):
 
 
 def _dots(count: int) -> Callable[..., Any]:
-    def dots(_typing, codes, scales, factors, row, numbers, first, sums):
+    def dots(_typing, codes, scales, factors, row, numbers, starts, first, sums):
         """Set ``sums[n, r] = numbers[first + n] @ weight[row + r]`` for `ROWS` rows of codes.
 
         ``numbers [n, k]`` are as `whole_numbers` leaves them, ``factors [count, ROWS, groups]`` say
         what a product is worth, and ``sums [count, ROWS]`` are contiguous. The last row of codes
         stands in for those that are missing.
         """
-        signature = types.void(codes, scales, factors, types.intp, numbers, types.intp, sums)
+        signature = types.void(
+            codes, scales, factors, types.intp, numbers, starts, types.intp, sums
+        )
 
         def code(context, builder, signature, arguments):
-            codes, scales, factors, numbers, sums = (
+            codes, scales, factors, numbers, starts, sums = (
                 context.make_array(signature.args[i])(context, builder, arguments[i])
-                for i in (0, 1, 2, 4, 6)
+                for i in (0, 1, 2, 4, 5, 7)
             )
             is_int4 = signature.args[0].dtype == types.uint8
+            taken = BYTES["int4" if is_int4 else "int8"]
             num_rows, width = cgutils.unpack_tuple(builder, codes.shape)
             groups = builder.extract_value(factors.shape, 2)
             size = builder.sdiv(width, groups)  # bytes of a group
@@ -107,7 +116,8 @@ def _dots(count: int) -> Callable[..., Any]:
 
             last = builder.sub(num_rows, index(1))
             rows = begins(codes, arguments[3], ROWS, width, last)
-            inputs = begins(numbers, arguments[5], count, builder.extract_value(numbers.shape, 1))
+            inputs = begins(numbers, arguments[6], count, builder.extract_value(numbers.shape, 1))
+            starts = begins(starts, arguments[6], count, groups)
             factors = begins(factors, index(0), count * ROWS, groups)
             zeros = vector(NUMBER)([0.0] * LANES)
             totals = [cgutils.alloca_once_value(builder, zeros) for _ in factors]
@@ -118,26 +128,30 @@ def _dots(count: int) -> Callable[..., Any]:
             with cgutils.for_range(builder, groups) as loop:
                 to_come = builder.add(scales_ahead, builder.mul(loop.index, index(ROWS)))
                 begin_to_read(builder, scales, builder.mul(to_come, index(2)))
-                for part in parts:
-                    builder.store(nothing, part)
+                for i, part in enumerate(parts):
+                    begin = nothing
+                    if is_int4:
+                        start = builder.load(builder.gep(starts[i // ROWS], [loop.index]))
+                        begin = builder.insert_element(nothing, start, WHOLE(0))
+                    builder.store(begin, part)
                 before = builder.mul(loop.index, size)
-                vectors = builder.sdiv(size, index(VECTOR))
+                vectors = builder.sdiv(size, index(taken))
                 with cgutils.for_range(builder, vectors) as inner:
-                    byte = builder.add(before, builder.mul(inner.index, index(VECTOR)))
+                    byte = builder.add(before, builder.mul(inner.index, index(taken)))
                     # Of the rows to come, which lie one after the other, as much as is used here.
                     to_come = builder.add(ahead, builder.mul(byte, index(ROWS)))
-                    for line in range(0, VECTOR * ROWS, LINE):
+                    for line in range(0, taken * ROWS, LINE):
                         begin_to_read(builder, codes, builder.add(to_come, index(line)))
                     columns = [byte]
                     if is_int4:  # the other half of a group lies as many numbers on as it has bytes
-                        columns = [builder.add(byte, before)]
-                        columns += [builder.add(columns[0], size)]
-                    xs = [[_load(builder, x, i, _HALVES) for i in columns] for x in inputs]
+                        low = builder.add(byte, before)
+                        halves = low, builder.add(low, size)
+                        columns = [builder.add(i, index(j)) for i in halves for j in (0, _HALVES)]
+                    xs = [[_load(builder, x, i, _HALF) for i in columns] for x in inputs]
                     for r, held in enumerate(rows):
-                        held = _load(builder, held, byte, _BYTES)
-                        for half, each in enumerate(_codes(builder, held, is_int4)):
+                        for c, each in enumerate(_codes(builder, held, byte, is_int4)):
                             for n, x in enumerate(xs):
-                                _add_pairs(builder, each, x[half], parts[n * ROWS + r])
+                                _add_pairs(builder, each, x[c], parts[n * ROWS + r])
                 for factor, part, total in zip(factors, parts, totals, strict=True):
                     factor = builder.load(builder.gep(factor, [loop.index]))
                     part = builder.sitofp(builder.load(part), vector(NUMBER))
@@ -157,17 +171,20 @@ _one, _two, _four = (in_llvm(_dots(count)) for count in (1, 2, 4))
 
 @no_type_check
 @compiled
-def whole_numbers(x, size, numbers, steps):
+def whole_numbers(x, size, is_for_int4, numbers, steps, starts):
     """Make whole numbers of inputs ``x [m, k]``; tell whether there are: all x have to be finite.
 
     ``numbers [n, k]`` have a row for each input, of 16 bits, or two, of which the second holds 15
     further bits; the product with an input is the sum of those with its rows. Groups of `size` have
-    steps of their own, ``steps [n, groups]``.
+    steps of their own, ``steps [n, groups]``. For int4, numbers lie as `_codes` takes nibbles, and
+    ``starts [n, groups]`` are what sums begin with, because nibbles are 8 more than their codes.
     """
     wide()
     m, k = x.shape
     parts, bits = len(numbers) // m, x.view(np.int32)
     most = 2.0**15 - 1 if parts == 1 else 2.0**30 - 1
+    whole = np.empty(size, np.int32)
+    placed = np.empty(size, np.int32) if is_for_int4 else whole
     for t in range(m):
         for g in range(k // size):
             begin, end, largest = g * size, (g + 1) * size, 0
@@ -177,22 +194,28 @@ def whole_numbers(x, size, numbers, steps):
                 return False
             top = np.float64(np.int32(largest).view(np.float32))
             each = most / top if top > 0 else 0.0
-            row = t * parts
-            if parts == 1:
-                steps[row, g] = top / most
-                for i in range(begin, end):
-                    numbers[row, i] = np.int16(np.rint(x[t, i] * each))
-            else:
-                steps[row, g], steps[row + 1, g] = top / most * 2.0**15, top / most
-                for i in range(begin, end):
-                    whole = np.int32(np.rint(x[t, i] * each))
-                    numbers[row, i], numbers[row + 1, i] = whole >> 15, whole & 0x7FFF
+            for i in range(size):
+                whole[i] = np.int32(np.rint(x[t, begin + i] * each))
+            if is_for_int4:
+                for first in range(0, size, 2 * _HALVES):
+                    for i in range(_HALVES):
+                        placed[first + i] = whole[first + 2 * i]
+                        placed[first + _HALVES + i] = whole[first + 2 * i + 1]
+            for part in range(parts):
+                row, below = t * parts + part, 15 * (parts - 1 - part)
+                kept, total = -1 if part == 0 else 0x7FFF, 0
+                for i in range(size):
+                    number = np.int32(placed[i] >> below & kept)
+                    numbers[row, begin + i] = number
+                    total += number
+                steps[row, g] = top / most * 2.0**below
+                starts[row, g] = -8 * total if is_for_int4 else 0
     return True
 
 
 @no_type_check
 @compiled
-def product(numbers, steps, codes, scales, out, begin, end):
+def product(numbers, steps, starts, codes, scales, out, begin, end):
     """Set ``out [m, o]`` at the outputs from begin to end to the product with the weight."""
     wide()
     parts, groups = len(numbers) // len(out), scales.shape[1]
@@ -210,11 +233,11 @@ def product(numbers, steps, codes, scales, out, begin, end):
                             scale = lift(scales[min(row + r, end - 1), g])
                             factors[n, r, g] = scale * steps[i + n, g]
                 if count == 4:
-                    _four(codes, scales, factors, row, numbers, i, sums)
+                    _four(codes, scales, factors, row, numbers, starts, i, sums)
                 elif count == 2:
-                    _two(codes, scales, factors, row, numbers, i, sums)
+                    _two(codes, scales, factors, row, numbers, starts, i, sums)
                 else:
-                    _one(codes, scales, factors, row, numbers, i, sums)
+                    _one(codes, scales, factors, row, numbers, starts, i, sums)
                 for n in range(count):
                     for r in range(min(ROWS, end - row)):
                         out[(i + n) // parts, row + r] += sums[n, r]
