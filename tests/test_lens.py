@@ -20,7 +20,7 @@ from llama4_lab.analysis.decomposition import (
     written,
 )
 from llama4_lab.analysis.lens import logit_lens
-from llama4_lab.edits import AblateAttention, SkipLayer, edited
+from llama4_lab.edits import AblateAttention, Scale, SkipLayer, edited
 from llama4_lab.prompt import Prompt, build_prompt
 
 TEXT = "What's the colour of the circle? The circle is red."
@@ -94,6 +94,19 @@ def test_the_lens_at_the_last_point_is_what_the_model_says(model, prompt):
     np.testing.assert_array_equal(lens.target, ranked.indices[:, 0])
     np.testing.assert_allclose(lens.kl[-1], 0, atol=1e-6)
     assert (lens.target_rank[-1] == 0).all()
+
+
+@pytest.mark.parametrize("edit", [SkipLayer(2), Scale("final_norm", 2.0), Scale("logits", 2.0)])
+def test_the_lens_reads_a_run_that_was_kept(model, prompt, edit):
+    with edited(model, [edit]):
+        lens = logit_lens(model, prompt, [2, -1], target=[17, 200])
+        kept = written(model, prompt)
+    again = logit_lens(model, prompt, [2, -1], target=[17, 200], kept=kept)
+    assert again.points == lens.points
+    for name in ("positions", "target", "top_token", "top_logprob", "target_rank", "kl"):
+        np.testing.assert_allclose(getattr(again, name), getattr(lens, name), atol=1e-5)
+    clean = logit_lens(model, prompt, [2, -1])
+    assert not np.allclose(clean.kl, again.kl, atol=0.01)
 
 
 def test_each_point_is_read_through_the_final_norm(model, prompt):

@@ -184,6 +184,6 @@ def test_edits_behind_the_last_layer_are_told_and_counted(moment, edit):
     view.selection.token = 7
     assert "the last layer, before edits behind it, says" in view.board.summary
     own = edited.edited_run.logits[7]
-    (parts,) = view._of_word(view._lenses()[1])[1][-1:]
+    (parts,) = view._of_word(view._lenses(edited)[1])[1][-1:]
     assert parts.total == pytest.approx(float(own[parts.target]), abs=1e-4)
     assert parts.residual > 0.1 and "edits of the stream itself wrote" in view.board.summary

@@ -17,13 +17,12 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llama4_lab.analysis.lens import position_in
+from llama4_lab.analysis.lens import position_in, run
 from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
 from llama4_lab.model.text import RMSNorm
 from llama4_lab.packed import Packed
 from llama4_lab.prompt import Prompt
-from llama4_lab.trace import trace
 
 _LABELS = {
     "embed": "token embedding",
@@ -91,16 +90,14 @@ class Decomposition:
 
 @torch.no_grad()
 def written(model: Llama4, prompt: Prompt) -> dict[str, Tensor]:
-    """Run a prompt once and keep what all parts wrote, to ask many questions about it.
+    """Run a prompt once and keep what all parts wrote, and where, to ask many questions about it.
 
-    That is about three times the residual stream of every layer, on the model's device.
+    That is about five times the residual stream of every layer, on the model's device.
     """
     layers = model.config.num_hidden_layers
-    read = [f"layers.{layers - 1}.resid_post", "final_norm"]
-    for layer in range(layers):
-        if model.config.is_moe(layer):
-            read += [f"layers.{layer}.resid_mid", f"layers.{layer}.router.logits"]
-    return _run(model, prompt, 2 * layers, False, read)
+    stream = [f"layers.{i}.{half}" for i in range(layers) for half in ("resid_mid", "resid_post")]
+    routers = [f"layers.{i}.router.logits" for i in model.config.routed_layers]
+    return _run(model, prompt, 2 * layers, False, [*stream, "final_norm", *routers])
 
 
 @torch.inference_mode()
@@ -249,13 +246,7 @@ def _run(
     ]
     outs = (f"layers.{half // 2}.attn.out" for half in range(0, halves, 2))
     written += [name for name in outs if model.tap.alters(name)]
-    prompt = prompt.to(model.device)
-    altered = ["logits"] if model.tap.alters("logits") else []  # they are the model's own number
-    with trace(model, ["embed", *written, *names, *altered]) as cache:
-        (model if altered else model.hidden)(
-            prompt.input_ids, prompt.pixel_values, prompt.attention_mask
-        )
-    return cache
+    return run(model, prompt, ["embed", *written, *names])
 
 
 def _writers(model: Llama4, half: int, sources: bool) -> list[str]:

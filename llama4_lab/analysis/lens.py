@@ -7,7 +7,7 @@ basis, whatever its length: early streams, which are shorter, are read as loudly
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 
@@ -53,6 +53,7 @@ def logit_lens(
     points: str | Iterable[str] | None = None,
     top: int = 5,
     keep_logprobs: bool = False,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> Lens:
     """Read points of the residual stream through the final norm and the read-out, in one pass.
 
@@ -67,6 +68,7 @@ def logit_lens(
             `resid_pre` is the `resid_post` before it).
         top: how many tokens of each distribution to keep.
         keep_logprobs: keep all distributions too, ``points * positions * vocabulary`` numbers.
+        kept: of `llama4_lab.analysis.decomposition.written`, in place of a pass; not of `points`.
 
     Raises:
         ValueError: a prompt of several rows; a position, token, point or `top` out of range.
@@ -79,19 +81,14 @@ def logit_lens(
     names = _stream_points(config, points)
     if not 1 <= top <= config.vocab_size:
         raise ValueError(f"top {top} is out of range: choose 1 to {config.vocab_size}")
-    prompt = prompt.to(model.device)
-    altered = ["logits"] if model.tap.alters("logits") else []
-    with trace(model, [*names, "final_norm", *altered]) as cache:
-        (model if altered else model.hidden)(
-            prompt.input_ids, prompt.pixel_values, prompt.attention_mask
-        )
+    cache = kept or run(model, prompt, [*names, "final_norm"])
 
     def logprobs(x: Float[Tensor, "t d"]) -> Float[Tensor, "t v"]:
         return model.lm_head(x).float().log_softmax(dim=-1)
 
     def said(where: Int[Tensor, " t"]) -> Float[Tensor, "t v"]:
-        if altered:
-            return cache["logits"][0, where].float().log_softmax(dim=-1)
+        if (altered := cache.get("logits")) is not None:
+            return altered[0, where].float().log_softmax(dim=-1)
         return logprobs(cache["final_norm"][0, where])
 
     def read(
@@ -114,6 +111,17 @@ def logit_lens(
         blocks.append([goal.cpu()[None], *(torch.stack(x) for x in zip(*rows, strict=True))])
     goal, *arrays = (torch.cat(x, dim=1).numpy() for x in zip(*blocks, strict=True))
     return Lens(names, places.cpu().numpy(), goal[0], *arrays)
+
+
+def run(model: Llama4, prompt: Prompt, names: Iterable[str]) -> dict[str, Tensor]:
+    """Run a prompt and keep the named values; the logits, too, if they are what edits change."""
+    prompt = prompt.to(model.device)
+    altered = ["logits"] if model.tap.alters("logits") else []
+    with trace(model, [*names, *altered]) as cache:
+        (model if altered else model.hidden)(
+            prompt.input_ids, prompt.pixel_values, prompt.attention_mask
+        )
+    return cache
 
 
 def position_in(prompt: Prompt, position: int) -> int:

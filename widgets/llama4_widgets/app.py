@@ -2,8 +2,8 @@
 
 import asyncio
 import textwrap
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from llama4_widgets.keeping import model_facts, record
 from llama4_widgets.moment import Moment
 from llama4_widgets.recording import BESIDE, STYLE, Recording, open_lab
 from llama4_widgets.selection import Mirror, Selection
-from llama4_widgets.view import View, in_row
+from llama4_widgets.view import FAILURES, View, in_row
 from llama4_widgets.views import VIEWS
 from llama4_widgets.views.difference import DifferenceView
 from llama4_widgets.words import visible
@@ -288,21 +288,30 @@ class LabApp(ipywidgets.VBox):
             return False
         if self._timer is not None:
             self._timer.cancel()
-        self._catch_up_next(loop, _AT_ONCE)
+        self._catch_up_next(loop, self._catching_up())
         return True
 
-    def _catch_up_next(self, loop: asyncio.AbstractEventLoop, names: Collection[str]) -> None:
-        behind = [
-            view
-            for name, view in self.views.items()
-            if view.moment is not self.moment and name in names
-        ]
-        if behind:
-            with self._marking():
-                behind[0].moment = self.moment
-            self._timer = loop.call_soon(self._catch_up_next, loop, names)
-        elif names is _AT_ONCE:
-            self._timer = loop.call_later(_PAUSE, self._catch_up_next, loop, self.views)
+    def _catch_up_next(self, loop: asyncio.AbstractEventLoop, steps: Iterator[float]) -> None:
+        with self._marking():
+            pause = next(steps, None)
+        if pause is not None:
+            self._timer = loop.call_later(pause, self._catch_up_next, loop, steps)
+
+    def _catching_up(self) -> Iterator[float]:
+        """Bring the views up to date step by step; yield the seconds to wait before the next."""
+        has_paused = False
+        for name in sorted(self.views, key=lambda name: name not in _AT_ONCE):
+            if not has_paused and name not in _AT_ONCE:
+                has_paused = True
+                yield _PAUSE
+            if (view := self.views[name]).moment is self.moment:
+                continue
+            if view.is_shown:
+                with suppress(*FAILURES):  # the view asks again, and says why
+                    for _ in view.ahead(self.moment):
+                        yield 0.0
+            view.moment = self.moment
+            yield 0.0
 
     def _catch_up(self) -> None:
         with self._marking():

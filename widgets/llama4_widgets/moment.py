@@ -162,6 +162,9 @@ class Moment:
         def make() -> Any:
             if read := _READ.get(compute):
                 return read(self.edited_run if edits else self.replay.edited(()), self.tokens)
+            if run := options.get("kept"):  # which is all that the answer takes
+                kept = options | {"kept": self._known(known, edits, run, (), {})}
+                return compute(self.model, self.prompt, *args, **kept)
             with torch.no_grad(), self.running_edited() if edits else nullcontext():
                 return compute(self.model, self.prompt, *args, **options)
 

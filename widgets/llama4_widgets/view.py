@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llama4_widgets.moment import Moment
 
 
+FAILURES = (ValueError, KeyError, RuntimeError)
+"""What the model and the analyses refuse something with; a view says it."""
 _DRAWING = "drawing …"
 _LATE = "interrupted: run the prompt again to draw this"
 _LONG = 256  # tokens; what is shorter is drawn before anybody would read that
@@ -82,6 +84,13 @@ class View(ipywidgets.VBox):
         """Say what is on screen."""
         return ""
 
+    def ahead(self, moment: "Moment") -> Iterator[None]:
+        """Compute step by step what this will ask a moment that is not shown yet.
+
+        For what takes long: between two steps the kernel hears of newer wishes.
+        """
+        yield from ()
+
     def turn(self, chosen: Set[str]) -> None:
         """Draw what was chosen; a click can choose several of what a view `follows`."""
         self.refresh()
@@ -112,7 +121,7 @@ class View(ipywidgets.VBox):
         with self.moment.computing():  # and shown, so that the newest is shown last
             try:
                 content, summary = self.content(), self.summary()
-            except (ValueError, KeyError, RuntimeError) as error:
+            except FAILURES as error:
                 self.board.problem = str(error.args[0] if error.args else error)
                 return
             except IndexError:

@@ -1,6 +1,6 @@
 """What would the model say if it stopped early, and which of its parts wrote what it says?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ipywidgets
@@ -15,6 +15,7 @@ from llama4_lab.analysis.decomposition import (
 )
 from llama4_lab.analysis.lens import Lens, logit_lens
 from llama4_lab.config import Llama4Config
+from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View, in_row
 from llama4_widgets.words import number, token_id, visible
@@ -53,7 +54,7 @@ class LensView(View):
     # ---- what is shown
 
     def content(self) -> Content:
-        clean, edited = self._lenses()
+        clean, edited = self._lenses(self.moment)
         names = self._names(edited)
         low, high = int(edited.positions[0]), int(edited.positions[-1]) + 1
         count = len(self.moment.words)
@@ -97,7 +98,7 @@ class LensView(View):
         return content
 
     def summary(self) -> str:
-        _, edited = self._lenses()
+        _, edited = self._lenses(self.moment)
         token, column = self.selection.token, self._column(edited)
         _, (*_, mine) = self._of_word(edited)
         answer = self.moment.word(int(edited.top_token[-1, column, 0]))
@@ -134,18 +135,25 @@ class LensView(View):
             return f"{text}, exactly the model's own number."
         return f"{text}, the model's own number is {number(parts.residual, '.1e')} away."
 
-    def _lenses(self) -> tuple[Lens, Lens]:
+    def ahead(self, moment: Moment) -> Iterator[None]:
+        moment.edited(written)
+        yield
+        self._lenses(moment)
+        yield
+
+    def _lenses(self, moment: Moment) -> tuple[Lens, Lens]:
         """Return the clean and the edited lens around the token, both asked about one word."""
-        count = len(self.moment.words)
-        points = 1 + 2 * self.moment.model.config.num_hidden_layers
+        count = len(moment.words)
+        points = 1 + 2 * moment.model.config.num_hidden_layers
         half = max(_CELLS // points // 2, 8)
         start = self.selection.token // half * half - half // 2
         low = max(0, min(start, count - 2 * half))
         near = tuple(range(low, min(low + 2 * half, count)))
-        clean = self.moment.clean(logit_lens, near, target=self._goal())
-        if not self.moment.edits:
+        clean = moment.clean(logit_lens, near, target=self._goal(), kept=written)
+        if not moment.edits:
             return clean, clean
-        return clean, self.moment.edited(logit_lens, near, target=tuple(clean.target.tolist()))
+        target = tuple(clean.target.tolist())
+        return clean, moment.edited(logit_lens, near, target=target, kept=written)
 
     def _goal(self) -> int | None:
         return token_id(self.moment.model.tokenizer, self.word) if self.word else None
@@ -196,15 +204,12 @@ class LensView(View):
 
     def _both(self, compute: Any, *question: Any) -> list[Decomposition]:
         """Return the clean and the edited sum of one number; without edits, the clean one."""
-        moment = self.moment
         versus = "runner_up" if self.against_runner_up else None
-        kept = moment.edited(written)
         *where, target = question if compute is decompose_logit else (*question, None)
-        mine = compute(moment.model, moment.prompt, *where, target, versus, kept=kept)
-        if not moment.edits:
+        mine = self.moment.edited(compute, *where, target, versus, kept=written)
+        if not self.moment.edits:
             return [mine]
-        kept, same = moment.clean(written), (mine.target, mine.versus)
-        return [compute(moment.model, moment.prompt, *where, *same, kept=kept), mine]
+        return [self.moment.clean(compute, *where, mine.target, mine.versus, kept=written), mine]
 
     def _titled(self, title: str, found: list[Decomposition], name: Callable[[int], str]) -> str:
         versus = found[-1].versus
