@@ -55,33 +55,20 @@ def model():
     return model
 
 
-def reads(model, ids):
-    """Positions whose output changes with the first token."""
-    other = ids.clone()
-    other[0, 0] += 1
-    with torch.no_grad():
-        return (model.hidden(ids) - model.hidden(other)).abs().amax(-1)[0] > 1e-6
+def test_recall_is_measured_with_other_chunks_too(model, monkeypatch):
+    chunks, seen = list(model.chunks), []
 
+    def recall(model, *_):
+        seen.append(list(model.chunks))
+        return {"here": float(len(seen))}
 
-def test_cut_to_chunks_nothing_crosses_a_border(model):
-    ids = torch.randint(5, 300, (1, 150), generator=torch.Generator().manual_seed(0))
-    assert reads(model, ids)[64:].all()
-    with behaviour.chunks_only(model):
-        cut = reads(model, ids)
-    assert cut[:64].all()
-    assert not cut[64:].any()
-
-
-def test_another_configuration_shares_the_weights(model):
-    wide = behaviour.with_config(model, attention_chunk_size=128)
-    assert wide.config.attention_chunk_size == 128
-    assert model.config.attention_chunk_size == 64
-    ours, theirs = dict(model.named_parameters()), dict(wide.named_parameters())
-    assert all(theirs[name].data_ptr() == p.data_ptr() for name, p in ours.items())
-    ids = torch.randint(5, 300, (1, 100), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(wide(ids)[:, :64], model(ids)[:, :64])
-        assert not torch.allclose(wide(ids)[:, 64:], model(ids)[:, 64:])
+    monkeypatch.setattr(behaviour, "recall", recall)
+    found = behaviour.recalls(model, needles.scatter(range(300, 1000)), 6)
+    assert found == {
+        "here": {"as trained": 1, "NoPE layers see one chunk": 2, "RoPE layers see all": 3}
+    }
+    assert seen == [chunks, [64] * len(chunks), [None] * len(chunks)]
+    assert model.chunks == chunks and set(chunks) == {64, None}
 
 
 def test_recall_counts_answers_by_distance(model, monkeypatch):

@@ -19,7 +19,6 @@ from llama4_lab.points import NO_TAP
 from llama4_lab.precision import mixed, product_dtype
 from llama4_lab.train import loop, step
 from llama4_lab.train.balance import Bias, switch_loss
-from llama4_lab.train.behaviour import with_config
 from llama4_lab.train.lessons import Material, Text
 from llama4_lab.train.mixture import Mixture
 from llama4_lab.train.muon import Muon, orthogonalise
@@ -319,7 +318,9 @@ def test_rows_not_in_chunks_show_rope_layers_their_whole_past(data):
         for is_cut in (True, False)
     )
     assert model.chunks == [model.config.attention_chunk(i) for i in range(len(model.layers))]
-    wide = with_config(model, attention_chunk_size=model.config.max_position_embeddings)
+    context = model.config.max_position_embeddings
+    wide = l4.random(RECIPE.config.replace(attention_chunk_size=context))
+    wide.load_state_dict(model.state_dict())
     torch.testing.assert_close(together, step.read(wide, [rows])[0][0], atol=0.05, rtol=0)
     assert (apart - together).abs().max() > 0.1
 

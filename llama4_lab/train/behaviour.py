@@ -6,17 +6,16 @@ its turn. One pass over question and answer shows it: each token must be the lik
 
 import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
+from llama4_lab.edits import Chunk, edited
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
-from llama4_lab.trace import intervene
 from llama4_lab.train import arithmetic, needles, scenes
 from llama4_lab.train.lessons import Material, chat
 from llama4_lab.train.rows import Rows, padded, shifted
@@ -46,7 +45,7 @@ def right_answers(
     for start in range(0, len(rows), batch_size):
         some = order[start : start + batch_size]
         batch = padded([rows[i] for i in some], pad)
-        right[some] = is_likeliest(model, batch).all(dim=1).numpy()
+        right[some] = is_likeliest(model, batch).all(dim=1).cpu().numpy()
     return right
 
 
@@ -79,43 +78,19 @@ def chunk_of(model: Llama4) -> int:
     return model.config.attention_chunk_size or model.config.max_position_embeddings
 
 
-def chunks_only(model: Llama4) -> AbstractContextManager[None]:
-    """Let the NoPE layers, too, see nothing outside the chunk that a token is in."""
-    config, chunk = model.config, chunk_of(model)
-
-    def cut(scores: Float[Tensor, "b h t s"]) -> Tensor:
-        t, s = scores.shape[-2:]
-        q, k = torch.arange(s - t, s) // chunk, torch.arange(s) // chunk
-        return scores.masked_fill(q[:, None] != k, float("-inf"))
-
-    layers = [i for i in range(config.num_hidden_layers) if not config.uses_rope(i)]
-    return intervene(model, {f"layers.{i}.attn.scores": cut for i in layers})
-
-
 def recalls(model: Llama4, hay: needles.Fill, count: int) -> dict[str, dict[str, float]]:
     """Measure recall as trained, with NoPE layers that see only their chunk, and without chunks."""
-    chunk = chunk_of(model)
-    found = {"as trained": recall(model, hay, count, chunk)}
-    with chunks_only(model):
-        found["NoPE layers see one chunk"] = recall(model, hay, count, chunk)
-    wide = with_config(model, attention_chunk_size=model.config.max_position_embeddings)
-    found["RoPE layers see all"] = recall(wide, hay, count, chunk)
+    chunk, layers = chunk_of(model), range(model.config.num_hidden_layers)
+    uses_rope, found = model.config.uses_rope, {}
+    for what, changes in (
+        ("as trained", []),
+        ("NoPE layers see one chunk", [Chunk(i, chunk) for i in layers if not uses_rope(i)]),
+        ("RoPE layers see all", [Chunk(i, None) for i in layers if uses_rope(i)]),
+    ):
+        with edited(model, changes):
+            found[what] = recall(model, hay, count, chunk)
     where = found["as trained"]
     return {place: {name: row[place] for name, row in found.items()} for place in where}
-
-
-def with_config(model: Llama4, **changes: object) -> Llama4:
-    """Return a model with the same weights (shared, not copied) and another configuration."""
-    with torch.device("meta"):
-        other = Llama4(model.config.replace(**changes))
-    other.load_state_dict(model.state_dict(), assign=True)
-    other.tie_weights()
-    other.tokenizer, other.build_prompt, other.backend = (
-        model.tokenizer,
-        model.build_prompt,
-        model.backend,
-    )
-    return other.eval()
 
 
 def seeing(model: Llama4, count: int) -> dict[str, dict[str, float]]:

@@ -19,6 +19,7 @@ from llama4_lab.analysis.specialisation import (
     mutual_information,
     specialisation,
 )
+from llama4_lab.edits import AttentionTemperature, edited
 from llama4_lab.generate import generate
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
@@ -180,11 +181,14 @@ def losses_by_position(
 ) -> dict[str, dict[str, float]]:
     """Return the loss at ranges of positions, with attention's temperature on and off."""
     rows = torch.cat([windows(model.tokenizer, text, EDGES[-1] + 1, limit) for text in texts])
-    off = behaviour.with_config(model, attn_temperature_tuning=False)
-    on, without = (behaviour.loss_by_position(m, rows[:ROWS], EDGES) for m in (model, off))
+    config = model.config
+    nope = [i for i in range(config.num_hidden_layers) if not config.uses_rope(i)]
+    on = behaviour.loss_by_position(model, rows[:ROWS], EDGES)
+    with edited(model, [AttentionTemperature(i, 0.0) for i in nope]):
+        off = behaviour.loss_by_position(model, rows[:ROWS], EDGES)
     return {
         f"{a + 1} to {b}": {"temperature on": x, "temperature off": y}
-        for (a, b), x, y in zip(itertools.pairwise(EDGES), on, without, strict=True)
+        for (a, b), x, y in zip(itertools.pairwise(EDGES), on, off, strict=True)
     }
 
 

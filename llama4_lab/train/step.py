@@ -3,16 +3,15 @@
 The optimisers and their schedules are here, too. Read `llama4_lab.train.loop` next.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from llama4_lab.edits import Chunk, ruled
 from llama4_lab.model import Llama4
 from llama4_lab.points import NO_TAP
 from llama4_lab.precision import mixed
@@ -88,6 +87,7 @@ def read(
     """
     hidden: dict[int, Tensor] = {}
     routers = []
+    whole = [Chunk(i, None) for i in range(len(model.layers))]  # what rows not in chunks see
     kinds = [(rows.inputs.shape[1], rows.in_chunks) for rows in drawn]
     for kind in sorted(set(kinds)):
         together = [i for i, own in enumerate(kinds) if own == kind]
@@ -95,7 +95,7 @@ def read(
         pixels = [x for i in together if (x := drawn[i].pixel_values) is not None]
         tap = model.tap = RouterTap(bias)
         try:
-            with mixed(inputs.device), nullcontext() if kind[1] else whole(model):
+            with mixed(inputs.device), ruled(model, [] if kind[1] else whole):
                 x = model.hidden(inputs, torch.cat(pixels) if pixels else None)
         finally:
             model.tap = NO_TAP
@@ -107,20 +107,6 @@ def read(
         [hidden[i] for i in range(len(drawn))],
         [torch.cat(layer) for layer in zip(*routers, strict=True)],
     )
-
-
-@contextmanager
-def whole(model: Llama4) -> Iterator[None]:
-    """Let RoPE layers attend to the whole past, as the NoPE layers do."""
-    attentions: list[Any] = [layer.self_attn for layer in model.layers]
-    chunks = model.chunks
-    try:
-        for attention in attentions:
-            attention.chunk = None
-        yield
-    finally:
-        for attention, chunk in zip(attentions, chunks, strict=True):
-            attention.chunk = chunk
 
 
 def loss_of(
