@@ -82,6 +82,16 @@ class VisionConfig:
     def tokens_per_tile(self) -> int:
         return (self.grid // self.shuffle) ** 2
 
+    @property
+    def tile(self) -> dict[str, Any]:
+        """What `llama4_lab.prompt.build_prompt` has to know of a tile."""
+        return {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "shuffle_ratio": self.pixel_shuffle_ratio,
+            "num_channels": self.num_channels,
+        }
+
 
 @dataclass(frozen=True)
 class Llama4Config:

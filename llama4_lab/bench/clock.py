@@ -2,22 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
 _WARM = 2  # calls of each that do not count
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call."""
-
-    median: float
-    least: float
-    repeats: int
 
 
 class Clock:
@@ -27,14 +17,14 @@ class Clock:
         self.device = device
         self.is_cuda = device.type == "cuda"
 
-    def time(self, call: Callable[[], Any], seconds: float = 1.0, repeats: int = 100) -> Timing:
-        """Return the time of a call, from as many as fit into `seconds`, and `repeats` at most."""
+    def time(self, call: Callable[[], Any], seconds: float = 1.0, repeats: int = 100) -> float:
+        """Return the seconds of a call: the median of as many as fit, and `repeats` at most."""
         return self.compare({"": call}, seconds, repeats)[""]
 
     def compare(
         self, calls: Mapping[str, Callable[[], Any]], seconds: float = 1.0, repeats: int = 100
-    ) -> dict[str, Timing]:
-        """Return the times of several calls that take turns, each at least three times."""
+    ) -> dict[str, float]:
+        """Return the medians of several calls that take turns, each at least three times."""
         for call in list(calls.values()) * _WARM:
             call()
         self.wait()
@@ -45,7 +35,7 @@ class Clock:
                 times[name].append(self._once(call))
             if i >= 2 and time.perf_counter() - begin > seconds:
                 break
-        return {name: Timing(median(seen), min(seen), len(seen)) for name, seen in times.items()}
+        return {name: median(seen) for name, seen in times.items()}
 
     def _once(self, call: Callable[[], Any]) -> float:
         if not self.is_cuda:
@@ -93,11 +83,11 @@ def copy_rate(clock: Clock, size: int) -> float:
     """Return the bytes per second that a copy of `size` bytes reads and writes."""
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
-    return 2 * size / clock.time(lambda: target.copy_(source), 0.5).median
+    return 2 * size / clock.time(lambda: target.copy_(source), 0.5)
 
 
 def matrix_rate(clock: Clock, size: int, dtype: torch.dtype = torch.bfloat16) -> float:
     """Return the FLOP/s of a product of two random square matrices."""
     a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / clock.time(lambda: torch.mm(a, b, out=out), 1.0).median
+    return 2 * size**3 / clock.time(lambda: torch.mm(a, b, out=out), 1.0)

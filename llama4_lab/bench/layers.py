@@ -128,7 +128,7 @@ def _rows(
         raise RuntimeError("; ".join(notes))
     bench.clock.forget_peak()
     times = bench.clock.compare(calls)
-    seconds = {path: timing.median / len(turns) for path, timing in times.items()}
+    seconds = {path: each / len(turns) for path, each in times.items()}
     best = min(ours, key=seconds.__getitem__)
     slower = sorted(set(seconds) - {best}, key=seconds.__getitem__)
     notes = [f"{path} {seconds[path] * 1e6:,.0f}" for path in slower] + notes

@@ -60,8 +60,7 @@ def _decode(bench: Bench, batch: int, context: int) -> Iterator[Row]:
     bench.clock.forget_peak()
     ways = Ways(bench, batch, context)
     ways.check()
-    times = bench.clock.compare(ways.calls, seconds=2.0)
-    seconds = {way: timing.median for way, timing in times.items()}
+    seconds = bench.clock.compare(ways.calls, seconds=2.0)
     best = min(seconds, key=seconds.__getitem__)
     peak = bench.clock.peak()
     distinct = ways.distinct()
@@ -173,7 +172,7 @@ def recorded(bench: Bench) -> Iterator[Row]:
     times = bench.clock.compare({"plain": ways.model, "recorded": watched})
     yield Row(
         "the model with routers traced, over without",
-        times["recorded"].median / times["plain"].median,
+        times["recorded"] / times["plain"],
         "times",
     )
     if ways.decoder.graph is None:
@@ -185,7 +184,7 @@ def recorded(bench: Bench) -> Iterator[Row]:
     times = bench.clock.compare({"dropping": dropping, "keeping": keeping})
     yield Row(
         "a graph that keeps router logits, over without",
-        times["keeping"].median / times["dropping"].median,
+        times["keeping"] / times["dropping"],
         "times",
         goal=bench.goal(_RECORD_GOAL, at_most=True),
     )
@@ -204,7 +203,7 @@ def prefill(bench: Bench) -> Iterator[Row]:
             for piece in ids.split(PIECE, dim=1):
                 bench.model(piece, cache=cache, keep_last=1)
 
-        seconds = bench.clock.time(prompt, seconds=3.0).median
+        seconds = bench.clock.time(prompt, seconds=3.0)
         floor = bench.plan.prefill(tokens).seconds
         wanted = _PREFILL_GOALS.get(tokens, 0) * bench.gpu.bf16 / _MATRIX
         yield Row(
@@ -228,7 +227,7 @@ def pictures(bench: Bench) -> Iterator[Row]:
     ids = torch.full((1, tiles * vision.tokens_per_tile), bench.config.image_token_index)
     ids = ids.to(bench.device)
     bench.clock.forget_peak()
-    seconds = bench.clock.time(lambda: bench.model.embed(ids, pixels)).median
+    seconds = bench.clock.time(lambda: bench.model.embed(ids, pixels))
     yield Row(
         f"pictures, {counted(tiles, 'tile')} to {ids.shape[1]} tokens",
         tiles / seconds,

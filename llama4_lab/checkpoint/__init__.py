@@ -103,9 +103,9 @@ def load(
     model.tie_weights()
     if tokenizer is not None:
         model.tokenizer = tokenizer
-        model.build_prompt = partial(
-            build_prompt, tokenizer, max_tiles=max_tiles, **_tile_sizes(source.config)
-        )
+        vision = source.config.vision_config
+        tile = vision.tile if vision else {}
+        model.build_prompt = partial(build_prompt, tokenizer, max_tiles=max_tiles, **tile)
     return model.eval()
 
 
@@ -231,15 +231,3 @@ def _tokenizer(folder: Path, config: Llama4Config) -> Tokenizer | None:
             "the checkpoint"
         )
     return replace(tokenizer, unused=range(tokenizer.vocab_size, config.vocab_size))
-
-
-def _tile_sizes(config: Llama4Config) -> dict[str, float]:
-    vision = config.vision_config
-    if vision is None:
-        return {}
-    return {
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "shuffle_ratio": vision.pixel_shuffle_ratio,
-        "num_channels": vision.num_channels,
-    }

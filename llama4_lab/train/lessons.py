@@ -6,7 +6,7 @@ ones for the same generator.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,14 +59,8 @@ class Material:
         self, messages: str | list[Message], images: list[np.ndarray] | None = None
     ) -> Prompt:
         """Build what the model reads, as `Llama4.prompt` does."""
-        sizes = {}
-        if (vision := self.vision) is not None:
-            sizes = {
-                "image_size": vision.image_size,
-                "patch_size": vision.patch_size,
-                "shuffle_ratio": vision.pixel_shuffle_ratio,
-            }
-        return build_prompt(self.tokenizer, messages, images or [], **sizes)
+        tile = self.vision.tile if self.vision else {}
+        return build_prompt(self.tokenizer, messages, images or [], **tile)
 
 
 @dataclass(frozen=True)
@@ -169,7 +163,7 @@ class Sums(Lesson):
         tokens: list[int] = []
         weights: list[float] = []
         while len(tokens) <= self.length:
-            problem = arithmetic.sample(rng, choose(rng, self.kinds))
+            problem = arithmetic.sample(rng, scenes.pick(rng, self.kinds))
             asked, said = tokenizer.encode(problem.prompt), tokenizer.encode(problem.answer + "\n")
             tokens += asked + said
             weights += [0.0] * len(asked) + [1.0] * len(said)
@@ -177,7 +171,8 @@ class Sums(Lesson):
         return shifted(np.array([tokens[:stop]]), np.array([weights[:stop]]))
 
     def chat(self, rng: np.random.Generator, material: Material) -> Rows:
-        problems = (arithmetic.sample(rng, choose(rng, self.kinds)) for _ in itertools.repeat(None))
+        kinds = (scenes.pick(rng, self.kinds) for _ in itertools.repeat(None))
+        problems = (arithmetic.sample(rng, kind) for kind in kinds)
         questions = ((problem.question, problem.answer) for problem in problems)
         return chat(material, [], questions, self.length)[0]
 
@@ -204,8 +199,8 @@ class Pictures(Lesson):
         return padded(rows, material.tokenizer.pad_id, self.length)
 
     def row(self, rng: np.random.Generator, material: Material) -> Rows:
-        world = dataclasses.replace(self.world, tiles=choose(rng, self.tiles))
-        example = scenes.sample(rng, choose(rng, self.tasks), world)
+        world = dataclasses.replace(self.world, tiles=scenes.pick(rng, self.tiles))
+        example = scenes.sample(rng, scenes.pick(rng, self.tasks), world)
         questions = {example.question: example.answer}
         for _ in range(self.questions):
             more = scenes.another(rng, example, world, self.tasks)
@@ -214,7 +209,8 @@ class Pictures(Lesson):
         attributes = ATTRIBUTES
         if (more := OF_SEVERAL.get(example.query.task)) and rng.random() < 0.5:
             attributes = more
-        labels = patch_labels(choose(rng, attributes), prompt, example.scenes, material.tokenizer)
+        attribute = scenes.pick(rng, attributes)
+        labels = patch_labels(attribute, prompt, example.scenes, material.tokenizer)
         seen = labels >= 0
         return Rows(
             rows.inputs,
@@ -253,11 +249,6 @@ def chat(
     prompt = material.prompt(messages, images)
     rows = shifted(prompt.input_ids.numpy(), answers_of(prompt, material.tokenizer).numpy())
     return dataclasses.replace(rows, pixel_values=prompt.pixel_values), prompt
-
-
-def choose(rng: np.random.Generator, options: Sequence[Any]) -> Any:
-    """Draw one of the options."""
-    return options[int(rng.integers(len(options)))]
 
 
 def patch_labels(

@@ -8,6 +8,7 @@ an object stands inside one place, so objects never touch and painting one out i
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -183,7 +184,7 @@ def sample(rng: np.random.Generator, task: str | None = None, world: World = WOR
     ('What colour is the circle?', 'yellow', (48, 48, 3))
     """
     if task is None:
-        task = _pick(rng, TASKS)
+        task = pick(rng, TASKS)
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; choose from {TASKS}")
     # Sizes, and what the question names, are settled before anything can be rejected:
@@ -195,7 +196,7 @@ def sample(rng: np.random.Generator, task: str | None = None, world: World = WOR
         high = max(low, min(high, 2))
     counts = [int(rng.integers(low, high + 1)) for _ in range(pictures)]
     is_crowd = task == "motion" and counts[0] > 1  # "it" would be any of them
-    named = _pick(rng, [names for names in _NAMED[task] if names or not is_crowd])
+    named = pick(rng, [names for names in _NAMED[task] if names or not is_crowd])
     missing = rng.random() < (0.5 if task == "exists" else 0.1)
     if missing and not named:
         counts = [0] * pictures
@@ -229,8 +230,8 @@ def another(
     tasks = [t for t in tasks if t not in _SEVERAL] if is_single else [example.query.task]
     is_crowd = is_motion and len(scenes[0].objects) > 1
     while True:
-        task = _pick(rng, tasks)
-        named = _pick(rng, [names for names in _NAMED[task] if names or not is_crowd])
+        task = pick(rng, tasks)
+        named = pick(rng, [names for names in _NAMED[task] if names or not is_crowd])
         missing = bool(named) and rng.random() < (0.5 if task == "exists" else 0.1)
         query = _query(rng, task, named, scenes, missing, world)
         if not is_ambiguous(query, scenes) and (not named or bool(find(query, scenes)) != missing):
@@ -243,7 +244,7 @@ def sequence(
     """Two or three frames in which every object goes its own way, one place a frame, or stays."""
     if frames not in (2, 3):
         raise ValueError(f"frames must be 2 or 3 to fit into three places; got {frames}")
-    ways = [_pick(rng, tuple(DIRECTIONS.values())) for _ in range(objects)]
+    ways = [pick(rng, tuple(DIRECTIONS.values())) for _ in range(objects)]
     while True:
         start = _scene(rng, objects, dataclasses.replace(world, places=PLACES))
         movers = [start.objects[i] for i in rng.permutation(objects)]  # not in reading order
@@ -346,7 +347,7 @@ def _example(query: Query, scenes: tuple[Scene, ...], question: str) -> Example:
 def _scene(rng: np.random.Generator, count: int, world: World) -> Scene:
     places = rng.permutation(len(world.places))[:count]
     things = [
-        _place(rng, _pick(rng, world.shapes), _pick(rng, world.colours), world.places[i], world)
+        _place(rng, pick(rng, world.shapes), pick(rng, world.colours), world.places[i], world)
         for i in places
     ]
     background = int(rng.integers(BACKGROUNDS[0], BACKGROUNDS[1] + 1))
@@ -390,12 +391,12 @@ def _query(
 ) -> Query:
     """Name an object that is there, or mix attributes of what is there with others."""
     things = [thing for scene in scenes for thing in scene.objects]
-    target = _pick(rng, things) if things else None
+    target = pick(rng, things) if things else None
     values = {}
     for name in named:
         if missing:
-            target = _pick(rng, things) if things and rng.random() < 0.5 else None
-        values[name] = getattr(target, name) if target else _pick(rng, getattr(world, name + "s"))
+            target = pick(rng, things) if things and rng.random() < 0.5 else None
+        values[name] = getattr(target, name) if target else pick(rng, getattr(world, name + "s"))
     return Query(task, places=world.places if task == "scan" else PLACES, **values)
 
 
@@ -435,5 +436,6 @@ def _with_article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def _pick(rng: np.random.Generator, options):
+def pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
+    """Draw one of the options."""
     return options[int(rng.integers(len(options)))]
