@@ -76,6 +76,7 @@ class LabApp(ipywidgets.VBox):
         self.difference: DifferenceView | None = None
         self.beside: dict[str, View] = {}  # the other run's
         self._other: Any = None  # what it is compared with
+        self._compared: Any = None  # the prompt that was here then
         super().__init__()
         self.bar = Bar(prompt if isinstance(prompt, str) else "", self.run, self.compare)
         self._chips = in_row(*self._made_chips())
@@ -133,8 +134,10 @@ class LabApp(ipywidgets.VBox):
             TypeError: what is none of these.
         """
         other = (other,) if isinstance(other, Edit) else other
-        moment = self._moment_beside(other)
-        self._other = other
+        self._put_beside(other, self._moment_beside(other))
+
+    def _put_beside(self, other: Any, moment: Moment | None) -> None:
+        self._other, self._compared = other, self.moment.prompt
         with self._marking():
             self._show_difference(moment)
             for view in self.beside.values():
@@ -177,6 +180,13 @@ class LabApp(ipywidgets.VBox):
             )
         return self._moment_of(self.model, other, now.pictures, now.boxes).with_edits(self.edits)
 
+    def _moment_beside_again(self) -> Moment | None:
+        """Return what stands beside after a change of this run; what is known of it stays."""
+        view, is_same = self.difference, self._compared is self.moment.prompt
+        if view is None or not is_same or _are_edits(self._other):
+            return self._moment_beside(self._other)
+        return view.other if isinstance(self._other, Llama4) else view.other.with_edits(self.edits)
+
     def _told(self) -> tuple[str, str]:
         """Say what stands beside, and whether it has the edits that are here."""
         clean, edited = (", clean", ", with the edits") if self.edits else ("", "")
@@ -216,7 +226,10 @@ class LabApp(ipywidgets.VBox):
     def recording(self) -> Recording:
         """Return what is shown, as it is kept."""
         self._catch_up()
-        boards = {name: view.board for name, view in self._on_page()}
+        boards = {}
+        for name, view in self._on_page():
+            view.tell()
+            boards[name] = view.board
         told = "".join(self._told()) if self.difference else ""
         return record(self.prompt, self.moment, boards, told)
 
@@ -250,8 +263,11 @@ class LabApp(ipywidgets.VBox):
         if self.moment is None:
             return
         self.bar.problem.value = ""
-        known = [view.trait_values().get("edits") for view in self.views.values()]
-        self._is_dragged = self.edits in known  # it came from a view: more of it may be on its way
+        views: list[Any] = [view for view in self.views.values() if view.has_trait("edits")]
+        # It came from a view: more of it may be on its way.
+        self._is_dragged = any(view.edits == self.edits for view in views)
+        for view in views:
+            view.edits = self.edits  # before they are drawn
         try:
             self.moment = self.moment.with_edits(self.edits)
         finally:
@@ -269,7 +285,7 @@ class LabApp(ipywidgets.VBox):
 
     def _compare_again(self) -> None:
         try:
-            self.compare(self._other)
+            self._put_beside(self._other, self._moment_beside_again())
         except (ValueError, TypeError, RuntimeError) as error:
             for view in (self.difference, *self.beside.values()):
                 if view:  # what stands there is of the prompt or the edits before
@@ -342,7 +358,8 @@ class LabApp(ipywidgets.VBox):
                 if view.has_trait("kept"):
                     view.observe(self._keep, "kept")
             if self.difference and name not in (*self.beside, *_ONCE):
-                self.beside[name] = VIEWS[name](self.difference.other, self._mirror)
+                made = VIEWS[name](self.difference.other, self._mirror, may_edit=False)
+                self.beside[name] = made
         # The one with the most controls first: they reach the page while the model runs.
         for name in sorted(self.views, key=lambda name: name != "ablate"):
             self.views[name].is_shown = name in self.shown

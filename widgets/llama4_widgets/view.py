@@ -44,6 +44,7 @@ class View(ipywidgets.VBox):
     moment = traitlets.Any(help="the llama4_widgets.moment.Moment that is shown")
     is_led = traitlets.Bool(False, help="whether a lab makes the moments of changed edits")
     is_shown = traitlets.Bool(True, help="a view that is not shown computes nothing")
+    may_edit = traitlets.Bool(True, help="not where it shows what another run is compared with")
 
     def __init__(self, moment: "Moment", selection: Selection | None = None, **traits: Any):
         if not hasattr(moment, "bounds"):
@@ -226,7 +227,8 @@ class View(ipywidgets.VBox):
         """Return what is on screen as one static figure."""
         from llama4_widgets.plots import figure  # plotly takes a while to import
 
-        return figure(self.board.content, self.selection.shared, self._told())
+        told = self._told()
+        return figure(self.board.content, self.selection.shared, told)
 
     def to_html(self, path: str | Path) -> None:
         """Write the view as one page that works by itself, without kernel and network.
@@ -234,6 +236,7 @@ class View(ipywidgets.VBox):
         Raises:
             FileNotFoundError: no folder to write it to.
         """
+        self.tell()
         with whole(path) as part:
             part.write_text(page([self.board], self.title), encoding="utf-8")
 
@@ -244,8 +247,16 @@ class View(ipywidgets.VBox):
         data["image/svg+xml"] = svg(self.board.content, self.selection.shared, self._told())
         return data
 
+    def tell(self) -> None:
+        """Say in the board what is selected now; what waited to be drawn for that is drawn."""
+        if self._is_announced and not self.board.problem:
+            self.refresh()
+        if not self.board.problem:
+            self.board.summary = self.summary()
+
     def _told(self) -> str:
-        return f"{self.title}: {self.board.problem or self.summary()}"
+        self.tell()
+        return f"{self.title}: {self.board.problem or self.board.summary}"
 
     @traitlets.observe("moment")
     def _show(self, _change: Any) -> None:

@@ -342,7 +342,8 @@ class AblateView(View):
             self.moment = self.moment.with_edits(self.edits)
 
     def content(self) -> Content:
-        self.edits = self.moment.edits
+        if not self.is_led:  # a lab's are newer than a moment that is still to come
+            self.edits = self.moment.edits
         self._show_controls()
         run, count = self.moment.edited_run, len(self.moment.words)
         kl, loss = np.zeros(count), np.zeros(count)

@@ -39,6 +39,7 @@ class CounterfactualView(View):
         effect = ipywidgets.Dropdown(options=EFFECTS, description="Colour by")
         read = ipywidgets.Dropdown(options=READS, description="Word after")
         self._add = button("", "send it there in all views", self.add_route)
+        self._add.layout.display = "" if self.may_edit else "none"
         self.work = Work(self.board, "Run", self._steps, self.refresh)
         self.selection.observe(self._name_route, ["token", "layer", "expert"])
         controls = self.linked(effect=effect, read=read)
@@ -53,8 +54,8 @@ class CounterfactualView(View):
                 self.moment = self.moment.with_edits(self.edits)
 
     def _name_route(self, _change: Any = None) -> None:
-        choice = self.selection
-        self._add.disabled = not self.moment.model.config.is_moe(choice.layer)
+        choice, layers = self.selection, self.moment.model.config.routed_layers
+        self._add.disabled = choice.layer not in layers
         self._add.description = (
             f"Layer {choice.layer} is dense"
             if self._add.disabled
@@ -106,7 +107,7 @@ class CounterfactualView(View):
     # ---- what is shown
 
     def content(self) -> Content:
-        if self.edits != self.moment.edits:
+        if not self.is_led and self.edits != self.moment.edits:
             self.edits = self.moment.edits
         self._name_route()
         found = self._found()
