@@ -383,8 +383,10 @@ def list_points(options: argparse.Namespace) -> None:
 
 def _count(text: str) -> int:
     """Read a whole number of at least 1; commas and underscores may group its digits."""
-    if not (digits := text.replace(",", "").replace("_", "")).isdecimal() or int(digits) < 1:
+    if not (digits := text.replace(",", "").replace("_", "")).isdecimal() or not digits.strip("0"):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    if len(digits) > 18:
+        raise argparse.ArgumentTypeError(f"a number of {len(digits)} digits is too large")
     return int(digits)
 
 

@@ -136,6 +136,9 @@ class Llama4Config:
     is_estimate: bool = field(default=False, compare=False)  # invented sizes of an unreleased model
 
     def __post_init__(self) -> None:
+        for name in _LISTS:
+            if isinstance(given := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(given))  # which can be hashed and compared
         _check_values(self)
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -211,13 +214,23 @@ class Llama4Config:
     # ---- values in and out
 
     def replace(self, **changes: Any) -> "Llama4Config":
-        """Copy with some fields changed; an unknown name is refused with the closest known one."""
+        """Copy with some fields changed; an unknown name is refused with the closest known one.
+
+        With fewer layers, what `moe_layers` and `no_rope_layers` say of the others is left out.
+        """
         known = [f.name for f in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
                 raise TypeError(f"Llama4Config has no field {name!r}{hint}")
+        layers = changes.get("num_hidden_layers", self.num_hidden_layers)
+        if isinstance(layers, int) and 0 <= layers < self.num_hidden_layers:
+            if self.moe_layers is not None:
+                kept = tuple(layer for layer in self.moe_layers if layer < layers)
+                changes.setdefault("moe_layers", kept)
+            if self.no_rope_layers is not None:
+                changes.setdefault("no_rope_layers", self.no_rope_layers[:layers])
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -226,7 +239,8 @@ class Llama4Config:
 
         Both spellings of the RoPE settings are read (``rope_theta`` with ``rope_scaling``, and
         ``rope_parameters``); ``attn_temperature_tuning`` may be an integer as at launch, and
-        ``no_rope_layers`` empty.
+        ``no_rope_layers`` empty. Lists of layers that say the same as the step and the interval, as
+        transformers writes them, are left out.
 
         Raises:
             ValueError: not a Llama 4 config, or a setting that this implementation does not have.
@@ -236,6 +250,12 @@ class Llama4Config:
             raise ValueError(
                 f"model_type {raw.get('model_type')!r} is not a Llama 4: "
                 f"expected one of {', '.join(known)}"
+            )
+        for name in ("text_config", "vision_config"):
+            may_be_none = name == "vision_config"
+            _require(
+                isinstance(given := raw.get(name, {}), dict) or (may_be_none and given is None),
+                f"{name} {given!r:.80} must be an object" + " or None" * may_be_none,
             )
         text = {**raw, **raw.get("text_config", {})}
         if "text_config" in raw:  # of the two, transformers looks at the inner one
@@ -248,7 +268,7 @@ class Llama4Config:
         values |= _rope_fields(text)
         if isinstance(tuning := values.get("attn_temperature_tuning"), int):
             values["attn_temperature_tuning"] = bool(tuning)
-        for name in ("no_rope_layers", "moe_layers", "eos_token_id"):
+        for name in _LISTS:
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         if not values.get("no_rope_layers"):
@@ -266,9 +286,19 @@ class Llama4Config:
         config._check_layer_types(text.get("layer_types"))
         if none and (moe := config.routed_layers):
             raise ValueError(f"{none[0]} 0 must be positive: layer {moe[0]} has experts")
-        if is_given:
-            return config
-        return config.replace(head_dim=config.hidden_size // config.num_attention_heads)
+        if not is_given:
+            config = config.replace(head_dim=config.hidden_size // config.num_attention_heads)
+        return config._with_rules()
+
+    def _with_rules(self) -> "Llama4Config":
+        """Leave out lists of layers that say the same as the step and the interval."""
+        usual = self.replace(moe_layers=None, no_rope_layers=None)
+        changes = {}
+        if usual.routed_layers == self.routed_layers:
+            changes["moe_layers"] = None
+        if all(usual.uses_rope(i) == self.uses_rope(i) for i in range(self.num_hidden_layers)):
+            changes["no_rope_layers"] = None
+        return self.replace(**changes)
 
     def _check_layer_types(self, types: list[str] | None) -> None:
         """Refuse another rule of who attends in chunks than that of RoPE.
@@ -352,6 +382,7 @@ class Llama4Config:
         return counts | {"total": sum(counts.values()), "active": active}
 
 
+_LISTS = ("moe_layers", "no_rope_layers", "eos_token_id")
 _TOP_LEVEL_FIELDS = (
     "vision_config",
     "boi_token_index",

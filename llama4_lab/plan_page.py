@@ -36,9 +36,11 @@ and no more than the model is made for.
 Speeds are rooflines for text at {context:,} tokens: the larger of reading everything once and of
 doing the products, with {read:.0%} of the data sheet's bandwidth and {matrix:.0%} of its matrix
 rate. These shares were measured on an H200 (4.3 TB/s, 788 TFLOP/s) and are assumed for the others.
-No program is faster; published ones reach 25 to 70% when they decode one row. Several GPUs spend
-time on all-reduces, two a layer: counted are {latency:.0f} µs each and the time on the link, which
-is an estimate, and too little for GPUs that are joined by PCIe only.
+A step of decoding is taken at the end of a chunk, where RoPE layers read the most, and no program
+is faster there. Right behind a chunk's border they have next to nothing to read, of Scout's cache
+{chunk:.1f} GB a row less. Published programs reach 25 to 70% when they decode one row. Several GPUs
+spend time on all-reduces, two a layer: counted are {latency:.0f} µs each and the time on the link,
+which is an estimate, and too little for GPUs that are joined by PCIe only.
 
 {tables}"""
 
@@ -53,6 +55,7 @@ def table_page() -> str:
         runtime=RUNTIME / 1e9,
         read=READ_SHARE,
         matrix=MATRIX_SHARE,
+        chunk=_cache(SCOUT, 1, CONTEXT, "bf16")[1] / 1e9,
         latency=ALL_REDUCE * 1e6,
         tables="\n".join(f"## {kind}\n\n{table(kind)}" for kind in ("int4", "fp8", "bf16")),
     )
@@ -89,7 +92,7 @@ def _lines(config: Llama4Config, weights: str) -> Iterable[tuple[str, ...]]:
         yield (
             gpu.name,
             str(plan.num_gpus),
-            f"{_longest(plan):,}",
+            f"{_most_tokens(plan):,}",
             f"{plan.decode(1, CONTEXT).tokens_per_second:,.0f}",
             f"{plan.decode(8, CONTEXT).tokens_per_second:,.0f}",
             f"{prefill.tokens_per_second:,.0f}",
@@ -128,8 +131,9 @@ def report(plan: Plan, batch: int = 1, context: int | None = None) -> str:
     needed = plan.needed(batch, context)
     nope = sum(config.attention_chunk(i) is None for i in range(config.num_hidden_layers))
     chunked = config.num_hidden_layers - nope
-    per_token = nope * cache_bytes(config, 1, dtype=plan.cache) / config.num_hidden_layers
-    chunks = cache_bytes(config, context, batch, plan.cache) - per_token * context * batch
+    per_token, chunks = (
+        size / plan.num_gpus for size in _cache(config, batch, context, plan.cache)
+    )
     notes = {
         "weights": "as above" if plan.num_gpus == 1 else f"on each of {plan.num_gpus} GPUs",
         "cache": f"{per_token:,.0f} bytes a token in {_that_see(nope, 'all')}, "
@@ -153,17 +157,29 @@ def _fit(plan: Plan, batch: int, context: int) -> str:
     needed = sum(plan.needed(batch, context).values())
     verdict = "fits" if needed <= plan.usable else "DOES NOT FIT"
     each = "" if plan.num_gpus == 1 else " a GPU"
-    line = f"{'needed':12} {_gigabytes(needed):>10}{each}: {verdict}; "
-    if not (longest := _longest(plan, batch)):
-        return line + "the weights leave no room for a context: take fewer bits or more GPUs"
-    line += f"the longest context is {longest:,} tokens"
-    if longest == plan.config.max_position_embeddings:
-        line += ", what the model is made for"
-    return line
+    return f"{'needed':12} {_gigabytes(needed):>10}{each}: {verdict}; {longest(plan, batch)}"
 
 
-def _longest(plan: Plan, batch: int = 1) -> int:
+def longest(plan: Plan, batch: int = 1) -> str:
+    """Say how many tokens of each row memory holds, of those that the model is made for."""
+    if not (most := _most_tokens(plan, batch)):
+        return "the weights leave no room for a context: take fewer bits or more GPUs"
+    said = f"the longest context is {most:,} token" + "s" * (most > 1)
+    if most == plan.config.max_position_embeddings:
+        said += ", what the model is made for"
+    return said
+
+
+def _most_tokens(plan: Plan, batch: int = 1) -> int:
     return min(plan.longest_context(batch), plan.config.max_position_embeddings)
+
+
+def _cache(config: Llama4Config, batch: int, context: int, dtype: str) -> tuple[float, float]:
+    """Return the cache's bytes of a token in layers that see all, and all those of the others."""
+    layers = range(config.num_hidden_layers)
+    full = sum(config.attention_chunk(layer) is None for layer in layers)
+    per_token = full * cache_bytes(config, 1, dtype=dtype) / max(1, len(layers))
+    return per_token, cache_bytes(config, context, batch, dtype) - per_token * context * batch
 
 
 def _speeds(plan: Plan, batch: int, context: int) -> Iterable[str]:
@@ -173,6 +189,12 @@ def _speeds(plan: Plan, batch: int, context: int) -> Iterable[str]:
         f"{_seconds(decode.seconds)} a step"
     )
     yield f"             {reason(decode, plan)}"
+    chunks = _cache(plan.config, batch, context, plan.cache)[1]
+    if chunks and context >= (plan.config.attention_chunk_size or 0):
+        yield (
+            "             at the end of a chunk, where it reads the most; right behind one, "
+            f"{_gigabytes(chunks)} less"
+        )
     yield (
         f"prefill      {prefill.tokens_per_second:>10,.0f} tokens/s at most, "
         f"the first token after {_seconds(prefill.seconds)}"

@@ -59,6 +59,25 @@ def test_a_stage_of_the_whole_model_yields_its_figures(measured, name):
         assert all(row.share is not None and row.share > 0 for row in rows)
 
 
+@pytest.mark.parametrize("name", run.STAGES)
+def test_a_dense_model_is_measured_too(name):
+    config = shrunk(l4.SCOUT.replace(moe_layers=()))
+    assert config.routed_layers == ()
+    made = Bench(config, "int4", "tiny", CPU)
+    made.clock.compare = lambda calls, *_, **__: Clock.compare(made.clock, calls, 0.0, 1)
+    list(run.rates(made))
+    with torch.no_grad():
+        rows = list(run.STAGES[name][0](made))
+    assert bool(rows) == (name not in ("layer-rows", "layer-prompt", "recorded"))
+
+
+def test_a_shrunk_model_keeps_its_kinds_of_layers():
+    assert shrunk(l4.SCOUT).routed_layers == (0, 1, 2, 3)
+    assert shrunk(l4.MAVERICK).routed_layers == (1, 3)
+    assert shrunk(l4.SCOUT.replace(moe_layers=(0, 9))).routed_layers == (1, 3)
+    assert shrunk(l4.SCOUT.replace(num_experts_per_tok=8)).num_experts_per_tok == 4
+
+
 def test_a_layers_rows_name_the_fastest_path_and_the_others(measured, monkeypatch):
     monkeypatch.setattr(layers, "find_spec", lambda name: None)  # transformers: the slow test
     with torch.no_grad():

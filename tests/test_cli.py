@@ -172,16 +172,17 @@ def test_what_is_converted_is_not_replaced(option, tmp_path, capsys):
     "text, sentence",
     [
         (
-            '{"model_type": "llama4", "text_config": 3}',
-            "does not describe a Llama 4 (TypeError: 'int' object is not a mapping)",
+            '{"model_type": "llama4", "rope_scaling": "x"}',
+            " does not describe a Llama 4 (AttributeError: 'str' object has no attribute 'get')",
         ),
-        ("[1]", "holds a JSON list where an object is needed"),
+        ('{"model_type": "llama4", "text_config": null}', ": text_config None must be an object"),
+        ("[1]", " holds a JSON list where an object is needed"),
     ],
 )
 def test_a_folder_whose_config_cannot_be_read_is_named(command, text, sentence, tmp_path, capsys):
     (tmp_path / "config.json").write_text(text)
     assert cli.main([*command, str(tmp_path)]) == 1
-    assert capsys.readouterr().err.strip() == f"llama4-lab: {tmp_path}/config.json {sentence}"
+    assert capsys.readouterr().err.strip() == f"llama4-lab: {tmp_path}/config.json{sentence}"
 
 
 def test_a_model_without_tokenizer_has_no_card(tmp_path, capsys):

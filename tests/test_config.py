@@ -72,10 +72,42 @@ def test_a_config_survives_its_file(config):
     assert rules == [
         (config.uses_rope(i), config.is_moe(i)) for i in range(config.num_hidden_layers)
     ]
-    derived = {"no_rope_layers": None, "moe_layers": None}
-    if config.vision_config is None:  # a text-only file has no place for it
-        derived["image_token_index"] = 0
+    # A text-only file has no place for it.
+    derived = {"image_token_index": 0} if config.vision_config is None else {}
     assert again.replace(**derived) == config.replace(**derived)
+
+
+def test_a_config_from_a_file_can_have_fewer_layers():
+    read = l4.Llama4Config.from_dict(l4.MAVERICK.to_dict())
+    assert read.replace(num_hidden_layers=4).routed_layers == (1, 3)
+    unusual = CONFIG.replace(moe_layers=(0, 4, 5), no_rope_layers=(1, 0, 1, 1, 1, 0))
+    again = l4.Llama4Config.from_dict(unusual.to_dict())
+    assert again.moe_layers == unusual.moe_layers
+    assert again.no_rope_layers == unusual.no_rope_layers
+    few = again.replace(num_hidden_layers=5)
+    assert (few.moe_layers, few.no_rope_layers) == ((0, 4), (1, 0, 1, 1, 1))
+    assert again.replace(num_hidden_layers=2, moe_layers=(1,)).routed_layers == (1,)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_lists_of_layers_become_tuples():
+    listed = l4.SCOUT.replace(moe_layers=[1, 3], no_rope_layers=[1] * 48, eos_token_id=[1])
+    assert hash(listed) == hash(
+        l4.SCOUT.replace(moe_layers=(1, 3), no_rope_layers=(1,) * 48, eos_token_id=(1,))
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"text_config": None}, "text_config None must be an object"),
+        ({"text_config": 3}, "text_config 3 must be an object"),
+        ({"vision_config": [1]}, r"vision_config \[1\] must be an object or None"),
+    ],
+)
+def test_parts_that_are_no_objects_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        l4.Llama4Config.from_dict(CONFIG.to_dict() | change)
 
 
 def test_both_spellings_of_the_rope_settings_and_the_launch_traps():

@@ -1,5 +1,6 @@
 """Every notebook is stored without outputs and runs from top to bottom in under a minute."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,19 @@ def notebooks(tmp_path, monkeypatch) -> Path:
 def test_notebook_is_stored_without_outputs(name):
     for cell in nbformat.read(FOLDER / name, as_version=4).cells:
         assert not cell.get("outputs"), f"run nbstripout on {name}: {cell.source!r} has outputs"
+
+
+def test_the_first_notebooks_control_may_have_fewer_layers(capsys):
+    cells = nbformat.read(FOLDER / "00_start_here.ipynb", as_version=4).cells
+    wanted = ("model = ", "texts = {", "trained = specialisation", "bits, ", "for i, layer in ")
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    code = [source for source in code if any(each in source for each in wanted)]
+    assert len(code) == len(wanted)
+    program = "\n".join(code).replace('load("mini")', 'load("nano")')
+    advised = "config.replace(num_hidden_layers=2)"
+    assert "random(config)" in program
+    exec(program.replace("random(config)", f"random({advised})"), {})
+    assert len(re.findall("^layer ", capsys.readouterr().out, re.MULTILINE)) == 2
 
 
 @pytest.mark.notebook

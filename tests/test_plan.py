@@ -14,6 +14,7 @@ from llama4_lab import cli, parallel, plan_page
 from llama4_lab.hardware import GPUS, find_gpu
 from llama4_lab.model.attention import visible
 from llama4_lab.packed import KINDS, pack
+from llama4_lab.parallel.ranks import check
 from llama4_lab.plan import (
     CACHE_BYTES,
     Plan,
@@ -24,6 +25,7 @@ from llama4_lab.plan import (
     distinct_experts,
     moe_layer_bytes,
     moe_layer_flops,
+    possible_num_gpus,
     step_bytes,
     token_flops,
     weight_bytes,
@@ -277,6 +279,30 @@ def test_weights_that_do_not_fit_leave_no_context():
     assert Plan(l4.SCOUT, H100).longest_context() == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "possible", "sentence"),
+    [
+        ({}, [1, 2, 4, 8], "3 GPUs cannot share 8 key/value heads evenly; choose 1, 2, 4, 8"),
+        ({"vocab_size": 202049}, [1], "8 GPUs cannot share 202049 tokens evenly; choose 1"),
+        (
+            {"intermediate_size": 8194},
+            [1, 2],
+            "4 GPUs cannot share 8194 neurons of an expert evenly; choose 1, 2",
+        ),
+    ],
+)
+def test_gpus_can_share_what_parallel_ranks_can_divide(changes, possible, sentence):
+    config = l4.SCOUT.replace(**changes)
+    assert possible_num_gpus(config) == possible
+    for count in possible:
+        check(config, count, "sliced")
+    wrong = int(sentence.split()[0])
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        Plan(config, H100, wrong)
+    with pytest.raises(ValueError, match="cannot be divided among"):
+        check(config, wrong, "sliced")
+
+
 def test_several_gpus_share_all_but_what_each_must_hold():
     one, four = (Plan(l4.SCOUT, H100, n, weights="int4") for n in (1, 4))
     sizes = weight_bytes(l4.SCOUT, "int4")
@@ -387,6 +413,35 @@ def test_the_report_of_several_gpus_tells_what_they_say_to_each_other(capsys):
     assert "4 rows of 8,192 tokens" in out
 
 
+def test_the_cache_of_several_gpus_is_told_for_each(capsys):
+    arguments = "scout --gpu h100 --num-gpus 4 --quantize int4"
+    out = printed(capsys, *arguments.split())
+    line = next(line for line in out.splitlines() if line.startswith("cache "))
+    # a quarter of 49,152 bytes · 8192 tokens and of 1.208 GB
+    assert line.endswith(
+        "0.40 GB  12,288 bytes a token in 12 layers that see all, "
+        "0.30 GB in 36 layers that see a chunk"
+    )
+
+
+def test_a_step_behind_a_chunks_border_is_said_to_read_less(capsys):
+    less = "at the end of a chunk, where it reads the most; right behind one, 1.21 GB less"
+    assert less in printed(capsys, "scout", "--gpu", "h100")
+    assert "end of a chunk" not in printed(capsys, "scout", "--gpu", "h100", "--context", "8191")
+    whole = Plan(l4.SCOUT, H100, weights="int4")
+    faster = []
+    for batch in (1, 8):
+        read = whole.decode(batch, 8192).bytes
+        chunks = batch * 36 * 8192 * 2 * 1024 * 2
+        faster.append(sum(read.values()) / (sum(read.values()) - chunks) - 1)
+    assert faster == pytest.approx([0.14, 0.34], abs=0.005)  # as the docstring of decode says
+
+
+def test_a_model_without_layers_is_planned():
+    config = CONFIG.replace(num_hidden_layers=0)
+    assert "0 bytes a token in 0 layers" in plan_page.report(Plan(config, H100))
+
+
 def test_a_model_made_for_few_tokens_is_planned_with_as_many(capsys):
     out = printed(capsys, "nano", "--gpu", "h100", "--batch", "3000")
     assert "3,000 rows of 2,048 tokens" in out
@@ -444,6 +499,12 @@ def test_a_length_that_is_no_number_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "scout", "--gpu", "h100", "--context", "-5"])
     assert "'-5' is no whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_number_beyond_all_counts_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "scout", "--gpu", "h100", "--batch", "9" * 5000])
+    assert "--batch: a number of 5000 digits is too large\n" in capsys.readouterr().err
 
 
 def test_a_plan_for_nothing_is_refused():

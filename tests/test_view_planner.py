@@ -44,9 +44,27 @@ def test_what_gpus_exchange_is_shown_where_there_are_several(view):
         assert (speed["columns"][-1] == "exchange (ms)") == (columns == 5)
 
 
+def test_contexts_end_where_the_model_does(view):
+    view.choices["GPUs"].value, view.choices["GPU"].value = 1, "h100"
+    view.choices["model"].value, view.choices["context"].value = "Scout", 131072
+    slider = view.choices["context"]
+    assert slider.options[-1] == ("1,048,576", 2**20)
+    view.choices["model"].value = "this model"
+    assert [n for _, n in slider.options] == [512, 1024, 2048]
+    assert slider.value == 2048
+    said = (
+        "It fits; the longest context is 2,048 tokens, what the model is made for. Decoding 1 row:"
+    )
+    assert view.board.summary.startswith(said)
+    assert [*view.board.content.axes["context"].values] == [512, 1024, 2048]
+    assert "prefill 2,048 tokens" in [row[0] for row in panel(view, "speed")["rows"]]
+    view.choices["model"].value = "Scout"
+    assert slider.options[-1] == ("1,048,576", 2**20)
+
+
 def test_what_cannot_be_is_told(view):
     view.choices["GPU"].value, view.choices["weights"].value = "rtx4090", "bf16"
-    assert "It does not fit; the weights do not fit" in view.board.summary
+    assert "It does not fit; the weights leave no room for a context: " in view.board.summary
     view.choices["model"].value = "Behemoth (an estimate)"
     assert view.board.summary.startswith("AN ESTIMATE, never released: it does not fit; ")
     assert panel(view, "decode")["note"] == "it fits at no context"

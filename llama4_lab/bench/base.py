@@ -55,7 +55,8 @@ SCALES = {
 
 def shrunk(config: Llama4Config) -> Llama4Config:
     """Return a config of the same kinds of layers that a CPU runs in no time."""
-    vision = config.vision_config
+    vision, routed, experts = config.vision_config, len(config.routed_layers), 4
+    step = 0 if not routed else 1 if routed == config.num_hidden_layers else 2
     if vision is not None:
         vision = replace(
             vision,
@@ -78,7 +79,9 @@ def shrunk(config: Llama4Config) -> Llama4Config:
         head_dim=16,
         intermediate_size=64,
         intermediate_size_mlp=128,
-        num_local_experts=4,
+        num_local_experts=experts,
+        num_experts_per_tok=min(config.num_experts_per_tok, experts),
+        interleave_moe_layer_step=step,
         moe_layers=None,
         no_rope_layers=None,
         attention_chunk_size=16,

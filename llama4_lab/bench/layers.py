@@ -62,7 +62,9 @@ Path = Callable[[Layer, Tensor], Tensor]
 
 
 def layer_rows(bench: Bench) -> Iterator[Row]:
-    """One layer of a decode step, for several numbers of rows."""
+    """One MoE layer of a decode step, for several numbers of rows; none in a dense model."""
+    if not bench.config.routed_layers:
+        return
     layers = _layers(bench)
     for n in bench.scale.layer_rows:
         for kind, sets in layers.items():
@@ -71,7 +73,9 @@ def layer_rows(bench: Bench) -> Iterator[Row]:
 
 
 def layer_prompt(bench: Bench) -> Iterator[Row]:
-    """One layer of a prompt's prefill."""
+    """One MoE layer of a prompt's prefill; none in a dense model."""
+    if not bench.config.routed_layers:
+        return
     n = bench.scale.layer_prompt
     rate = bench.gpu.fp8 if bench.kind == "fp8" else bench.gpu.bf16
     for kind, sets in _layers(bench).items():

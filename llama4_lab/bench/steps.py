@@ -161,7 +161,9 @@ class Ways:
 
 
 def recorded(bench: Bench) -> Iterator[Row]:
-    """A step of one row with all router logits kept, over one without."""
+    """A step of one row with all router logits kept, over one without; none in a dense model."""
+    if not bench.config.routed_layers:
+        return
     gc.collect()
     ways = Ways(bench, *next(iter(bench.scale.decode.items())))
 

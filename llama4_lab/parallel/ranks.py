@@ -18,6 +18,7 @@ from llama4_lab.checkpoint.files import fill
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.model.llama4 import Alone
+from llama4_lab.plan import divided
 
 EXPERTS = ("sliced", "placed")
 
@@ -163,13 +164,8 @@ def check(config: Llama4Config, size: int, experts: str) -> None:
     Raises:
         ValueError: naming what cannot be divided, and the numbers of ranks that are possible.
     """
-    is_moe = [config.is_moe(i) for i in range(config.num_hidden_layers)]
-    counts = {"key/value heads": config.num_key_value_heads, "tokens": config.vocab_size}
-    if any(is_moe):
-        counts["neurons of an expert"] = config.intermediate_size
-    if not all(is_moe):
-        counts["neurons of an MLP"] = config.intermediate_size_mlp
-    if any(is_moe) and experts == "placed":
+    counts = divided(config)
+    if config.routed_layers and experts == "placed":
         counts["experts"] = config.num_local_experts
     common = math.gcd(*counts.values())
     possible = " or ".join(str(n) for n in range(1, common + 1) if common % n == 0)

@@ -8,7 +8,7 @@ import numpy as np
 from llama4_lab.config import BEHEMOTH_ESTIMATE, MAVERICK, SCOUT, Llama4Config
 from llama4_lab.hardware import GPUS
 from llama4_lab.plan import CACHE_BYTES, PRECISIONS, USABLE, Plan, Roofline
-from llama4_lab.plan_page import reason
+from llama4_lab.plan_page import longest, reason
 from llama4_widgets.panels import Axis, Content, sequential
 from llama4_widgets.view import View, in_row
 
@@ -22,7 +22,9 @@ class PlannerView(View):
     title = "Planner"
     help = (
         "Decoding reads every weight that a token needs, so bandwidth bounds it; a long prompt is "
-        "bound by products. No program is faster than these rooflines, and good ones reach half."
+        "bound by products. Good programs reach half of these rooflines. A step is taken at the "
+        "end of a chunk, where RoPE layers read the most: none is faster there, elsewhere a step "
+        "has less to read."
     )
 
     def controls(self) -> list[ipywidgets.Widget]:
@@ -51,6 +53,24 @@ class PlannerView(View):
         known = {"Scout": SCOUT, "Maverick": MAVERICK, "this model": self.moment.model.config}
         return known.get(self.choices["model"].value, BEHEMOTH_ESTIMATE)
 
+    def contexts(self) -> list[int]:
+        """Return the contexts of the chosen model, none longer than it is made for."""
+        most = self.config().max_position_embeddings
+        return [n for n in _CONTEXTS if n <= most] or [most]
+
+    def _offer(self, contexts: list[int]) -> None:
+        """Offer these contexts, and keep what is chosen as far as they go."""
+        slider, options = self.choices["context"], tuple((f"{n:,}", n) for n in contexts)
+        if slider.options == options:
+            return
+        chosen = min(slider.value, contexts[-1])
+        self._is_held = True  # this is drawn already
+        try:
+            slider.options = options
+            slider.value = chosen
+        finally:
+            self._is_held = False
+
     def plan(self) -> Plan:
         """Return the plan that the controls describe.
 
@@ -62,9 +82,11 @@ class PlannerView(View):
         return Plan(self.config(), gpu, chosen["GPUs"], chosen["weights"], chosen["cache"])
 
     def content(self) -> Content:
+        contexts = self.contexts()
+        self._offer(contexts)
         plan, batch = self.plan(), self.choices["batch"].value
         context = self.choices["context"].value
-        content = Content({"context": Axis("context in tokens", len(_CONTEXTS), values=_CONTEXTS)})
+        content = Content({"context": Axis("context in tokens", len(contexts), values=contexts)})
         needed = plan.needed(batch, context)
         needed |= {"together": sum(needed.values()), "a GPU holds": plan.usable}
         rows = [[part, size / 1e9] for part, size in needed.items()]
@@ -91,7 +113,7 @@ class PlannerView(View):
         )  # fmt: skip
         speed = [
             plan.decode(batch, n).tokens_per_second if plan.fits(batch, n) else np.nan
-            for n in _CONTEXTS
+            for n in contexts
         ]
         series = [{"array": "decode", "label": "decode", "colour": "#6c9cfc"}]
         content.add(
@@ -112,12 +134,11 @@ class PlannerView(View):
     def summary(self) -> str:
         plan, batch = self.plan(), self.choices["batch"].value
         context, config = self.choices["context"].value, self.config()
-        step, longest = plan.decode(batch, context), plan.longest_context(batch)
+        step = plan.decode(batch, context)
         fits = "it fits" if plan.fits(batch, context) else "it does not fit"
         said = f"AN ESTIMATE, never released: {fits}" if config.is_estimate else f"I{fits[1:]}"
-        most = f"the longest context is {longest:,} tokens" if longest else "the weights do not fit"
         return (
-            f"{said}; {most} for {batch} row{'s' * (batch > 1)}. Decoding: at best "
+            f"{said}; {longest(plan, batch)}. Decoding {batch} row{'s' * (batch > 1)}: at best "
             f"{step.tokens_per_second:,.0f} tokens/s, {reason(step, plan)}."
         )
 
