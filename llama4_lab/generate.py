@@ -120,7 +120,7 @@ def tokens(
     stops = _stops(model, stop)
     if seed is not None and not -(2**63) <= (seed := _whole("seed", seed)) < 2**64:
         raise ValueError(f"seed {seed} is outside 64 bits: give -2**63 to 2**64 - 1")
-    return _tokens(model, prompt, max_new_tokens, temperature, top_p, seed, stops)
+    return _tokens(model, prompt, max_new_tokens, float(temperature), float(top_p), seed, stops)
 
 
 def _stops(model: Llama4 | StaticDecoder, stop: Collection[int] | None) -> tuple[int, ...]:
@@ -173,7 +173,8 @@ def sample(
         return logits.argmax(dim=-1)
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # no division overflows upwards
     probability, token = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    before = probability.cumsum(dim=-1) - probability
-    kept = probability.masked_fill((before >= top_p) & (before > 0), 0.0)
-    place = torch.multinomial(kept, 1, generator=generator)
+    if top_p < 1:  # rounded sums reach 1 too early
+        before = probability.cumsum(dim=-1) - probability
+        probability = probability.masked_fill((before >= top_p) & (before > 0), 0.0)
+    place = torch.multinomial(probability, 1, generator=generator)
     return token.gather(-1, place)[:, 0]

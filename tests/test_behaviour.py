@@ -140,3 +140,6 @@ def test_a_text_is_recited_where_the_model_knows_every_word():
     assert behaviour.recited(Oracle(50), counting, 20) == 1
     counting[::60] += 1  # no span of 100 tokens is without a surprise, some second halves are
     assert 0 < behaviour.recited(Oracle(50), counting, 40) < 0.5
+    assert behaviour.recited(Oracle(200), np.arange(100), 4) == 1
+    with pytest.raises(ValueError, match="text of 99 tokens is too short to recite 50 after 50"):
+        behaviour.recited(Oracle(200), np.arange(99), 4)

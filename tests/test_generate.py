@@ -1,6 +1,7 @@
 """Sampling, stop tokens, streaming, interruption."""
 
 import inspect
+from fractions import Fraction
 
 import pytest
 import torch
@@ -94,6 +95,25 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p():
         assert sample(logits - 30, temperature, 1.0).unique().tolist() == [0]
     hot = sample(logits, 100.0, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 4000
     torch.testing.assert_close(hot, torch.full((4,), 0.25), atol=0.03, rtol=0)
+
+
+def test_a_top_p_of_one_keeps_every_token(monkeypatch):
+    def multinomial(probability, *_, **__):
+        kept.append(probability)
+        return torch.zeros(1, 1, dtype=torch.long)
+
+    kept = []
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    sample(torch.linspace(0, -60, 500)[None], 1.0, 1)  # sums in float32 reach 1 long before the end
+    assert (kept[0] > 0).all()
+
+
+def test_settings_may_be_any_numbers(model, prompt):
+    steps = [
+        [*inspect.unwrap(tokens)(model, prompt, 5, temperature=half, top_p=half, seed=0, stop=())]
+        for half in (0.5, Fraction(1, 2))
+    ]
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.parametrize(

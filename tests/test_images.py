@@ -261,6 +261,16 @@ def test_a_truncated_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"half.png is not a usable image file"):
         open_picture(path)
+    with pytest.raises(ValueError, match=r"PngImageFile.* is not a usable image file"):
+        open_picture(Image.open(path))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_a_picture_with_exif_data_that_say_nothing_is_taken_as_it_is(tmp_path):
+    picture = noise(20, 30)
+    for exif in (b"garbage", b"MM\0*\0\0\0", b"II*\0\x08\0\0\0\xff\xff\x12\x01"):
+        picture.save(tmp_path / "odd.png", exif=exif)
+        assert open_picture(tmp_path / "odd.png").tobytes() == picture.tobytes()
 
 
 def test_sizes_that_cannot_tile_are_refused():

@@ -225,3 +225,19 @@ def test_padding_is_on_the_right_and_not_scored():
     assert rows.inputs.tolist() == [[1, 2, *[9] * 6], [4, 5, 6, *[9] * 5]]
     assert rows.targets.tolist() == [[2, 3, *[9] * 6], [5, 6, 7, *[9] * 5]]
     assert rows.weights.tolist() == [[1, 1, *[0] * 6], [1, 1, 1, *[0] * 5]]
+
+
+def test_a_kind_of_needles_that_is_unknown_is_refused():
+    with pytest.raises(
+        ValueError, match=r"unknown kind 'prosa' of needles; choose from \('tokens'"
+    ):
+        Needle(1, kind="prosa")
+
+
+def test_prose_needles_without_english_text_name_the_lesson_and_the_file(material, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(material.tokenizer.file.read_bytes())
+    (tmp_path / "english.train.bin").touch()
+    with pytest.raises(
+        ValueError, match=r"english\.train\.bin is empty, and a needle lesson of ki"
+    ):
+        Needle(1, kind="prose", length=384).draw(np.random.default_rng(0), Material(tmp_path))

@@ -179,6 +179,16 @@ def test_objects_of_a_sequence_move_one_place_a_frame_and_never_meet():
         assert len({frame.background for frame in frames}) == 1
 
 
+def test_four_objects_find_ways_that_fit_into_three_frames():
+    for seed in range(40):
+        frames = sequence(np.random.default_rng(seed), frames=3, objects=4)
+        assert [len(frame.objects) for frame in frames] == [4] * 3
+    example = sample(np.random.default_rng(0), "motion", World(objects=(4, 4)))
+    assert len(example.scenes[0].objects) == 4
+    with pytest.raises(ValueError, match="5 objects do not fit: a picture has 0 to 4"):
+        sequence(np.random.default_rng(0), objects=5)
+
+
 def test_every_direction_is_as_frequent_as_every_other():
     answers = Counter(example.answer for example in examples(500, "motion"))
     assert min(answers[way] for way in DIRECTIONS) > 60

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from tiny import CONFIG
 import llama4_lab as l4
 from llama4_lab import cli
 from llama4_lab.analysis.specialisation import mutual_information, specialisation
+from llama4_lab.checkpoint.shipped import MODELS
 from llama4_lab.points import NO_TAP
 from llama4_lab.precision import mixed, product_dtype
+from llama4_lab.prompt import Tokenizer
 from llama4_lab.train import loop, step
 from llama4_lab.train.balance import Bias, switch_loss
 from llama4_lab.train.lessons import Material, Text
@@ -209,6 +212,100 @@ def test_a_damaged_state_is_named_with_what_to_do(data, tmp_path, share):
         loop.train(RECIPE, data, tmp_path)
 
 
+def stages_of(folder):
+    return ["more" if row["more"] else "text" for row in read_log(folder)]
+
+
+def test_a_run_made_longer_teaches_each_stage_as_long_as_a_run_at_once(data, tmp_path):
+    loop.train(dataclasses.replace(RECIPE, steps=4), data, tmp_path)
+    assert stages_of(tmp_path) == ["text"] * 2 + ["more"] * 2
+    loop.train(RECIPE, data, tmp_path)
+    assert stages_of(tmp_path)[4:] == ["text"] * 11 + ["more"] * 15
+
+
+@pytest.mark.parametrize("is_timed", [False, True])
+@pytest.mark.parametrize(
+    ("old", "new", "steps"), [(60, 90, 35), (90, 60, 35), (60, 90, 25), (20, 90, 20), (90, 30, 29)]
+)
+def test_a_course_of_another_length_is_where_a_run_at_once_would_be(old, new, steps, is_timed):
+    """One second a step; the goal of the second stage is reached after 28 steps, if not over."""
+    stages = [Stage(1.0, ()), Stage(3.0, (), ("echo", 0.8)), Stage(1.0, ()), Stage(1.0, ())]
+    before, after = (loop.Plan(n, n / 60 if is_timed else None) for n in (old, new))
+
+    def course(plan):
+        course = loop.Course(stages)
+        for i in range(steps):
+            course.stage(plan.done(i, i))
+            course.note({"echo_right": float(i >= 20)})
+        return course
+
+    at_once, resumed = course(after), loop.Course(stages)
+    resumed.load_state_dict(course(before).state_dict())
+    for plan in (after, before, after):
+        resumed.replan(plan, steps)
+    assert (resumed.index, resumed.end) == (at_once.index, pytest.approx(at_once.end))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"matrix_lr": 0.5},
+        {"stages": RECIPE.stages[:1], "seed": 3},
+        {"config": RECIPE.config.replace(rope_theta=77.0)},
+    ],
+)
+def test_a_run_goes_on_with_its_own_recipe_only(data, tmp_path, changes):
+    loop.train(dataclasses.replace(RECIPE, steps=1), data, tmp_path)
+    kept = (tmp_path / "log.csv").read_bytes()
+    with pytest.raises(ValueError) as raised:
+        loop.train(dataclasses.replace(RECIPE, **changes), data, tmp_path)
+    assert str(raised.value) == (
+        f"{tmp_path}/state.pt was trained by a recipe with other settings ({', '.join(changes)}); "
+        "choose another folder or remove it"
+    )
+    assert (tmp_path / "log.csv").read_bytes() == kept
+    loop.train(dataclasses.replace(RECIPE, steps=2, minutes=3.0), data, tmp_path)
+
+
+def test_a_budget_may_be_a_number_of_numpy(data, tmp_path):
+    for _ in range(2):
+        loop.train(RECIPE, data, tmp_path, budget_minutes=np.float64(1e-4))
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["plan"] == (30, 1e-4)
+
+
+def test_a_state_of_before_recipes_were_kept_goes_on(data, tmp_path):
+    loop.train(dataclasses.replace(RECIPE, steps=2), data, tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name in ("recipe", "plan", "bias"):
+        del state[name]
+    del state["course"]["steps"], state["course"]["reached"]
+    torch.save(state, tmp_path / "state.pt")
+    loop.train(dataclasses.replace(RECIPE, steps=3), data, tmp_path)
+    course = torch.load(tmp_path / "state.pt", weights_only=True)["course"]
+    assert (course["index"], course["steps"]) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "state", [{"epoch": 1}, [1], torch.zeros(2), {"model.weight": torch.zeros(2)}]
+)
+def test_a_state_of_something_else_is_refused(data, tmp_path, state):
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt is no state of a training run; choose ano"):
+        loop.train(RECIPE, data, tmp_path)
+
+
+def test_the_vision_encoder_is_taught_once_even_if_that_takes_the_whole_budget(
+    data, tmp_path, monkeypatch
+):
+    taught = []
+    monkeypatch.setattr(loop, "teach_patches", lambda *_: (taught.append(1), time.sleep(0.1)))
+    recipe = dataclasses.replace(RECIPE, config=CONFIG.replace(num_experts_per_tok=1))
+    for _ in range(3):
+        loop.train(recipe, data, tmp_path, budget_minutes=0.001)
+    assert len(taught) == 1
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 0
+
+
 def test_an_interrupted_pass_leaves_no_tap(data, monkeypatch):
     model = l4.random(RECIPE.config)
     rows = RECIPE.stages[0].lessons[0].draw(np.random.default_rng(0), data)
@@ -248,6 +345,31 @@ def test_the_hard_weight_follows_the_schedule_and_vocabularies_must_agree(data, 
         loop.train(RECIPE, data, tmp_path, teacher=teacher)
 
 
+def test_a_teacher_that_reads_other_tokens_is_refused(tmp_path):
+    material = Material(tmp_path)
+    shutil.copy(MODELS / "mini" / "tokenizer.json", tmp_path)
+    np.arange(400, dtype="<u2").tofile(material.folder / "low.train.bin")
+    config = RECIPE.config.replace(vocab_size=material.tokenizer.vocab_size)
+    stages = (Stage(1.0, (Text(2, domains={"low": 1.0}, length=24),)),)
+    recipe = dataclasses.replace(RECIPE, config=config, stages=stages, steps=1)
+    teacher = l4.random(config).eval()
+    teacher.tokenizer = Tokenizer.from_folder(MODELS / "mini")
+    loop.train(recipe, material, tmp_path / "run", teacher=step.Teacher(teacher))
+    teacher.tokenizer = dataclasses.replace(
+        material.tokenizer,
+        plain_bytes=lambda idx: material.tokenizer.plain_bytes(idx ^ 1 if idx >= 300 else idx),
+    )
+    with pytest.raises(ValueError) as raised:
+        loop.train(recipe, material, tmp_path / "other", teacher=step.Teacher(teacher))
+    assert str(raised.value) == (
+        f"the teacher reads other tokens than {material.folder} is encoded with, from id 300 on: "
+        f"give a teacher with the tokenizer of {material.folder}/tokenizer.json"
+    )
+    teacher.tokenizer = dataclasses.replace(material.tokenizer, vocab_size=4000)
+    with pytest.raises(ValueError, match="from id 4000 on"):
+        loop.train(recipe, material, tmp_path / "other", teacher=step.Teacher(teacher))
+
+
 def test_a_state_of_another_model_is_refused(data, tmp_path):
     loop.train(dataclasses.replace(RECIPE, steps=1), data, tmp_path)
     other = dataclasses.replace(RECIPE, config=RECIPE.config.replace(hidden_size=64))
@@ -259,6 +381,36 @@ def test_a_diverged_run_stops_and_says_so(tmp_path):
     log = loop.Log(tmp_path / "log.csv", 0, ["step", "loss"])
     with pytest.raises(FloatingPointError, match="training diverged"):
         log.write(step=1, loss=float("nan"))
+
+
+def test_a_log_keeps_the_rows_up_to_the_step_whichever_they_are(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss\n11,0.5\n12,0.4\n13,0.3\n1")  # begun late, and cut by a kill
+    log = loop.Log(path, 12, ["step", "loss"])
+    log.write(step=13, loss=0.2)
+    log.close()
+    assert path.read_text().split() == ["step,loss", "11,0.5", "12,0.4", "13,0.2"]
+
+
+@pytest.mark.parametrize("name", ["balance", "warmup", "cooldown"])
+def test_nothing_of_what_a_recipe_can_do_without_is_none_of_it(data, tmp_path, name):
+    recipe = dataclasses.replace(RECIPE, steps=2, **{name: 0})
+    loop.train(recipe, data, tmp_path)
+    rates = [float(row["lr"]) for row in read_log(tmp_path)]
+    assert rates == {"balance": [0.2, 0.4], "warmup": [1, 1], "cooldown": [0.2, 0.4]}[name]
+    assert (step.balance_weight(recipe, 0.3) == 0) == (name == "balance")
+
+
+def test_a_model_without_padding_counts_every_token(data):
+    model = l4.random(RECIPE.config.replace(pad_token_id=None))
+    rows = Text(2, domains=DOMAINS, length=20).draw(np.random.default_rng(0), data)
+    assert [logits.shape for logits in step.read(model, [rows])[1]] == [(40, 5)] * 3
+
+
+@pytest.mark.parametrize("shares", [{"low": 2.0, "high": -1.0}, {"low": 0.0}, {}])
+def test_domains_without_a_share_are_refused(data, shares):
+    with pytest.raises(ValueError, match="are no shares: give numbers from 0 up, and one above 0"):
+        Text(2, domains=shares, length=8).draw(np.random.default_rng(0), data)
 
 
 def test_batches_follow_the_weights_and_depend_on_the_generator_only(data):

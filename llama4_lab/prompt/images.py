@@ -7,6 +7,7 @@ where transformers rounds them to bfloat16. Read `llama4_lab.prompt` next.
 """
 
 import io
+import struct
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -86,17 +87,20 @@ def open_picture(picture: Picture, num_channels: int = 3) -> Image.Image:
     """
     if isinstance(picture, bytes):
         picture = io.BytesIO(picture)
-    if isinstance(picture, str | Path | io.BytesIO | io.BufferedReader):
+    if isinstance(picture, str | Path | io.BytesIO | io.BufferedReader | Image.Image):
         try:
-            with Image.open(picture) as file:
-                picture = ImageOps.exif_transpose(file)
+            if isinstance(picture, Image.Image):
+                picture.load()  # a file that was opened is read only here
+            else:
+                with Image.open(picture) as file:
+                    picture = _upright(file)
         except FileNotFoundError:
             raise
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
             raise ValueError(f"{picture} is not a usable image file: {error}") from error
     elif isinstance(picture, np.ndarray):
         picture = _from_array(picture)
-    elif not isinstance(picture, Image.Image):
+    else:
         raise TypeError(
             f"a picture is a PIL image, a uint8 array, or a file's name or bytes, not "
             f"{type(picture).__name__}"
@@ -110,6 +114,14 @@ def open_picture(picture: Picture, num_channels: int = 3) -> Image.Image:
         picture = Image.new("RGB", rgba.size, "white")
         picture.paste(rgba, mask=rgba.getchannel("A"))
     return picture.convert(MODES[num_channels])
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    file.load()
+    try:
+        return ImageOps.exif_transpose(file)
+    except (SyntaxError, OSError, ValueError, struct.error):  # EXIF data that say nothing
+        return file.copy()
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

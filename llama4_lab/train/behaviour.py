@@ -20,7 +20,9 @@ from llama4_lab.train import arithmetic, needles, scenes
 from llama4_lab.train.lessons import Material, chat
 from llama4_lab.train.rows import Rows, padded, shifted
 
-SEED = 2**32  # far from any training step
+SEED = 2**32
+# NumPy reads (SEED, k) as (0, 1, k), with which a recipe of seed 0 draws lesson k of its second
+# step. The shipped recipes' first steps have one lesson, of text: nothing asked here was taught.
 LONGEST = 512  # tokens of a question and its answer
 DISTANCES = ((1, 250), (251, 500), (501, 1000), (1001, 1500))  # tokens
 
@@ -175,8 +177,13 @@ def recited(model: Llama4, tokens: Integer[np.ndarray, " n"], count: int, span: 
 
     It is given `span` tokens from `count` places of the text, and must say the next `span`.
     """
+    if len(tokens) < 2 * span:
+        raise ValueError(
+            f"a text of {len(tokens)} tokens is too short to recite {span} after {span}: "
+            "give a longer text or a shorter span"
+        )
     rng = np.random.default_rng((SEED, 4))
-    starts = rng.integers(0, len(tokens) - 2 * span, size=count)
+    starts = rng.integers(0, len(tokens) - 2 * span + 1, size=count)
     known = np.arange(2 * span) >= span
     rows = [
         shifted(tokens[None, start : start + 2 * span], known[None].astype(np.float32))

@@ -30,6 +30,8 @@ ATTRIBUTES = ("shape", "shape", "shape", "colour", "row", "column")
 """What image tokens are asked to name, the hardest most often."""
 OF_SEVERAL = {"picture": ("picture",), "motion": ("picture", "motion", "motion")}
 """What they are asked just as often if the pictures are several, by task."""
+NEEDLES = ("tokens", "words", "prose")
+"""Kinds of `Needle`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,13 @@ class Material:
     @cached_property
     def prose(self) -> needles.Fill:
         """Hay of English sentences."""
-        text = np.memmap(self.folder / "english.train.bin", dtype=np.uint16, mode="r")
+        path = self.folder / "english.train.bin"
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError(
+                f"{path} is empty, and a needle lesson of kind 'prose' hides its needles in that "
+                "text: build the corpus with every licence, or give the lesson another kind"
+            )
+        text = np.memmap(path, dtype=np.uint16, mode="r")
         (stop,) = self.tokenizer.encode(".")
         return needles.passages(text, np.flatnonzero(text == stop) + 1)
 
@@ -122,6 +130,10 @@ class Needle(Lesson):
     kind: str = "tokens"
     facts: tuple[int, int] = (2, 6)
     in_chunks: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in NEEDLES:
+            raise ValueError(f"unknown kind {self.kind!r} of needles; choose from {NEEDLES}")
 
     def draw(self, rng: np.random.Generator, material: Material) -> Rows:
         rows = [self.row(rng, material) for _ in range(self.rows)]

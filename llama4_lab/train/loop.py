@@ -1,6 +1,7 @@
 """The training loop: batches in, a model out, resumable after a kill at any moment."""
 
 import csv
+import dataclasses
 import math
 import os
 import pickle
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
 from llama4_lab.precision import product_dtype
+from llama4_lab.prompt import Tokenizer
 from llama4_lab.train.balance import Bias
 from llama4_lab.train.lessons import Material
 from llama4_lab.train.patches import teach_patches
@@ -59,8 +62,8 @@ def train(
     Raises:
         KeyboardInterrupt: it was interrupted; the same call goes on.
         RuntimeError: `tensorboard` is asked for and not installed.
-        ValueError: a teacher with another vocabulary, or a damaged state or one of another model in
-            `folder`.
+        ValueError: a teacher with another vocabulary, or a damaged state or one of another recipe
+            in `folder`; only the number of steps or minutes may differ.
         FileNotFoundError: the material lacks what a lesson needs.
         FloatingPointError: the loss is no longer a number; the last saved state is kept.
     """
@@ -74,6 +77,8 @@ def train(
             f"the teacher has {teacher.model.config.vocab_size} tokens and the student "
             f"{recipe.config.vocab_size}: both must read the same ones"
         )
+    if teacher is not None and teacher.model.tokenizer is not None:
+        check_same_tokens(teacher.model.tokenizer, material)
     folder.mkdir(parents=True, exist_ok=True)
     model = random(recipe.config, recipe.seed, device=device).train()
     model.backend = backend_of(model.device)
@@ -82,11 +87,18 @@ def train(
     optimisers = make_optimisers(model, recipe)
     course = Course(recipe.stages)
     bias = Bias(recipe.config, recipe.bias_rate, model.device)
-    step, tokens, seconds = restore(folder, model, optimisers, course, bias)
-    if step == 0 and recipe.config.vision_config is not None:
+    plan = Plan(int(recipe.steps), None if budget_minutes is None else float(budget_minutes))
+    is_new = not (folder / CHECKPOINT).exists()
+    step, tokens, seconds = restore(folder, model, optimisers, course, bias, recipe, plan)
+    if is_new and recipe.config.vision_config is not None:
         begin = time.monotonic()
         teach_patches(model, recipe.vision_steps, recipe.seed)
         seconds += time.monotonic() - begin
+
+    def save() -> None:
+        ran = {"step": step, "tokens": tokens, "seconds": seconds}
+        save_state(folder, model, optimisers, course, bias, recipe, plan, ran)
+
     if compile:
         torch._dynamo.config.recompile_limit = 64
         for layer in model.layers:
@@ -98,9 +110,7 @@ def train(
     try:
         with bar, stops_between_steps() as asked:
             while not asked.is_set():
-                done = (
-                    step / recipe.steps if budget_minutes is None else seconds / 60 / budget_minutes
-                )
+                done = plan.done(step, seconds)
                 if done >= 1:
                     break
                 begin = time.monotonic()
@@ -125,17 +135,28 @@ def train(
                 bar.set_postfix(loss=f"{losses['loss']:.3f}", tokens=f"{tokens / 1e6:.2f}M")
                 bar.update()
                 if time.monotonic() - saved > 60 * save_minutes:
-                    save_state(folder, model, optimisers, course, bias, step, tokens, seconds)
+                    save()
                     saved = time.monotonic()
                 if on_step is not None:
                     on_step(step, model)
     finally:
         log.close()
-    save_state(folder, model, optimisers, course, bias, step, tokens, seconds)
+    save()
     if asked.is_set():
         raise KeyboardInterrupt(f"the state after step {step} is kept in {folder}")
     model.backend = "auto"
     return model.eval()
+
+
+def check_same_tokens(tokenizer: Tokenizer, material: Material) -> None:
+    ours = material.tokenizer
+    sizes = tokenizer.vocab_size, ours.vocab_size
+    other = (i for i in range(min(sizes)) if tokenizer.token_bytes(i) != ours.token_bytes(i))
+    if (idx := next(other, None if len({*sizes}) == 1 else min(sizes))) is not None:
+        raise ValueError(
+            f"the teacher reads other tokens than {material.folder} is encoded with, from id {idx} "
+            f"on: give a teacher with the tokenizer of {ours.file}"
+        )
 
 
 def backend_of(device: torch.device) -> str:
@@ -168,26 +189,63 @@ def stops_between_steps() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is: so many steps or, if given, minutes of all its parts together."""
+
+    steps: int
+    minutes: float | None = None
+
+    def done(self, step: int, seconds: float) -> float:
+        """Return the share of the run that is over."""
+        return step / self.steps if self.minutes is None else seconds / 60 / self.minutes
+
+
 class Course:
     """Which stage a run is in: each ends with its share of the time, or with its goal."""
 
     def __init__(self, stages: Sequence[Stage]):
         self.stages = stages
         self.index = 0
+        self.steps = 0
+        self.reached: dict[int, int] = {}  # stages that ended with their goal: after which step
         self.recent: list[float] = []  # shares of right guesses that the goal is about
         self.end = self._end(0.0)
 
     def stage(self, done: float) -> Stage:
         """Return the stage to be in when the share `done` of the run is over."""
-        while self.index + 1 < len(self.stages) and (done >= self.end or self._is_reached()):
+        while self.index + 1 < len(self.stages):
+            if self._is_reached():
+                self.reached[self.index] = self.steps
+            elif done < self.end:
+                break
             self.index, self.recent = self.index + 1, []
             self.end = self._end(done)
         return self.stages[self.index]
 
     def note(self, found: dict[str, float]) -> None:
         """Take in what a step's lessons found."""
+        self.steps += 1
         if (goal := self.stages[self.index].goal) is not None:
             self.recent = [*self.recent[-9:], found[goal[0] + "_right"]]
+
+    def replan(self, plan: Plan, seconds: float) -> None:
+        """Be where a run of this plan would be after as many steps, in as many seconds.
+
+        A goal counts as reached after the step that reached it, if its stage would be taught then.
+        """
+        new = Course(self.stages)
+        for step in range(self.steps):
+            done = plan.done(step, seconds * step / self.steps)
+            new.stage(done)
+            if self.reached.get(new.index) == step:
+                new.recent = [math.inf] * 10
+                new.stage(done)
+            new.steps = step + 1
+        if new.index == self.index:
+            new.recent = self.recent
+        new.reached = self.reached | new.reached
+        self.load_state_dict(new.state_dict())
 
     def _end(self, done: float) -> float:
         left = sum(stage.share for stage in self.stages[self.index :])
@@ -198,10 +256,12 @@ class Course:
         return goal is not None and len(self.recent) == 10 and sum(self.recent) >= 10 * goal[1]
 
     def state_dict(self) -> dict[str, object]:
-        return {"index": self.index, "recent": self.recent, "end": self.end}
+        names = ("index", "recent", "end", "steps", "reached")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
         self.index, self.recent, self.end = state["index"], state["recent"], state["end"]
+        self.steps, self.reached = state["steps"], state.get("reached", {})
 
 
 def columns(recipe: Recipe) -> list[str]:
@@ -217,25 +277,37 @@ def save_state(
     optimisers,
     course: Course,
     bias: Bias,
-    step: int,
-    tokens: int,
-    seconds: float,
+    recipe: Recipe,
+    plan: Plan,
+    ran: dict[str, float],
 ) -> None:
     state = {
         "model": model.state_dict(),
         "optimisers": [optimiser.state_dict() for optimiser in optimisers],
         "course": course.state_dict(),
         "bias": bias.value,
-        "step": step,
-        "tokens": tokens,
-        "seconds": seconds,
+        "recipe": settings(recipe),
+        "plan": dataclasses.astuple(plan),
+        **ran,
     }
     torch.save(state, folder / (CHECKPOINT + ".tmp"))
     os.replace(folder / (CHECKPOINT + ".tmp"), folder / CHECKPOINT)
 
 
+def settings(recipe: Recipe) -> dict[str, str]:
+    """Return what must stay as it is when a run goes on."""
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    return {name: repr(value) for name, value in values.items() if name not in ("steps", "minutes")}
+
+
 def restore(
-    folder: Path, model: Llama4, optimisers, course: Course, bias: Bias
+    folder: Path,
+    model: Llama4,
+    optimisers,
+    course: Course,
+    bias: Bias,
+    recipe: Recipe,
+    plan: Plan,
 ) -> tuple[int, int, float]:
     """Load the state of an earlier run, if there is one; return its step, tokens and seconds."""
     path = folder / CHECKPOINT
@@ -247,6 +319,11 @@ def restore(
         raise  # the file may be whole
     except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged: remove it to start again") from error
+    parts = {"model", "optimisers", "course", "step", "tokens", "seconds"}
+    if not isinstance(state, dict) or not parts <= state.keys():
+        raise ValueError(
+            f"{path} is no state of a training run; choose another folder or remove it"
+        )
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -254,22 +331,36 @@ def restore(
             f"{path} holds a model of other sizes than this recipe; "
             "choose another folder or remove it"
         ) from error
+    # States of before have neither a recipe nor a plan, and no bias.
+    now = settings(recipe)
+    before = state.get("recipe", now)
+    if changed := [name for name in now if before.get(name, now[name]) != now[name]]:
+        raise ValueError(
+            f"{path} was trained by a recipe with other settings ({', '.join(changed)}); "
+            "choose another folder or remove it"
+        )
     for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
         optimiser.load_state_dict(saved)
-    course.load_state_dict(state["course"])
-    bias.value = state.get("bias", bias.value)  # none in states of before
+    course.load_state_dict({"steps": state["step"]} | state["course"])
+    if state.get("plan", dataclasses.astuple(plan)) != dataclasses.astuple(plan):
+        course.replan(plan, state["seconds"])
+    bias.value = state.get("bias", bias.value)
     return state["step"], state["tokens"], state["seconds"]
 
 
 class Log:
-    """Appends one row a step to a CSV file, after the first `step` rows of an earlier run.
+    """Appends one row a step to a CSV file, after those of an earlier run up to `step`.
 
     With `tensorboard`, each column is also written as a curve to events in the same folder.
     """
 
     def __init__(self, path: Path, step: int, columns: Sequence[str], *, tensorboard: bool = False):
-        kept = path.read_text().splitlines(keepends=True)[: step + 1] if path.exists() else []
-        path.write_text("".join(kept))  # steps behind the restored state will be done again
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # Steps behind the restored state will be done again; a kill may have cut the last row.
+        steps = [line.split(",", 1)[0] if line.endswith("\n") else "" for line in lines]
+        rows = zip(lines[1:], steps[1:], strict=True)
+        kept = lines[:1] + [row for row, at in rows if at.isdecimal() and int(at) <= step]
+        path.write_text("".join(kept))
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, columns)
         if not kept:

@@ -19,6 +19,10 @@ class Mixture:
         self.folder = Path(folder)
         self.domains = list(weights)
         total = sum(weights.values())
+        if not total > 0 or min(weights.values()) < 0:
+            raise ValueError(
+                f"domains {weights} are no shares: give numbers from 0 up, and one above 0"
+            )
         self.shares = np.array([weights[name] / total for name in self.domains])
         self.tokens = {}
         for name in self.domains:

@@ -241,10 +241,19 @@ def another(
 def sequence(
     rng: np.random.Generator, frames: int = 3, objects: int = 1, world: World = WORLD
 ) -> tuple[Scene, ...]:
-    """Two or three frames in which every object goes its own way, one place a frame, or stays."""
+    """Two or three frames in which every object goes its own way, one place a frame, or stays.
+
+    Of four objects, ways that have no room together are drawn again.
+    """
     if frames not in (2, 3):
         raise ValueError(f"frames must be 2 or 3 to fit into three places; got {frames}")
-    ways = [pick(rng, tuple(DIRECTIONS.values())) for _ in range(objects)]
+    if not 0 <= objects <= 4:
+        raise ValueError(f"{objects} objects do not fit: a picture has 0 to 4")
+
+    def draw_ways() -> list[tuple[int, int]]:
+        return [pick(rng, tuple(DIRECTIONS.values())) for _ in range(objects)]
+
+    ways = draw_ways()
     while True:
         start = _scene(rng, objects, dataclasses.replace(world, places=PLACES))
         movers = [start.objects[i] for i in rng.permutation(objects)]  # not in reading order
@@ -253,6 +262,8 @@ def sequence(
         apart = all(len({thing.place for thing in things}) == objects for things in moments)
         if len(moments) == frames and apart:
             return tuple(dataclasses.replace(start, objects=_sorted(m)) for m in moments)
+        if objects == 4:  # three cross three frames side by side, a fourth may have no room
+            ways = draw_ways()
 
 
 def find(query: Query, scenes: tuple[Scene, ...]) -> tuple[tuple[int, int], ...]:

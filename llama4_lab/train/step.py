@@ -99,7 +99,8 @@ def read(
                 x = model.hidden(inputs, torch.cat(pixels) if pixels else None)
         finally:
             model.tap = NO_TAP
-        is_real = inputs != model.config.pad_token_id
+        pad = model.config.pad_token_id
+        is_real = torch.ones_like(inputs, dtype=torch.bool) if pad is None else inputs != pad
         routers.append([logits[is_real] for logits in tap.take()])
         sizes = [len(drawn[i].inputs) for i in together]
         hidden |= dict(zip(together, x.split(sizes), strict=True))
@@ -166,7 +167,9 @@ def make_optimisers(model: Llama4, recipe: Recipe) -> list[torch.optim.Optimizer
 
 def set_learning_rate(optimisers, recipe: Recipe, step: int, done: float) -> float:
     """Warm up, hold, cool down; `done` is the share of the run that is over."""
-    scale = min(1.0, (step + 1) / recipe.warmup, (1 - done) / recipe.cooldown)
+    warm = (step + 1) / recipe.warmup if recipe.warmup else 1.0
+    cool = (1 - done) / recipe.cooldown if recipe.cooldown else 1.0
+    scale = min(1.0, warm, cool)
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = group["peak_lr"] * scale
@@ -175,4 +178,6 @@ def set_learning_rate(optimisers, recipe: Recipe, step: int, done: float) -> flo
 
 def balance_weight(recipe: Recipe, done: float) -> float:
     """Return the weight of the balancing loss when the share `done` of the run is over."""
+    if not recipe.balance:
+        return 0.0
     return recipe.balance * (recipe.balance_end / recipe.balance) ** min(1.0, 2 * done)
