@@ -40,10 +40,10 @@ class Replay:
         >>> replay.edited([DropExpert(3, expert=7)]).effect.kl.max()        # doctest: +SKIP
 
     `prompt` is what ``model.prompt`` returns, a text, or token ids. `sources` are other runs, by
-    name, that edits take values from; "clean" is this one. A pass holds at most `max_tokens` tokens
-    of all runs together; `progress` shows a bar where many take long. Edited runs have their own
-    edits and no others: `trace` around them sees nothing, and inside `intervene` they are refused.
-    Whole runs, by `llama4_lab.edits.edited`, can be traced.
+    name, that edits take values from; "clean" is always this one. A pass holds at most
+    `max_tokens` tokens of all runs together; `progress` shows a bar where many take long. Edited
+    runs have their own edits and no others: `trace` around them sees nothing, and inside
+    `intervene` they are refused. Whole runs, by `llama4_lab.edits.edited`, can be traced.
 
     Raises:
         ValueError: a prompt of several rows, or with padding; a block of `intervene` around it.
@@ -62,7 +62,7 @@ class Replay:
         self.model = model
         self.inputs = inputs_of(model, prompt)
         self.ids: Int[Tensor, " t"] = self.inputs["input_ids"][0]
-        self.sources = {CLEAN: self.inputs, **(sources or {})}
+        self.sources = {**(sources or {}), CLEAN: self.inputs}
         self.max_tokens = max_tokens
         self.progress = progress
         rows, mask = len(self.inputs["input_ids"]), self.inputs.get("attention_mask")
@@ -331,10 +331,15 @@ class Edited:
 
     @torch.no_grad()
     def logits_of(self, which: slice) -> Float[Tensor, "n v"]:
-        """Return logits of some of the positions from `first` on; ``slice(-1, None)``: the last."""
+        """Return logits of some of the positions from `first` on; ``slice(-1, None)``: the last.
+
+        Raises:
+            ValueError: a slice with steps.
+        """
         model = self.replay.model
-        t = len(self.hidden)
-        begin, end, _ = which.indices(t)
+        begin, end, step = which.indices(len(self.hidden))
+        if step != 1:
+            raise ValueError(f"{which} has steps: give neighbours, and choose among their logits")
         with self.replay._reading_from(self.first + begin):
             return self.change_logits(model.lm_head(self.hidden[None, begin:end]))[0]
 

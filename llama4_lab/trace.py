@@ -193,12 +193,14 @@ def intervene(
     for pattern, change in changes.items():
         for name in meant[pattern]:
             by_name.setdefault(name, []).append(change)
-    outer, editor = model.tap, _Editor(model.tap, by_name, last)
+    owner, name = _place(model, last)
+    outer = getattr(owner, name)
+    editor = _Editor(outer, by_name)
     try:
-        model.tap = editor
+        setattr(owner, name, editor)
         yield
     finally:
-        model.tap = outer
+        setattr(owner, name, outer)
     for pattern, names in meant.items():
         if editor.is_complete and editor.made.isdisjoint(names):
             warnings.warn(
@@ -206,6 +208,14 @@ def intervene(
                 "computed it",
                 stacklevel=3,
             )
+
+
+def _place(model: Llama4, last: bool) -> tuple[Any, str]:
+    """Return whose attribute an editor takes: the model's, or that of the outermost tap."""
+    owner, name = model, "tap"
+    while last and isinstance(outer := getattr(owner, name), _Recorder | _Editor):
+        owner, name = outer, "outer"
+    return owner, name
 
 
 def _filtered(
@@ -317,10 +327,9 @@ class _Recorder(Tap):
 
 
 class _Editor(Tap):
-    def __init__(self, outer: Tap, changes: dict[str, list[Change]], last: bool):
+    def __init__(self, outer: Tap, changes: dict[str, list[Change]]):
         self.outer = outer
         self.changes = changes
-        self.last = last
         self.made: set[str] = set()
         self.is_complete = False  # whether a forward pass came to its end
 
@@ -328,17 +337,17 @@ class _Editor(Tap):
         return name in self.changes or self.outer.watches(name)
 
     def alters(self, name: str) -> bool:
-        return name in self.changes or self.outer.alters(name)
+        changes = (not getattr(each, "only_sees", False) for each in self.changes.get(name, ()))
+        return any(changes) or self.outer.alters(name)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         self.is_complete |= name == "final_norm"
-        value = self.outer(name, value) if self.last else value
         for change in self.changes.get(name, ()):
             # A copy, so that changing it in place spares what shares its memory: the value that was
             # kept under another name, or the keys before their rotation on NoPE layers.
             value = _checked(name, value, change(value.clone()))
             self.made.add(name)
-        return value if self.last else self.outer(name, value)
+        return self.outer(name, value)
 
 
 def _checked(name: str, value: Tensor, changed: object) -> Tensor:

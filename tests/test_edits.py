@@ -455,12 +455,16 @@ def test_rules_are_as_before_after_an_exception(model, prompt):
             E.Patch("layers.1.attn.pattern", "short"),
             r"shape \(1, 6, 29, 29\), and in source 'short' \(1, 6, 5, 5\)",
         ),
+        (E.Patch("embed", "batch"), r"the source 'batch' has 2 rows: give one row without padding"),
+        (E.AblateHead(0, 1, "mean", "padded"), r"the source 'padded' has 1 row with padding: give"),
         (E.AttentionTemperature(3, floor_scale=0), r"floor_scale counts tokens, so it must be 1"),
     ],
     ids=repr,
 )
 def test_an_impossible_edit_is_refused_with_what_is_possible(model, prompt, replay, edit, sentence):
-    sources = {"clean": prompt, "other": prompt, "short": torch.arange(5, 10)[None]}
+    short = torch.arange(5, 10)[None]
+    sources = {"clean": prompt, "other": prompt, "short": short, "batch": short.expand(2, -1)}
+    sources["padded"] = {"input_ids": short, "attention_mask": (short > 5).long()}
     with pytest.raises(ValueError, match=sentence):
         Replay(model, prompt, sources).edited([edit])
 
@@ -495,6 +499,15 @@ def test_an_expert_that_nobody_visits_has_no_mean(model, prompt):
 def test_too_few_experts_left_are_refused(replay):
     with pytest.raises(ValueError, match="4 of 5 experts dropped in layer 3 leave 1, and each"):
         replay.edited([E.DropExpert(3, e) for e in range(4)])
+    some = [E.DropExpert(3, e, tokens=(7, 8 + e)) for e in range(3)]
+    with pytest.raises(ValueError, match="4 of 5 experts dropped in layer 3 leave 1, and each"):
+        replay.edited([*some, E.DropExpert(3, 3)])
+
+
+def test_experts_dropped_for_different_tokens_are_counted_token_by_token(replay):
+    run = replay.edited([E.DropExpert(3, e, tokens=(7 + e,)) for e in range(5)])
+    chosen = run.router(3, "indices")
+    assert all(e not in chosen[7 + e] for e in range(5))
 
 
 def test_a_temperature_where_another_edit_rotates_is_refused(model, prompt):
@@ -514,6 +527,8 @@ def test_edits_that_contradict_themselves_are_refused():
         E.Route(0, 0, 0, "two")
     with pytest.raises(ValueError, match=r"RouterTemperature\(.*: the temperature must be above 0"):
         E.RouterTemperature(3, 0.0)
+    with pytest.raises(ValueError, match=r"RouterTemperature\(.*above 0, and finite"):
+        E.RouterTemperature(3, float("inf"))
     with pytest.raises(ValueError, match="a chunk of 0 tokens is impossible"):
         E.Chunk(0, 0)
 
@@ -589,6 +604,9 @@ for wish in (
     lambda: E.Chunk("1", 4),
     lambda: run(E.SkipLayer(1)),
     lambda: run(["SkipLayer"]),
+    lambda: E.SkipLayer(1, {}),
+    lambda: E.dumps(E.SkipLayer(1)),
+    lambda: E.dumps(["a"]),
     lambda: l4.generate(model, ids, 4, seed=1.5),
     lambda: l4.generate(model, ids, 4, stop=3),
     lambda: l4.generate(model, ids, 4, stop="e"),
@@ -619,6 +637,9 @@ SkipLayer: tokens=tensor([True]): give a whole number
 Chunk: layer='1': give a whole number
 SkipLayer(layer=1, tokens=None) stands alone: give a list of edits
 'SkipLayer' is no edit: they are SkipLayer, AblateHead
+SkipLayer: tokens={}: give a sequence of numbers
+SkipLayer(layer=1, tokens=None) stands alone: give a list of edits
+'a' is no edit: they are SkipLayer, AblateHead
 seed=1.5: give whole numbers
 stop=3: give the ids of the tokens that end a text, as (3, 4)
 stop='e': give the ids of the tokens that end a text, as (3, 4)
@@ -706,7 +727,20 @@ def test_a_skipped_layer_adds_nothing_whatever_its_experts_were_given_before(
     assert same(Replay(model, prompt, sources).edited(edits).logits, expected)
 
 
+@pytest.mark.parametrize("how", ["zero", "mean"])
+def test_a_score_that_is_set_behind_a_skip_does_not_bring_the_layer_back(
+    model, prompt, sources, how
+):
+    expected = in_full(model, prompt, sources, [E.SkipLayer(MOE)])
+    scores = f"layers.{MOE}.router.scores"
+    for again in (E.Patch(scores, "other"), E.Steer(scores, (1.0,) * CONFIG.num_experts_per_tok)):
+        edits = [E.AblateExpert(MOE, 1, how), E.SkipLayer(MOE), again]
+        assert torch.equal(in_full(model, prompt, sources, edits), expected)
+
+
 def test_experts_of_a_skipped_layer_are_not_opened(model):
+    before = [E.AblateExpert(MOE, 1), E.SkipLayer(MOE)]
+    assert f"layers.{MOE}.experts.out" not in E.changes_of(before, CONFIG)
     assert f"layers.{MOE}.experts.out" not in E.changes_of([E.SkipLayer(MOE)], CONFIG)
 
 
@@ -761,3 +795,27 @@ def test_a_bias_does_not_bring_back_a_skipped_layer(model, prompt, sources):
         torch.testing.assert_close(
             in_full(model, prompt, sources, edits), expected, atol=1e-5, rtol=0
         )
+
+
+def test_sources_read_inside_other_edits_do_not_depend_on_the_pass_before(model):
+    ids = torch.randint(4, 89, (1, 20), generator=torch.Generator().manual_seed(2))
+
+    def nested():
+        scaled = E.edited(model, [E.Scale("embed", 5.0, tokens=(3,))])
+        with scaled, E.edited(model, [E.AblateEmbedding((5,), "mean")], {"clean": ids}):
+            return model(ids)
+
+    expected, cache = nested(), model.new_cache()
+    for part in ids.split(15, dim=1):
+        model(part, cache=cache)
+    assert torch.equal(nested(), expected)
+
+
+def test_a_temperature_without_a_scale_changes_nothing_where_the_model_has_none():
+    untuned, ids = tiny(attn_temperature_tuning=False), torch.arange(5, 25)[None]
+    plain = untuned(ids)
+    for edit in (E.AttentionTemperature(3), E.AttentionTemperature(3, floor_scale=2)):
+        with E.edited(untuned, [edit]):
+            assert torch.equal(untuned(ids), plain)
+    with E.edited(untuned, [E.AttentionTemperature(3, 0.5, 2)]):
+        assert not torch.equal(untuned(ids), plain)

@@ -254,3 +254,26 @@ def test_parts_of_a_block_that_are_not_called_say_so(frozen):
     shared.down_proj.bias = torch.nn.Parameter(torch.ones(frozen.config.hidden_size))
     with pytest.raises(ValueError, match=r"shared_expert\.down_proj of a MoE block has a bias"):
         frozen(TOKENS)
+
+
+def test_a_trace_sees_the_last_change_and_last_blocks_nest(model, prompt):
+    name, seen = "layers.3.resid_mid", []
+
+    def change(factor):
+        return {name: lambda value: seen.append(factor) or factor * value}
+
+    with l4.trace(model, name) as plain:
+        model(**prompt)
+    with (
+        l4.intervene(model, change(3)),
+        l4.trace(model, name) as outside,
+        l4.intervene(model, change(5), last=True),
+        l4.intervene(model, change(7), last=True),
+        l4.intervene(model, change(2)),
+        l4.trace(model, name) as inside,
+    ):
+        model(**prompt)
+    assert seen == [2, 3, 5, 7]
+    for cache in (outside, inside):
+        torch.testing.assert_close(cache[name], 210 * plain[name])
+    assert model.tap is NO_TAP

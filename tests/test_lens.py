@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,15 @@ from llama4_lab.analysis.decomposition import (
     written,
 )
 from llama4_lab.analysis.lens import logit_lens
-from llama4_lab.edits import AblateAttention, Scale, SkipLayer, edited
+from llama4_lab.edits import (
+    AblateAttention,
+    AblateHead,
+    KnockOut,
+    RemoveTokens,
+    Scale,
+    SkipLayer,
+    edited,
+)
 from llama4_lab.prompt import Prompt, build_prompt
 
 TEXT = "What's the colour of the circle? The circle is red."
@@ -454,3 +463,22 @@ def test_a_batch_is_refused(model, tokenizer):
     for ask in (logit_lens, decompose_logit, lambda m, p: decompose_router(m, p, 1)):
         with pytest.raises(ValueError, match="this prompt has 2 rows: take one"):
             ask(model, batch)
+
+
+def test_the_weights_of_a_divided_model_are_not_taken_for_the_whole(model, prompt, monkeypatch):
+    monkeypatch.setattr(model, "ranks", SimpleNamespace(size=2))
+    for ask in (decompose_logit, lambda m, p: decompose_router(m, p, 1)):
+        with pytest.raises(ValueError, match="this rank holds one part of 2: load the model whole"):
+            ask(model, prompt)
+
+
+@pytest.mark.parametrize("edit", [RemoveTokens((2,)), KnockOut((4,), (2,)), AblateHead(3, 1)])
+def test_heads_whose_patterns_are_changed_are_not_split_by_sources(model, prompt, edit):
+    with edited(model, [edit]):
+        with pytest.raises(ValueError, match=r"attn\.\w+ is changed here, and sources=True makes"):
+            decompose_logit(model, prompt, sources=True)
+        if edit == AblateHead(3, 1):  # behind what the router of layer 1 reads
+            decompose_router(model, prompt, 1, sources=True)
+            with pytest.raises(ValueError, match=r"layers\.3\.attn\.z is changed here"):
+                decompose_router(model, prompt, 3, sources=True)
+        assert decompose_logit(model, prompt).residual < TOLERANCE

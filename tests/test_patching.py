@@ -51,6 +51,8 @@ def test_a_grid_equals_separate_patched_runs(model, prompts):
 def test_nothing_to_patch_is_refused(model, prompts):
     with pytest.raises(ValueError, match="no tokens were given: name one at least"):
         patch_positions(model, *prompts, METRIC, tokens=())
+    with pytest.raises(ValueError, match="no tokens were given: name one at least"):
+        patch_heads(model, *prompts, METRIC, tokens=())
 
 
 def test_what_differs_is_carried_by_its_own_token_first_and_the_last_one_at_the_end(model, prompts):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,3 +255,20 @@ def test_models_and_batches_without_anything_to_prune_or_predict_are_refused():
         pruning(tiny(), batches((1, 1)), found)
     with pytest.raises(ValueError, match="the survey was given no token"):
         survey(tiny(), iter([]))
+
+
+def test_the_weights_of_a_divided_model_are_not_taken_for_the_whole(monkeypatch):
+    model, given = tiny(), batches((1, 5))
+    found = survey(model, given)
+    monkeypatch.setattr(model, "ranks", SimpleNamespace(size=2))
+    sentence = "reads weights, of which this rank holds one part of 2: load the model whole on one"
+    with pytest.raises(ValueError, match=f"a survey of experts {sentence}"):
+        survey(model, given)
+    with pytest.raises(ValueError, match=f"merging experts {sentence}"):
+        pruning(model, given, found, how="merge")
+
+
+@pytest.mark.parametrize("keep", [0, -1, 6])
+def test_heirs_of_a_number_that_cannot_be_kept_are_refused(keep):
+    with pytest.raises(ValueError, match=f"keep={keep} experts: keep 1 to 5 of them"):
+        one_layer(LOAD, PAIRS).heirs(1, keep, "load")

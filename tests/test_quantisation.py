@@ -2,6 +2,7 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,3 +225,20 @@ def test_batches_without_a_next_token_are_refused():
         quantisation(tiny(), batches((2, 4), (3, 1)), "int8")
     with pytest.raises(ValueError, match="batches of shapes none"):
         quantisation(tiny(), [], "int8")
+
+
+def test_no_parts_are_none_of_them():
+    model = tiny()
+    before = state(model)
+    with rounded(model, 1, "ternary", ()):
+        assert changed(model, before) == set()
+
+
+def test_the_weights_of_a_divided_model_are_not_taken_for_the_whole(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(model, "ranks", SimpleNamespace(size=2))
+    sentence = "rounding reads weights, of which this rank holds one part of 2: load the model"
+    with pytest.raises(ValueError, match=sentence):
+        quantisation(model, batches((1, 5)), "int8")
+    with pytest.raises(ValueError, match=sentence), rounded(model, 1, "int8"):
+        pass

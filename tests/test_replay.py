@@ -351,3 +351,14 @@ def test_what_reads_an_edit_of_routing_is_an_operation_of_the_model(backend, pro
     ):
         seen = replay.edited([edit]).effect.evidence[f"layers.{layer}.{point}"]
         assert seen.used_by == (reader if backend == "loop" else "moe_block")
+
+
+def test_the_clean_source_is_always_the_replayed_run(model, prompt, replay):
+    edit = E.AblateHead(3, 1, "mean")
+    mine = Replay(model, prompt, {"clean": some_prompt(1)}).edited([edit]).logits
+    assert torch.equal(mine, replay.edited([edit]).logits)
+
+
+def test_logits_of_a_slice_with_steps_are_refused(replay):
+    with pytest.raises(ValueError, match=r"slice\(0, 10, 2\) has steps: give neighbours"):
+        replay.edited([E.SkipLayer(1)]).logits_of(slice(0, 10, 2))

@@ -35,7 +35,7 @@ from llama4_lab.analysis.saturation import Saturation, depth_saturation, saturat
 from llama4_lab.analysis.specialisation import Specialisation, by_modality, specialisation
 from llama4_lab.analysis.transitions import coactivation, following
 from llama4_lab.analysis.vocabulary import Vocabulary, vocabulary
-from llama4_lab.edits import DropExpert, TopK, edited
+from llama4_lab.edits import AblateExpert, DropExpert, TopK, edited
 from llama4_lab.prompt import Prompt, build_prompt
 
 E = 8
@@ -184,6 +184,11 @@ def test_the_streamed_balance_loss_is_the_loss_of_all_tokens(rng):
         ({"expert": np.full((2, 3, 1), -1)}, f"expert -1 is out of range: these counts have {E}"),
         ({"label": 3}, "label 3 is out of range: these counts have 3 labels (0 to 2)"),
         ({"expert": np.zeros((4, 3, 1), int)}, "choices of 4 layers were given to counts of 2"),
+        (
+            {"logits": np.zeros((2, 1, E))},
+            f"logits of shape (2, 1, {E}) were given with choices of",
+        ),
+        ({"logits": np.zeros((1, 3, E))}, f"choices of 3 tokens: give (2, 3, {E}), layers, tokens"),
     ],
 )
 def test_what_cannot_be_counted_is_explained_and_leaves_nothing(update, sentence):
@@ -668,6 +673,8 @@ def test_margins_follow_the_rules_of_a_layer_and_refuse_what_changes_its_router(
     with edited(routed, [TopK(3, 1)]):
         expected = routing_of(routed, prompt).margin
         np.testing.assert_allclose(margins(routed, prompt, "bf16").margin, expected, atol=1e-5)
+    with edited(routed, [AblateExpert(3, 1)]):  # looks at the choice, and leaves it
+        margins(routed, prompt, "bf16")
     with (
         edited(routed, [DropExpert(3, 1)]),
         pytest.raises(ValueError, match=r"layers\.3\.router\.lo"),

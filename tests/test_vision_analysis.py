@@ -15,6 +15,7 @@ from tiny import CONFIG, VISION
 
 import llama4_lab as l4
 from llama4_lab import edits as E
+from llama4_lab.analysis import vision
 from llama4_lab.analysis.attention import keys_and_queries
 from llama4_lab.analysis.routing import routing_of
 from llama4_lab.analysis.vision import (
@@ -33,6 +34,7 @@ from llama4_lab.analysis.vision import (
 from llama4_lab.model.vision import pixel_shuffle
 from llama4_lab.prompt import Prompt, Tiling, build_prompt
 from llama4_lab.prompt.images import cut_tiles, image_tokens, place
+from llama4_lab.replay import Replay
 from llama4_lab.train.scenes import World, sample
 
 SIZES = [(24, 24), (48, 48), (1, 1), (7, 31), (50, 24), (49, 97), (10, 200), (121, 13), (600, 37)]
@@ -255,6 +257,8 @@ def test_attention_maps_are_cut_from_the_pattern(model, ask):
             np.testing.assert_allclose(said[i, :, :, *where], pattern[:, token, :2], atol=1e-6)
     assert (seen[0, ..., 0, :, :] == 0).all()  # the chunk of the text begins behind the first tile
     assert (seen[3] > 0).all()
+    with pytest.raises(ValueError, match=f"token {last + 1} is out of range: this prompt has"):
+        to_text(layers, patches, [0, last + 1])
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (32, 64), (96, 32), (128, 128)])
@@ -391,6 +395,35 @@ def test_effects_are_those_of_the_edited_model(model, ask, fill):
             wanted = [clean - masked_log_prob(model, prompt, answer, each, fill) for each in sets]
         np.testing.assert_allclose(found, wanted, atol=3e-5)
         assert max(abs(found)) > 1e-3
+
+
+def test_what_is_painted_goes_through_edits_of_pictures_and_embeddings(model, ask):
+    prompt, answer = ask(picture(24, 24)), [70, 11, 3]
+    every = patches_of(prompt).position.ravel().tolist()
+    sets = [every[:1], [], every[:5]]
+    for blind in (E.Scale("projector.out", 0.0), E.AblateEmbedding(every, "mean")):
+        found = masking_effects(model, prompt, answer, sets, fill=128, edits=[blind])
+        np.testing.assert_allclose(found, 0, atol=1e-6)
+    edits = [E.Scale("vision.out", 2.0), E.AblateHead(1, 0)]
+    found = masking_effects(model, prompt, answer, sets, fill=128, edits=edits)
+    with E.edited(model, edits):
+        clean = log_prob(model, prompt.input_ids, answer, prompt.pixel_values)
+        wanted = [clean - masked_log_prob(model, prompt, answer, each, 128) for each in sets]
+    np.testing.assert_allclose(found, wanted, atol=3e-5)
+    assert max(abs(found)) > 1e-3
+
+
+def test_effects_can_be_computed_without_a_bar(model, ask, monkeypatch):
+    asked = []
+
+    def replay(*given, progress, **options):
+        asked.append(progress)
+        return Replay(*given, progress=progress, **options)
+
+    monkeypatch.setattr(vision, "Replay", replay)
+    for progress in (True, False):
+        masking_effects(model, ask(picture(24, 24)), [70], [[]], progress=progress)
+    assert asked == [True, False]
 
 
 def test_only_the_patch_that_the_model_can_see_has_an_effect(model, ask):

@@ -69,12 +69,13 @@ class RoutingCounts:
         expert: Int[np.ndarray, "l n topk"],
         label: int | Int[np.ndarray, " n"] = 0,
         document: int | Int[np.ndarray, " n"] = 0,
-        logits: Float[np.ndarray, "l n e"] | None = None,
+        logits: Float[np.ndarray, "_ _ _"] | None = None,  # l n e
     ) -> None:
         """Count what n tokens chose, strongest expert first.
 
         Raises:
-            ValueError: layers, experts or labels that these counts do not have.
+            ValueError: layers, experts or labels that these counts do not have, or logits of
+                others than these tokens.
         """
         labels, folds, layers, experts = self.by_label.shape
         if len(expert) != layers:
@@ -83,6 +84,11 @@ class RoutingCounts:
         _check("label", label, labels)
         layer = np.arange(layers)[:, None, None]
         n = expert.shape[1]
+        if logits is not None and logits.shape != (layers, n, experts):
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} were given with choices of {n} tokens: "
+                f"give {(layers, n, experts)}, layers, tokens and experts"
+            )
         where = (np.broadcast_to(x, n)[:, None] for x in (label, np.asarray(document) % folds))
         add_counts(self.by_label, *where, layer, expert)
         add_counts(self.together, layer[..., None], expert[..., :, None], expert[..., None, :])

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama4_lab.analysis.lens import position_in, run
+from llama4_lab.analysis.quantisation import require_whole
 from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
 from llama4_lab.model.text import RMSNorm
@@ -119,15 +120,19 @@ def decompose_logit(
     Args:
         position: of the token that the logits follow; -1 is the last one.
         target: a token id; None is the likeliest.
-        versus: a token id whose logit is subtracted, or the likeliest other one.
+        versus: a token id whose logit is subtracted, or "runner_up": the likeliest token that is
+            neither `target` nor the likeliest of all.
         sources: split each layer's heads by the positions they read instead of by head. The rows of
-            the pattern come from `attn.rot_q` and `attn.rot_k`; a pattern that `intervene` changes
-            afterwards shows up in the residual.
+            the pattern come from `attn.rot_q` and `attn.rot_k`, so nothing behind them may be
+            changed.
         kept: of `written`, in place of a pass; not with `sources`.
 
     Raises:
-        ValueError: a prompt of several rows; a position or token out of range.
+        ValueError: a prompt of several rows; a position or token out of range; with `sources`, a
+            call inside a block that changes scores, patterns or what heads gather; a model that is
+            divided among ranks.
     """
+    require_whole(model, "decomposing a logit")
     t = position_in(prompt, position)
     halves = 2 * model.config.num_hidden_layers
     stream = f"layers.{halves // 2 - 1}.resid_post"
@@ -165,13 +170,15 @@ def decompose_router(
         layer: a MoE layer.
         position: of the token that is routed; -1 is the last one.
         expert: None is the strongest chosen one.
-        versus: an expert whose logit is subtracted, or the best other one that was not chosen.
+        versus: an expert whose logit is subtracted, or "runner_up": the best one that was not
+            chosen and is not `expert`.
         sources, kept: as in `decompose_logit`.
 
     Raises:
         ValueError: a prompt of several rows; a layer without experts; a position or expert out of
-            range; no runner-up, because all experts are chosen.
+            range; no runner-up, because all experts are chosen; otherwise as `decompose_logit`.
     """
+    require_whole(model, "decomposing a router's logit")
     t = position_in(prompt, position)
     moe = model.config.routed_layers
     if layer not in moe:
@@ -239,6 +246,8 @@ def _run(
     model: Llama4, prompt: Prompt, halves: int, sources: bool, names: Iterable[str]
 ) -> dict[str, Tensor]:
     """Run the prompt and keep the named values, and what the first halves wrote."""
+    if sources:
+        _refuse_changed_patterns(model, (halves + 1) // 2)
     written = [
         f"layers.{half // 2}.{name}"
         for half in range(halves)
@@ -247,6 +256,16 @@ def _run(
     outs = (f"layers.{half // 2}.attn.out" for half in range(0, halves, 2))
     written += [name for name in outs if model.tap.alters(name)]
     return run(model, prompt, ["embed", *written, *names])
+
+
+def _refuse_changed_patterns(model: Llama4, layers: int) -> None:
+    for layer in range(layers):
+        for part in ("scores", "pattern", "z"):
+            if model.tap.alters(name := f"layers.{layer}.attn.{part}"):
+                raise ValueError(
+                    f"{name} is changed here, and sources=True makes patterns of queries and keys "
+                    "alone: leave that block, or split by heads"
+                )
 
 
 def _writers(model: Llama4, half: int, sources: bool) -> list[str]:

@@ -64,9 +64,10 @@ def patch_positions(
     are all positions unless given. The prompts must be equally long, token for token.
 
     Raises:
-        ValueError: prompts of different lengths, or equally good answers: nothing to restore.
+        ValueError: prompts of different lengths, no tokens, or equally good answers: nothing to
+            restore.
     """
-    clean_run, replay = _runs(model, clean, corrupted)
+    clean_run, replay = _runs(model, clean, corrupted, tokens)
     columns = tuple(range(len(replay)) if tokens is None else tokens)
     layers = range(model.config.num_hidden_layers)
     runs: list[list[Edit]] = [
@@ -88,9 +89,9 @@ def patch_heads(
     """Patch what one head gathers (``attn.z``), at all positions or at `tokens`.
 
     Raises:
-        ValueError: prompts of different lengths, or equally good answers: nothing to restore.
+        ValueError: as `patch_positions`.
     """
-    clean_run, replay = _runs(model, clean, corrupted)
+    clean_run, replay = _runs(model, clean, corrupted, tokens)
     heads = tuple(range(model.config.num_attention_heads))
     layers = range(model.config.num_hidden_layers)
     runs: list[list[Edit]] = [
@@ -101,7 +102,11 @@ def patch_heads(
     return _patch(clean_run, replay, runs, heads, metric)
 
 
-def _runs(model: Llama4, clean: Any, corrupted: Any) -> tuple[Replay, Replay]:
+def _runs(
+    model: Llama4, clean: Any, corrupted: Any, tokens: Sequence[int] | None
+) -> tuple[Replay, Replay]:
+    if tokens is not None and not len(tokens):
+        raise ValueError("no tokens were given: name one at least, or None for all")
     clean_run, replay = Replay(model, clean), Replay(model, corrupted, {"patch": clean})
     if len(clean_run) != len(replay):
         raise ValueError(
@@ -119,8 +124,6 @@ def _patch(
     columns: tuple[int, ...],
     metric: Metric,
 ) -> Patching:
-    if not runs:
-        raise ValueError("no tokens were given: name one at least, or None for all")
     ends = [float(metric(run.logits[-1])) for run in (clean, replay)]
     if ends[0] == ends[1]:
         raise ValueError(

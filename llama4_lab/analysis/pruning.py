@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama4_lab import experts
-from llama4_lab.analysis.quantisation import Ids, count_predicted, swapped
+from llama4_lab.analysis.quantisation import Ids, count_predicted, require_whole, swapped
 from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.checkpoint.quantised import require_plain
 from llama4_lab.edits import DropExpert, edited
@@ -62,9 +62,12 @@ class Survey:
         """Return who each expert is merged into: who is kept, into itself; else the most similar.
 
         Raises:
-            ValueError: as `order`.
+            ValueError: as `order`; a number of experts to keep that the layer cannot have.
         """
-        kept = self.order(layer, by)[-keep:]
+        order = self.order(layer, by)
+        if not 1 <= keep <= len(order):
+            raise ValueError(f"keep={keep} experts: keep 1 to {len(order)} of them")
+        kept = order[-keep:]
         heirs = kept[self.similarity[self._row(layer)][:, kept].argmax(axis=1)]
         heirs[kept] = kept
         return heirs
@@ -75,7 +78,7 @@ class Survey:
         Experts are merged by their load; those of a group that is never used count alike.
 
         Raises:
-            ValueError: as `order`.
+            ValueError: as `heirs`.
         """
         heirs, load = self.heirs(layer, keep, by), self.load[self._row(layer)]
         together = heirs[:, None] == heirs
@@ -111,8 +114,9 @@ def survey(model: Llama4, batches: Iterable[Ids]) -> Survey:
     batch runs through all experts: it takes their outputs, ``e n d`` floats, at a time.
 
     Raises:
-        ValueError: a model without MoE layers, or no batch.
+        ValueError: a model without MoE layers or divided among ranks, or no batch.
     """
+    require_whole(model, "a survey of experts")
     layers, e = moe_layers(model), model.config.num_local_experts
     load = np.zeros((len(layers), e), dtype=np.int64)
     product = np.zeros((len(layers), e, e))
@@ -182,7 +186,8 @@ def pruned(
 
     Raises:
         ValueError: an unknown `how` or `by`, a layer without experts, or a number of experts to
-            keep that the layer cannot have.
+            keep that the layer cannot have; to merge, a model whose weights are packed or divided
+            among ranks.
     """
     _check_choice("how", how, HOW)
     e, topk = model.config.num_local_experts, model.config.num_experts_per_tok
@@ -196,6 +201,7 @@ def pruned(
         with edited(model, [DropExpert(i, expert) for i in layers for expert in gone[i]]):
             yield
         return
+    require_whole(model, "merging experts")
     require_plain(model, "merging experts")
     weights = {}
     for i in layers:

@@ -63,8 +63,10 @@ def quantisation(
     are those of `rounded`; `layers` are all that have them, unless given.
 
     Raises:
-        ValueError: an unknown kind, a part that a layer does not have, or nothing to predict.
+        ValueError: an unknown kind, a part that a layer does not have, nothing to predict, or a
+            model whose weights are packed or divided among ranks.
     """
+    require_whole(model, "rounding")
     config = model.config
     parts = None if parts is None else tuple(parts)
     every = range(config.num_hidden_layers)
@@ -105,13 +107,14 @@ def rounded(
 
     Raises:
         ValueError: a layer out of range, an unknown kind, a part that the layer does not have, or
-            a model whose weights are packed.
+            a model whose weights are packed or divided among ranks.
     """
+    require_whole(model, "rounding")
     require_plain(model, "rounding")
     parts = None if parts is None else tuple(parts)
     _check_layers(model.config, (layer,), parts)
     of_layer = PARTS[model.config.is_moe(layer)]
-    prefixes = tuple(of_layer[part] for part in parts or of_layer)
+    prefixes = tuple(of_layer[part] for part in (of_layer if parts is None else parts))
     block = model.layers[layer]
     with swapped(
         {
@@ -164,6 +167,19 @@ def round_weight(weight: Float[Tensor, "*rows d"], kind: str) -> Float[Tensor, "
     groups = F.pad(w, (0, -width % group)).unflatten(-1, (-1, group))
     whole = margins.rounded(groups.flatten(0, -2), kind).view_as(groups).flatten(-2)
     return whole[..., :width].to(weight.dtype)
+
+
+def require_whole(model: Llama4, what: str) -> None:
+    """Refuse to read weights of which other processes hold parts.
+
+    Raises:
+        ValueError: the model is divided among ranks.
+    """
+    if (size := model.ranks.size) > 1:
+        raise ValueError(
+            f"{what} reads weights, of which this rank holds one part of {size}: load the model "
+            "whole on one device"
+        )
 
 
 def count_predicted(batches: Sequence[Ids]) -> int:

@@ -14,10 +14,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from llama4_lab.analysis.attention import KeysAndQueries, rows
 from llama4_lab.analysis.routing import Routing
-from llama4_lab.edits import AblateEmbedding, Edit, Patch
+from llama4_lab.edits import AblateEmbedding, Edit, Patch, edited
+from llama4_lab.edits.base import CLEAN
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Layout, Prompt, Tiling
 from llama4_lab.replay import Replay
@@ -192,8 +194,18 @@ def to_text(
     """Map how much of each image token's attention (shares in [0, 1]) the asked tokens get.
 
     Only tokens before the picture, and on RoPE layers in the same chunk, are seen from it.
+
+    Raises:
+        ValueError: a token that the prompt does not have.
     """
-    shares = _rows(layers, patches.position.ravel().tolist())[..., list(tokens)]
+    shares = _rows(layers, patches.position.ravel().tolist())
+    count = shares.shape[-1]
+    for token in tokens:
+        if not -count <= token < count:
+            raise ValueError(
+                f"token {token} is out of range: this prompt has {count} tokens (0 to {count - 1})"
+            )
+    shares = shares[..., list(tokens)]
     return np.moveaxis(shares, -1, 2).reshape(*shares.shape[:2], -1, *patches.position.shape)
 
 
@@ -238,11 +250,13 @@ def masking_effects(
     fill: str | int = "mean",
     edits: Sequence[Edit] = (),
     max_tokens: int = 2048,
+    progress: bool = True,
 ) -> Float[np.ndarray, " sets"]:
     """Return what masking each set of image tokens costs the answer: nats of log-probability.
 
     Positive if the tokens speak for the answer, which is given as ids that follow the prompt. The
-    masked runs are replays, which begin at the first masked token.
+    masked runs are replays, which begin at the first masked token; under edits of pictures or of
+    `embed`, painted ones are whole runs.
 
     Args:
         fill: ``"mean"`` puts the mean image token of the prompt in the tokens' place, ``"zero"``
@@ -250,7 +264,7 @@ def masking_effects(
             level, 0 to 255, paints over the tokens' pixels and takes them away from all; the
             vision encoder runs again for each set.
         edits: the model as it is to be asked, masked or not.
-        max_tokens: of all runs that share a pass, as for `Replay`.
+        max_tokens, progress: as for `Replay`.
 
     Raises:
         ValueError: an empty answer, an unknown fill, tokens that show no picture, or edits that
@@ -281,14 +295,26 @@ def masking_effects(
             in_reach = is_image & torch.isin(tile, tile[list(some)])  # tiles do not see each other
             mask = Patch("embed", name, tuple(np.flatnonzero(in_reach).tolist()))
         runs.append([*edits, mask] if len(some) else [*edits])
+
+    def log_prob(logits: Float[Tensor, "n v"]) -> float:
+        return logits.float().log_softmax(dim=-1).gather(-1, said[:, None]).sum().item()
+
     log_probs = np.zeros(len(runs))
-    for i, run in Replay(model, asked, painted, max_tokens=max_tokens).stream(runs):
+    replay = Replay(model, asked, painted, max_tokens=max_tokens, progress=progress)
+    if painted and any(edit.touches(model.config).layer < 0 for edit in edits):
+        # A patch of `embed` would put what is painted in place of what these edits do.
+        log_probs[:] = log_prob(replay.edited(edits).logits[-len(said) :])
+        with edited(model, edits, {CLEAN: asked}):
+            for i in tqdm(range(len(sets)), desc="painted runs", delay=2, disable=not progress):
+                if len(sets[i]):
+                    log_probs[i + 1] = log_prob(model(**painted[f"painted {i}"])[0, -len(said) :])
+        return log_probs[0] - log_probs[1:]
+    for i, run in replay.stream(runs):
         begins_before = len(run.hidden) >= len(said)
         logits = (
             run.logits_of(slice(-len(said), None)) if begins_before else run.logits[-len(said) :]
         )
-        log_prob = logits.float().log_softmax(dim=-1)
-        log_probs[i] = log_prob.gather(-1, said[:, None]).sum().item()
+        log_probs[i] = log_prob(logits)
     return log_probs[0] - log_probs[1:]
 
 

@@ -19,7 +19,19 @@ import torch
 from torch import Tensor
 
 from llama4_lab.config import Llama4Config
-from llama4_lab.edits.base import IDS, Again, Change, Edit, Run, Touch, Values, in_order, layer_of
+from llama4_lab.edits.base import (
+    IDS,
+    Again,
+    Change,
+    Edit,
+    Gate,
+    Run,
+    See,
+    Touch,
+    Values,
+    in_order,
+    layer_of,
+)
 from llama4_lab.edits.experts import (
     AblateExpert,
     DropExpert,
@@ -129,11 +141,8 @@ def check(edits: Sequence[Edit], config: Llama4Config, length: int | None = None
         TypeError: something that is no edit.
         ValueError: what was given and what is there.
     """
-    if isinstance(edits, Edit):
-        raise TypeError(f"{edits!r:.80} stands alone: give a list of edits, [{edits!r:.80}]")
-    if strange := [each for each in edits if not isinstance(each, Edit)]:
-        raise TypeError(f"{strange[0]!r:.80} is no edit: they are {', '.join(KINDS)}")
-    dropped: dict[int, set[int]] = {}
+    _check_kinds(edits)
+    dropped: dict[int, list[DropExpert]] = {}
     topk = {edit.layer: edit.k for edit in edits if isinstance(edit, TopK)}
     rotates = {edit.layer: edit.on for edit in edits if isinstance(edit, Rope)}
     for edit in edits:
@@ -141,14 +150,27 @@ def check(edits: Sequence[Edit], config: Llama4Config, length: int | None = None
         if isinstance(edit, AttentionTemperature) and rotates.get(edit.layer):
             raise ValueError(f"{edit}: beside {Rope(edit.layer, True)} there is no temperature")
         if isinstance(edit, DropExpert):
-            dropped.setdefault(edit.layer, set()).add(edit.expert)
-    for layer, gone in dropped.items():
+            dropped.setdefault(edit.layer, []).append(edit)
+    for layer, drops in dropped.items():
+        always = {drop.expert for drop in drops if drop.tokens is None}
+        at: dict[int, set[int]] = {}
+        for drop in drops:
+            for token in drop.tokens or ():
+                at.setdefault(token, {*always}).add(drop.expert)
+        gone = max([always, *at.values()], key=len)
         left = config.num_local_experts - len(gone)
         if left < (k := topk.get(layer, config.num_experts_per_tok)):
             raise ValueError(
                 f"{len(gone)} of {config.num_local_experts} experts dropped in layer {layer} leave "
                 f"{left}, and each token chooses {k}; drop fewer"
             )
+
+
+def _check_kinds(edits: Sequence[Edit]) -> None:
+    if isinstance(edits, Edit):
+        raise TypeError(f"{edits!r:.80} stands alone: give a list of edits, [{edits!r:.80}]")
+    if strange := [each for each in edits if not isinstance(each, Edit)]:
+        raise TypeError(f"{strange[0]!r:.80} is no edit: they are {', '.join(KINDS)}")
 
 
 def changes_of(edits: Sequence[Edit], config: Llama4Config) -> dict[str, list[Change]]:
@@ -160,7 +182,10 @@ def changes_of(edits: Sequence[Edit], config: Llama4Config) -> dict[str, list[Ch
     for layer in {edit.layer for edit in edits if isinstance(edit, SkipLayer)}:
         inside = [f"layers.{layer}.{name}" for name in INSIDE]
         along = [change for point in inside for change in found.get(point, [])]
-        if all(isinstance(change, Again) for change in along):
+        scores = found.get(f"layers.{layer}.router.scores", [])
+        skips = [isinstance(each, Again) for each in scores if not isinstance(each, Gate | See)]
+        is_last = skips == sorted(skips)  # nothing gives a score back behind the skip
+        if is_last and all(isinstance(change, Again) for change in along):
             found.pop(inside[-1], None)  # the experts need not be opened for it
     return {point: in_order(along) for point, along in found.items()}
 
@@ -168,15 +193,24 @@ def changes_of(edits: Sequence[Edit], config: Llama4Config) -> dict[str, list[Ch
 def bound(changes: Mapping[str, list[Change]], run: Run) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return one function of a value for each point."""
 
-    def one_after_the_other(along: list[Change]) -> Callable[[Tensor], Tensor]:
-        def change(value: Tensor) -> Tensor:
-            for each in along:
-                value = each(value, run)
-            return value
+    return {point: _Bound(along, run) for point, along in changes.items()}
 
-        return change
 
-    return {point: one_after_the_other(along) for point, along in changes.items()}
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """Changes one after the other, in the run that they belong to."""
+
+    along: Sequence[Change]
+    run: Run
+
+    def __call__(self, value: Tensor) -> Tensor:
+        for each in self.along:
+            value = each(value, self.run)
+        return value
+
+    @property
+    def only_sees(self) -> bool:
+        return all(isinstance(each, See) for each in self.along)
 
 
 @contextmanager
@@ -200,7 +234,8 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
 
     Raises:
         KeyError: a source that was not given.
-        ValueError: a source without a picture that was to give values of one.
+        ValueError: a source of several rows or with padding, or one without a picture that was to
+            give values of one.
     """
     wanted: dict[str, set[str]] = {}
     for edit in edits:
@@ -215,9 +250,17 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
                 f"pass sources={{{source!r}: prompt}}"
             )
         inputs = inputs_of(model, sources[source])
+        rows, mask = len(inputs["input_ids"]), inputs.get("attention_mask")
+        if rows != 1 or (mask is not None and not mask.all()):
+            raise ValueError(
+                f"the source {source!r} has {rows} row{'s' * (rows != 1)}"
+                + (" with padding" if mask is not None and not mask.all() else "")
+                + ": give one row without padding"
+            )
         values[source, IDS] = inputs["input_ids"]
         with unobserved(model), trace(model, names & points(model.config).keys()) as cache:
             if all(layer_of(model.config, name) < 0 for name in names - {IDS}):
+                model.first_slot = 0  # changes around this count from it
                 model.tap("embed", model.embed(inputs["input_ids"], inputs.get("pixel_values")))
             else:
                 model(**inputs)
@@ -234,8 +277,10 @@ def dumps(edits: Sequence[Edit]) -> str:
     '[{"edit": "Route", "layer": 3, "token": 7, "expert": 2, "gate": "own"}]'
 
     Raises:
+        TypeError: something that is no list of edits.
         ValueError: an edit holds a number that is not finite.
     """
+    _check_kinds(edits)
     values = [{"edit": type(edit).__name__} | dataclasses.asdict(edit) for edit in edits]
     try:
         return json.dumps(values, allow_nan=False)

@@ -85,7 +85,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Again:
-    """A change inside experts that is nothing new unless another one is made there, too."""
+    """A change of scores or inside experts that is new only if others are made there, too."""
 
     change: Change
 
@@ -265,7 +265,7 @@ def _plain(kind: Any, given: Any) -> Any:
     """
     if get_origin(kind) is Sequence:
         given = getattr(given, "tolist", lambda: given)()
-        if isinstance(given, str) or not hasattr(given, "__iter__"):
+        if isinstance(given, str | Mapping) or not hasattr(given, "__iter__"):
             raise TypeError("give a sequence of numbers")
         (inner,) = get_args(kind)
         return tuple(_plain(inner, each) for each in given)

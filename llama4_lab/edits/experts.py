@@ -1,5 +1,6 @@
 """Edits of routers and routed experts."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -187,8 +188,8 @@ class RouterTemperature(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"{self}: the temperature must be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"{self}: the temperature must be above 0, and finite")
 
     def changes(self, config: Llama4Config) -> dict[str, Change]:
         def divide(value: Tensor, run: Run) -> Tensor:

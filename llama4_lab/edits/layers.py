@@ -27,7 +27,7 @@ class SkipLayer(Edit):
         changes: dict[str, Change] = {"attn.out": nothing}
         if config.is_moe(self.layer):
             # A routed expert with a score of zero reads zeros and writes exactly zeros.
-            changes |= {"router.scores": nothing, "shared.out": nothing}
+            changes |= {"router.scores": Again(nothing), "shared.out": nothing}
             changes |= {"experts.out": Again(nothing)}
         else:
             changes |= {"mlp.out": nothing}
@@ -153,7 +153,9 @@ class Chunk(Edit):
 class AttentionTemperature(Edit):
     """Change a NoPE layer's temperature ``1 + scale * log(1 + floor((position + 1) / floor))``.
 
-    A scale of 0 switches it off; None keeps the model's value.
+    A scale of 0 switches it off; None keeps the model's value, which is 0 where the model has no
+    temperature. The edit multiplies by this and divides by the model's own temperature, so that
+    several of one layer do not replace each other but multiply.
     """
 
     layer: int
@@ -170,7 +172,8 @@ class AttentionTemperature(Edit):
             raise ValueError(f"{self}: layer {self.layer} is a RoPE layer; NoPE layers are {fit}")
 
     def changes(self, config: Llama4Config) -> dict[str, Change]:
-        scale = config.attn_scale if self.scale is None else self.scale
+        own = config.attn_scale if config.attn_temperature_tuning else 0.0
+        scale = own if self.scale is None else self.scale
         floor = config.floor_scale if self.floor_scale is None else self.floor_scale
         wanted = config.replace(attn_temperature_tuning=True, attn_scale=scale, floor_scale=floor)
 

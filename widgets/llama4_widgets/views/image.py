@@ -193,7 +193,9 @@ class ImageView(View):
             for start in range(0, len(sets), _SETS):
                 some = tuple(tuple(tokens) for tokens in sets[start : start + _SETS])
                 # The edits are arguments here, so nothing has to stand around the call.
-                parts.append(moment.clean(masking_effects, answer, some, edits=moment.edits))
+                parts.append(
+                    moment.clean(masking_effects, answer, some, edits=moment.edits, progress=False)
+                )
                 done += len(some)
                 yield f"masking patches: {done} of {count}"
             effects = np.concatenate(parts)
