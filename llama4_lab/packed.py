@@ -224,6 +224,8 @@ def linear(
         )
     if has_torch_function_unary(x):  # what watches torch's functions sees this as one of them
         return handle_torch_function(linear, (x,), x, w, bias)
+    if isinstance(w, Packed) and not torch.compiler.is_compiling() and _is_transformed():
+        return F.linear(x, w.unpack(x.dtype), bias)  # which has every derivative
     # Compilers see no derivatives; without them, autograd's part costs as much as a small product.
     is_plain = not torch.compiler.is_compiling() and not _wants_derivatives(x)
     out: Tensor = _product(x, w) if is_plain else _Product.apply(x, w)
@@ -258,11 +260,12 @@ _PLAIN = (Tensor, nn.Parameter)  # no subclass, which may hold anything
 
 
 def _wants_derivatives(*tensors: Tensor) -> bool:
-    return (
-        forward_ad._current_level >= 0
-        or peek_interpreter_stack() is not None
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+    return _is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def _is_transformed() -> bool:
+    """Whether derivatives are taken forward, or by torch.func."""
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
 
 
 def _is_slow_plain(x: Tensor, w: Tensor) -> bool:
@@ -329,7 +332,7 @@ def _product_of_codes(x: Tensor, w: Packed) -> Tensor | None:
     if not _is_compiled(w) or x.dtype not in _ROWS_OF_NUMBERS or x.numel() == 0:
         return None
     from llama4_lab import packed_kernels as kernels
-    from llama4_lab.compiled import array, beside, threads
+    from llama4_lab.compiled import beside, threads
 
     (outputs, width), groups = w.codes.shape, w.scales.shape[1]
     if w.group > kernels.LARGEST_GROUP or width // groups % kernels.BYTES[w.kind]:
@@ -346,12 +349,19 @@ def _product_of_codes(x: Tensor, w: Packed) -> Tensor | None:
     out = torch.empty(len(given), outputs, **_CPU)
     products = outputs * (given.numel() + given.shape[1])  # codes are read, once for all
     step = -(-outputs // threads(products) // kernels.ROWS) * kernels.ROWS
-    arrays = *made, array(w.codes), array(w.scales), out.numpy()
+    arrays = *made, *_arrays(w), out.numpy()
     beside(
         partial(kernels.product, *arrays, start, min(start + step, outputs))
         for start in range(0, outputs, step)
     )
     return out.view(*x.shape[:-1], outputs).to(x.dtype)
+
+
+def _arrays(w: Packed) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes and scales as kernels read them: row after row."""
+    from llama4_lab.compiled import array
+
+    return array(w.codes.contiguous()), array(w.scales.contiguous())
 
 
 def _product_of_numbers(x: Tensor, w: Tensor) -> Tensor:
@@ -391,5 +401,5 @@ def _blocks(w: Tensor | Packed, dtype: torch.dtype) -> Iterator[Tensor]:
     space = torch.empty(parts[0].shape, dtype=dtype, device="cpu")
     for part in parts:
         block = space[: len(part)]
-        unpack(array(part.codes), array(part.scales), array(block))
+        unpack(*_arrays(part), array(block))
         yield block

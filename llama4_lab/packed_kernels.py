@@ -43,6 +43,8 @@ BYTES = {"int8": _HALVES, "int4": 2 * _HALVES}
 """Bytes of codes that are read at a time; a group has to be whole ones."""
 LARGEST_GROUP = 4096
 """Sums of a group this large stay below 2**31 in each lane."""
+SMALLEST, LARGEST = 1e-25, 1e30
+"""Of a group, what its largest may be: beyond, factors of products leave float32."""
 _MOST = 4 if LANES == 16 else 2  # rows of inputs whose sums fit into the registers
 _AT_ONCE = 32  # rows of inputs: they stay in the second cache while all codes pass by
 _BYTE = ir.VectorType(ir.IntType(8), _HALVES)
@@ -172,7 +174,9 @@ _one, _two, _four = (in_llvm(_dots(count)) for count in (1, 2, 4))
 @no_type_check
 @compiled
 def whole_numbers(x, size, is_for_int4, numbers, steps, starts):
-    """Make whole numbers of inputs ``x [m, k]``; tell whether there are: all x have to be finite.
+    """Make whole numbers of inputs ``x [m, k]``; tell whether there are.
+
+    All x have to be finite, and each group's largest zero or between `SMALLEST` and `LARGEST`.
 
     ``numbers [n, k]`` have a row for each input, of 16 bits, or two, of which the second holds 15
     further bits; the product with an input is the sum of those with its rows. Groups of `size` have
@@ -193,6 +197,8 @@ def whole_numbers(x, size, is_for_int4, numbers, steps, starts):
             if largest >= 0x7F800000:  # infinite, or no number
                 return False
             top = np.float64(np.int32(largest).view(np.float32))
+            if top > LARGEST or 0 < top < SMALLEST:
+                return False
             each = most / top if top > 0 else 0.0
             for i in range(size):
                 whole[i] = np.int32(np.rint(x[t, begin + i] * each))

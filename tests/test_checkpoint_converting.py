@@ -173,6 +173,25 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(folder, tmp_path, mo
         assert (target / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def test_two_conversions_do_not_write_one_target(folder, tmp_path, monkeypatch):
+    pieces, said = HuggingFaceFolder.pieces, []
+
+    def slowly(*of):
+        if not said:
+            said.append("")
+            with pytest.raises(OSError) as caught:
+                convert(folder, tmp_path / "target")
+            said.append(str(caught.value))
+        return pieces(*of)
+
+    monkeypatch.setattr(HuggingFaceFolder, "pieces", slowly)
+    convert(folder, tmp_path / "target")
+    assert said[1:] == [
+        f"{tmp_path / 'target'} is being written by another conversion: wait for it, or stop it"
+    ]
+    convert(folder, tmp_path / "target")
+
+
 def test_files_of_another_kind_are_not_taken_over(folder, tmp_path, monkeypatch):
     target = tmp_path / "target"
     for kind in (None, "int8"):

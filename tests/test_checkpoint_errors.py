@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from small_tokenizer import small_tokenizer
 
-from llama4_lab.checkpoint import huggingface, load, meta, save, saving, shipped
+from llama4_lab.checkpoint import convert, huggingface, load, meta, save, saving, shipped
 
 INDEX = "model.safetensors.index.json"
 
@@ -522,6 +523,30 @@ def test_an_interruption_leaves_the_earlier_checkpoint_intact(model, tmp_path, m
     assert content(tmp_path) == before
 
 
+def test_what_others_wrote_meanwhile_stays_after_an_interruption(model, tmp_path, monkeypatch):
+    def interrupt(*_):
+        (tmp_path / "new" / "notes.txt").write_text("mine")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving, "_write_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, tmp_path / "new")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["notes.txt"]
+
+
+def test_two_saves_at_once_leave_each_other_alone(model, good, tmp_path, monkeypatch):
+    write, other = saving.save_file, load(good / "pictures")
+
+    def slowly(*given, **options):
+        monkeypatch.setattr(saving, "save_file", write)
+        save(other, tmp_path)
+        write(*given, **options)
+
+    monkeypatch.setattr(saving, "save_file", slowly)
+    save(model, tmp_path)
+    assert content(tmp_path) == content(good / "single")
+
+
 def interrupt(*_):
     raise KeyboardInterrupt
 
@@ -546,3 +571,57 @@ def test_who_may_read_a_saved_model_is_for_the_umask_to_say(model, tmp_path, mas
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*/*")}
     assert len(modes) > 4 and set(modes.values()) == {0o666 & ~mask}
+
+
+# ---- models that are no longer what their config says
+
+
+def test_a_model_that_has_lost_layers_is_not_saved(model, tmp_path):
+    last = len(model.layers) - 1
+    del model.layers[last]
+    with pytest.raises(ValueError) as caught:
+        save(model, tmp_path / "new")
+    assert re.fullmatch(
+        rf"the model lacks layers\.{last}\.\S+ and \d+ other tensors, which its config asks for: "
+        "change model.config to what the model has become",
+        str(caught.value),
+    )
+    assert not (tmp_path / "new").exists()
+    model.config = model.config.replace(num_hidden_layers=last)
+    save(model, tmp_path / "new")
+    assert len(load(tmp_path / "new").layers) == last
+
+
+def test_what_the_config_has_no_place_for_is_not_saved(model, tmp_path):
+    shape = list(model.norm.weight.shape)
+    model.norm.weight = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError) as caught:
+        save(model, tmp_path / "new")
+    assert str(caught.value) == (
+        f"norm.weight is [3] where the model's config asks for {shape}: change model.config to "
+        "what the model has become"
+    )
+    model.norm = torch.nn.LayerNorm(*shape)
+    with pytest.raises(
+        ValueError, match=r"the model holds norm\.bias, for which its config has no"
+    ):
+        save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@torch.no_grad()
+def test_weights_in_two_places_are_saved_twice(model, tmp_path):
+    model.lm_head.weight = model.embed_tokens.weight
+    model.layers[0].self_attn.q_proj = model.layers[1].self_attn.q_proj
+    save(model, tmp_path)
+    ids = torch.arange(5, 20)[None]
+    assert torch.equal(load(tmp_path)(ids), model(ids))
+
+
+@pytest.mark.parametrize("write", [save, convert])
+def test_a_size_of_files_is_a_number(write, good, model, tmp_path):
+    given = model if write is save else good / "single"
+    with pytest.raises(ValueError) as caught:  # unwrapped: the tests' type checker would say it
+        inspect.unwrap(write)(given, tmp_path / "new", max_shard_bytes="5GB")
+    assert str(caught.value) == "max_shard_bytes='5GB': give a number of bytes, as 5_000_000_000"
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,9 @@
 """Experts that stay in their files: the same logits, few reads, a limit on memory."""
 
 import copy
+import gc
+import os
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +12,7 @@ import torch
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
-from llama4_lab.checkpoint import convert
+from llama4_lab.checkpoint import convert, files
 from llama4_lab.experts import mapped
 from llama4_lab.experts.mapped import ExpertMemory
 
@@ -203,13 +206,36 @@ def test_a_file_that_was_cut_is_noticed(folder, tmp_path):
     l4.save(tiny(vision_config=None), tmp_path)
     model = l4.load(tmp_path, experts="mmap", memory_limit=0)
     file = tmp_path / "model.safetensors"
-    whole, read = file.read_bytes(), model.layers[1].feed_forward.experts.down_proj.read
-    other = tmp_path / "short"  # the mapped weights still need the file itself
-    other.write_bytes(whole[: len(whole) // 50])
-    file.rename(tmp_path / "kept")
-    other.rename(file)
+    read = model.layers[1].feed_forward.experts.down_proj.read
+    os.truncate(file, file.stat().st_size // 50)  # the mapped weights are not touched any more
     with pytest.raises(OSError, match=r"model\.safetensors is shorter than it was: 7680 bytes"):
         read(4)
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@torch.no_grad()
+def test_a_checkpoint_that_takes_the_folder_later_is_another(folders, tmp_path, kind):
+    shutil.copytree(folders[kind], tmp_path, dirs_exist_ok=True)
+    model = l4.load(tmp_path, experts="mmap", memory_limit=0)
+    held = [each.file.name for each in files._HELD.values()]
+    held = [file for file in held if file.parent == tmp_path]
+    assert 0 < len(held) == len(set(held)) <= len(list(tmp_path.glob("*.safetensors")))
+    before = model(IDS)
+    l4.save(tiny(seed=1), tmp_path, max_shard_bytes=40_000)
+    for each in (model, copy.deepcopy(model)):
+        assert torch.equal(each(IDS), before)
+    del model, each
+    gc.collect()
+    assert not any(each.file.name.parent == tmp_path for each in files._HELD.values())
+
+
+@torch.no_grad()
+def test_copies_of_another_dtype_have_experts_of_their_own(folder):
+    model = l4.load(folder, experts="mmap")
+    other = copy.deepcopy(model).bfloat16()
+    before = model(IDS)
+    assert other(IDS).dtype == torch.bfloat16
+    assert torch.equal(model(IDS), before)
 
 
 _RESIDENT = """

@@ -1,11 +1,14 @@
 """Properties of the model that no single number shows."""
 
+import inspect
+
 import pytest
 import torch
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
 from llama4_lab.model.attention import attend
+from llama4_lab.model.static import StaticDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -274,3 +277,35 @@ def test_a_model_apart_shares_weights_and_no_edits(quantize):
     written = torch.cat([apart(ids[:, :-1], cache=cache), apart(ids[:, -1:], cache=cache)], dim=1)
     # Decoding sums in another order than one pass.
     torch.testing.assert_close(written, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_without_a_layer_runs_and_says_what_its_cache_needs():
+    model, ids = tiny(), some_ids(1, 12)
+    del model.layers[1]
+    with pytest.raises(ValueError) as caught:
+        model(ids, cache=model.new_cache())
+    assert str(caught.value) == (
+        "the layers cache keys and values at [0, 2, 3, 4, 5]: after moving some, set each "
+        "layers[i].self_attn.layer to i (a layer in two places needs a copy), or run without a "
+        "cache"
+    )
+    expected = model(ids)
+    for i, layer in enumerate(model.layers):
+        layer.self_attn.layer = i
+    cache = model.new_cache()
+    parts = [model(part, cache=cache) for part in ids.split([5, 1, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=0)
+
+
+def test_a_static_decoder_refuses_what_the_model_refuses():
+    model = tiny()
+    with pytest.raises(ValueError, match=r"^max_len -1 has room for no token: give 1 or more$"):
+        StaticDecoder(model, 1, -1)
+    decoder = StaticDecoder(model, 1, 20, kernels="torch")
+    decoder.prefill(some_ids(1, 5))
+    for id in (97, -1):
+        with pytest.raises(ValueError, match=rf"^ids hold {id} to {id}; this vocabulary has ids 0"):
+            decoder.step(torch.tensor([id]))
+    with pytest.raises(TypeError, match=r"^ids=tensor\(\[3\.\]\): give a tensor of whole numbers"):
+        inspect.unwrap(StaticDecoder.step)(decoder, torch.tensor([3.0]))
+    assert decoder.cache.slots == 5

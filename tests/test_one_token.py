@@ -350,3 +350,22 @@ def test_generated_tokens_are_the_same(steps):
     assert len(steps) == 19
     model.backend = "loop"
     assert torch.equal(tokens(), fast)
+
+
+def test_layers_that_were_moved_cache_where_they_stand_or_not_at_all(steps):
+    model = tiny()
+    decode(model, FEW)
+    cache = model.new_cache()
+    model(FEW[:, :3], cache=cache)
+    layers = model.layers
+    layers[0], layers[1] = layers[1], layers[0]  # both attend in chunks
+    steps.clear()
+    with pytest.raises(ValueError, match=r"cache keys and values at \[1, 0, 2, 3, 4, 5\]: after"):
+        model(FEW[:, 3:4], cache=cache)
+    assert steps == []
+    for i, layer in enumerate(layers):
+        layer.self_attn.layer = i
+    assert_sees(model, steps, FEW)
+    layers[1].self_attn.layer = 0
+    with pytest.raises(ValueError, match=r"at \[0, 0, 2, 3, 4, 5\]"):
+        model(FEW[:, 3:4], cache=cache)

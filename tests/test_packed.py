@@ -235,6 +235,54 @@ def test_second_derivatives_see_every_block(kind, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_view_of_a_packed_weight_is_multiplied_as_what_it_shows(kind, rows):
+    packed, x = pack(weight(20, 256), kind), inputs(rows, 256)
+    turned = Packed(kind, *(each.t().contiguous().t() for each in (packed.codes, packed.scales)))
+    for shown, plain in ((packed[::2], packed.unpack()[::2]), (turned, packed.unpack())):
+        y = x.clone().requires_grad_()
+        assert torch.equal(shown.unpack(), plain)
+        torch.testing.assert_close(linear(x, shown), x @ plain.mT, atol=1e-3, rtol=1e-4)
+        given = weight(rows, len(shown))
+        linear(y, shown).backward(given)
+        torch.testing.assert_close(y.grad, given @ plain, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_see_the_unpacked_weight(kind):
+    packed, x, bias = pack(weight(7, 128), kind), inputs(3, 128), weight(7)
+
+    def ours(x):
+        return linear(x, packed, bias)
+
+    def plain(x):
+        return F.linear(x, packed.unpack(), bias)
+
+    def forward(product, x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(product(forward_ad.make_dual(x, x))).tangent
+
+    for transform in (
+        lambda product: torch.func.vmap(product)(x),
+        lambda product: torch.func.grad(lambda x: product(x).square().sum())(x),
+        lambda product: torch.func.jvp(product, (x,), (x,))[1],
+        lambda product: torch.func.jacrev(product)(x[0]),
+        lambda product: forward(product, x),
+    ):
+        torch.testing.assert_close(transform(ours), transform(plain), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-37, 1e-35, 1e-30, 1e31, 1e37])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_inputs_beyond_what_factors_can_hold_take_the_unpacked_weight(kind, size):
+    packed, x = pack(weight(9, 256), kind), inputs(2, 256)
+    for extreme in (x * size, torch.cat([x[:, :128] * size, x[:, 128:]], dim=1)):
+        assert torch.equal(linear(extreme, packed), F.linear(extreme, packed.unpack()))
+    x[:, :128] = 0
+    assert llama4_lab.packed._product_of_codes(x, packed) is not None
+
+
 # ---- plain weights
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
+from llama4_lab.checkpoint import convert
 from llama4_lab.checkpoint.params import config_from_params
 from llama4_lab.checkpoint.quantised import packable
 from llama4_lab.packed import KINDS, Packed, pack
@@ -328,6 +330,20 @@ def test_a_wrong_wish_is_explained(folder, tmp_path):
         r"layers\.0\.self_attn\.q_proj\.weight is int4: a checkpoint has one kind of weights",
     ):
         l4.save(model, tmp_path / "mixed")
+
+
+def test_odd_rows_are_named_where_two_weights_go_into_a_byte(tmp_path):
+    l4.save(tiny(hidden_size=45, vision_config=None), tmp_path / "odd")
+    sentence = (
+        "layers.0.self_attn.q_proj.weight has rows of 45 weights, and int4 packs two to a byte: "
+        "choose int8 or fp8"
+    )
+    for write in (l4.load, partial(convert, target=tmp_path / "new")):
+        with pytest.raises(ValueError) as caught:
+            write(tmp_path / "odd", quantize="int4")
+        assert str(caught.value) == sentence
+    assert not (tmp_path / "new").exists()
+    l4.load(tmp_path / "odd", quantize="int8")
 
 
 def test_a_tied_head_stays_the_table_of_embeddings(tmp_path):

@@ -17,7 +17,7 @@ from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder
 from llama4_lab.checkpoint.mapping import leave_experts
 from llama4_lab.checkpoint.meta import PARAMS, MetaFolder
 from llama4_lab.checkpoint.quantised import Quantisation, declare, packable, read_packed
-from llama4_lab.checkpoint.saving import save
+from llama4_lab.checkpoint.saving import check_shard_bytes, save
 from llama4_lab.checkpoint.shipped import MODELS, find
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
@@ -138,6 +138,7 @@ def convert(
         ValueError: as for `load`; a source that is quantised; or a target that is the source.
     """
     _check_dtype(dtype)
+    check_shard_bytes(max_shard_bytes)
     folder, target = find(name_or_folder), Path(target).expanduser()
     if target.resolve() == folder.resolve():
         raise ValueError(f"{target} is what is converted: give another folder to write to")

@@ -19,13 +19,14 @@ from tqdm import tqdm
 from llama4_lab.checkpoint.files import CODES, DTYPES
 from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder, their_name
 from llama4_lab.checkpoint.meta import MetaFolder
-from llama4_lab.checkpoint.quantised import PLAIN, Quantisation, of_packed, packable
+from llama4_lab.checkpoint.quantised import PLAIN, Quantisation, check_rows, of_packed, packable
 from llama4_lab.checkpoint.saving import (
     UNFINISHED,
     check_vacant,
     config_as_json,
     copy_companions,
     in_shards,
+    locked,
     publish,
     write_listings,
 )
@@ -49,7 +50,8 @@ def convert_folder(
 
     Raises:
         FileExistsError: the target holds something else than what was made from this source.
-        OSError: a file could not be written; a second call goes on from there.
+        OSError: a file could not be written, and a second call goes on from there; or another
+            conversion writes the same target.
         ValueError: the source does not fit its config, or its rows cannot be packed.
     """
     new = target / f"{UNFINISHED}conversion"
@@ -64,6 +66,7 @@ def convert_folder(
     source.check(weights)
     dtype, pack = dtype or source.dtype, {}
     if quantisation is not None:
+        check_rows(model, quantisation)
         pack = dict.fromkeys(packable(model), quantisation)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     becomes = {
@@ -74,23 +77,28 @@ def convert_folder(
     }
     sizes = {name: sum(tensor.nbytes for tensor in t.values()) for name, t in becomes.items()}
     new.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, str] = {}
-    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="written") as bar:
-        for file, names in in_shards(sizes, max_shard_bytes).items():
-            layout = _Layout.of([becomes[name] for name in names], source.config, origin)
-            weight_map |= dict.fromkeys(layout.begins, file)
-            if layout.is_in(new / file) or (is_moving and layout.is_in(target / file)):
-                bar.update(sum(sizes[name] for name in names))
-            else:
-                _check_room(new, layout.size)
-                layout.write(new / file, _pieces(source, names, shapes, pack, dtype), bar)
-    for file in {each.name for each in new.iterdir()} - {*weight_map.values(), CONFIG}:
-        (new / file).unlink()  # left by a conversion into other shards
-    copy_companions(tokenizer, new)
-    ours = quantisation.to_dict() if quantisation else PLAIN
-    config = config_as_json(source.config, dtype, ours)
-    write_listings(new, sum(sizes.values()), weight_map, config)
-    publish(new, target, weight_map.values())
+    with locked(new) as is_free:
+        if is_free is False or not new.exists():  # the other has just come to its end
+            raise OSError(
+                f"{target} is being written by another conversion: wait for it, or stop it"
+            )
+        weight_map: dict[str, str] = {}
+        with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="written") as bar:
+            for file, names in in_shards(sizes, max_shard_bytes).items():
+                layout = _Layout.of([becomes[name] for name in names], source.config, origin)
+                weight_map |= dict.fromkeys(layout.begins, file)
+                if layout.is_in(new / file) or (is_moving and layout.is_in(target / file)):
+                    bar.update(sum(sizes[name] for name in names))
+                else:
+                    _check_room(new, layout.size)
+                    layout.write(new / file, _pieces(source, names, shapes, pack, dtype), bar)
+        for file in {each.name for each in new.iterdir()} - {*weight_map.values(), CONFIG}:
+            (new / file).unlink()  # left by a conversion into other shards
+        copy_companions(tokenizer, new)
+        ours = quantisation.to_dict() if quantisation else PLAIN
+        config = config_as_json(source.config, dtype, ours)
+        write_listings(new, sum(sizes.values()), weight_map, config)
+        publish(new, target, weight_map.values())
 
 
 def _pieces(

@@ -5,8 +5,11 @@ Everything is checked from headers alone; numbers are read when a parameter is f
 
 import io
 import json
+import os
 import pickle
 import re
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,29 +113,69 @@ def part_reader(stored: Stored) -> Callable[[int], Tensor]:
     """Return a function that reads one item of a tensor's first axis, and nothing else.
 
     It reads into memory of its own: pages of a mapped file would count as ours while they live.
+    The file stays open: one that takes its name later is another, whose parts are not these.
 
     Raises:
         OSError: when a part is read, and the file has become shorter.
     """
-    with stored.file.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(header_size))[stored.name]
+    file = _Held.of(stored.file)
+    start = bytearray(8)
+    file.fill(memoryview(start), 0)
+    header_size = int.from_bytes(start, "little")
+    header = bytearray(header_size)
+    file.fill(memoryview(header), 8)
+    entry = json.loads(header)[stored.name]
     begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
     dtype = (DTYPES | CODES)[entry["dtype"]]
     size = (end - begin) // stored.shape[0]
 
     def read(index: int) -> Tensor:
         part = pages((size,), torch.uint8)
-        room = memoryview(part.numpy().data)
-        with stored.file.open("rb", buffering=0) as file:
-            file.seek(begin + index * size)
-            while room and (count := file.readinto(room)):
-                room = room[count:]
-        if room:
-            raise OSError(f"{stored.file} is shorter than it was: {len(room)} bytes are missing")
+        file.fill(memoryview(part.numpy().data), begin + index * size)
         return part.view(dtype).view(stored.shape[1:])
 
     return read
+
+
+class _Held:
+    """A file that is open as long as somebody reads from it, once for all of them."""
+
+    def __init__(self, file: io.FileIO):
+        self.file = file
+        self.lock = threading.Lock()
+        weakref.finalize(self, file.close)
+
+    @classmethod
+    def of(cls, path: Path) -> "_Held":
+        file = io.FileIO(path)
+        found = os.fstat(file.fileno())
+        key = found.st_dev, found.st_ino  # no other file gets these while this one is open
+        if (known := _HELD.get(key)) is not None:
+            file.close()
+            return known
+        held = _HELD[key] = cls(file)
+        return held
+
+    def fill(self, room: memoryview, start: int) -> None:
+        """Read as many bytes as there is room for.
+
+        Raises:
+            OSError: the file ends before.
+        """
+        with self.lock:
+            while room and (count := self._read(room, start)):
+                room, start = room[count:], start + count
+        if room:
+            raise OSError(f"{self.file.name} is shorter than it was: {len(room)} bytes are missing")
+
+    def _read(self, room: memoryview, start: int) -> int:
+        if hasattr(os, "preadv"):  # forked processes share the place in the file, and not this
+            return os.preadv(self.file.fileno(), [room], start)
+        self.file.seek(start)
+        return self.file.readinto(room) or 0
+
+
+_HELD: weakref.WeakValueDictionary[tuple[int, int], _Held] = weakref.WeakValueDictionary()
 
 
 def _why_unreadable(path: Path, error: SafetensorError) -> str:

@@ -109,10 +109,22 @@ def declare(model: Llama4, quantisation: Quantisation) -> None:
     """Turn the weights of a model on the meta device into packed ones.
 
     Raises:
-        ValueError: rows that cannot be cut into groups.
+        ValueError: rows that cannot be packed so.
     """
+    check_rows(model, quantisation)
     for module, name in packable(model).values():
         module.put(name, quantisation.empty(tuple(getattr(module, name).shape), "meta"))
+
+
+def check_rows(model: Llama4, quantisation: Quantisation) -> None:
+    """Refuse weights whose rows are odd where two go into a byte."""
+    for name, (module, part) in packable(model).items():
+        width = getattr(module, part).shape[-1]
+        if quantisation.kind == "int4" and width % 2:
+            raise ValueError(
+                f"{name} has rows of {width} weights, and int4 packs two to a byte: choose int8 or "
+                "fp8"
+            )
 
 
 def read_packed(

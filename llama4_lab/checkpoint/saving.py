@@ -1,11 +1,12 @@
 """Write a model as a Hugging Face folder, which transformers opens too."""
 
 import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama4_lab.checkpoint.files import read_json
+from llama4_lab.checkpoint.files import first_of, read_json
 from llama4_lab.checkpoint.huggingface import CONFIG, INDEX, SINGLE, is_transposed, their_name
-from llama4_lab.checkpoint.quantised import quantisation_of
+from llama4_lab.checkpoint.quantised import Quantisation, declare, quantisation_of
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 UNFINISHED = ".unfinished-"
 _LEFT_BY_SAVE = re.compile(re.escape(UNFINISHED) + "[a-z0-9_]{8}")  # as tempfile names folders
@@ -44,8 +50,8 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
 
     Raises:
         FileExistsError: the folder holds something else than a Llama 4 checkpoint.
-        ValueError: some weights are packed and others are not, experts are in a file, or the model
-            is spread over ranks.
+        ValueError: some weights are packed and others are not, experts are in a file, the model is
+            spread over ranks, or its parts are no longer those that its config describes.
         OSError: the files could not be written; those of an earlier checkpoint are intact.
     """
     if model.expert_memory is not None:
@@ -58,11 +64,13 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
             f"this rank holds a part of the model, one of {model.ranks.size}: save it from the "
             "process of a model that was loaded whole"
         )
+    check_shard_bytes(max_shard_bytes)
     folder = Path(folder).expanduser()
     check_vacant(folder)
     quantisation = quantisation_of(model)
     layout = quantisation.to_dict() if quantisation else None
-    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    state = _state(model)
+    _check_state(state, model.config, quantisation)
     shards = in_shards({name: tensor.nbytes for name, tensor in state.items()}, max_shard_bytes)
     multimodal = model.config.vision_config is not None
     with _replaced(folder) as new:
@@ -71,7 +79,7 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
             content = {
                 their_name(name, multimodal): _as_stored(name, state[name]) for name in shard
             }
-            save_file(content, new / file, metadata={"format": "pt"})
+            save_file(_apart(content), new / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(content, file)
         size = sum(parameter.nbytes for parameter in state.values())
         write_listings(new, size, weight_map, config_as_json(model.config, model.dtype, layout))
@@ -93,6 +101,46 @@ def check_vacant(folder: Path) -> None:
         )
 
 
+def check_shard_bytes(given: object) -> None:
+    if not isinstance(given, int | float):
+        raise ValueError(f"max_shard_bytes={given!r}: give a number of bytes, as 5_000_000_000")
+
+
+def _state(model: Llama4) -> dict[str, Tensor]:
+    """Return all tensors by name, also those that stand in two places, up to a tied read-out."""
+    state = dict(model.named_parameters(remove_duplicate=False))
+    state |= dict(model.named_buffers(remove_duplicate=False))
+    if model.config.tie_word_embeddings and model.lm_head.weight is model.embed_tokens.weight:
+        del state["lm_head.weight"]
+    return state
+
+
+def _check_state(
+    state: Mapping[str, Tensor], config: Llama4Config, quantisation: Quantisation | None
+) -> None:
+    """Refuse what `load` would refuse: tensors that are not those that the config asks for."""
+    with torch.device("meta"):
+        model = Llama4(config)
+    if quantisation is not None:
+        declare(model, quantisation)
+    asked = dict(model.named_parameters()) | dict(model.named_buffers())
+    change = "change model.config to what the model has become"
+    if missing := [name for name in asked if name not in state]:
+        raise ValueError(
+            f"the model lacks {first_of(missing)}, which its config asks for: {change}"
+        )
+    if foreign := [name for name in state if name not in asked]:
+        raise ValueError(
+            f"the model holds {first_of(foreign)}, for which its config has no place: {change}"
+        )
+    for name, tensor in asked.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} is {list(state[name].shape)} where the model's config asks for "
+                f"{list(tensor.shape)}: {change}"
+            )
+
+
 def _is_checkpoint(folder: Path) -> bool:
     try:
         return read_json(folder / CONFIG).get("model_type") in ("llama4", "llama4_text")
@@ -106,16 +154,42 @@ def _replaced(folder: Path) -> Iterator[Path]:
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+    with locked(new):
+        try:
+            yield new
+        except BaseException as error:
+            shutil.rmtree(new, ignore_errors=True)
+            if is_new:
+                with suppress(OSError):  # others have written into it meanwhile
+                    folder.rmdir()
+            if not isinstance(error, OSError | SafetensorError):
+                raise
+            intact = "" if is_new else "; the files that were there are intact"
+            raise OSError(f"{folder} could not be written ({error}){intact}") from error
+        publish(new, folder)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool | None]:
+    """Mark a folder as one that is written to, until the block or the process ends.
+
+    Gives False where another has marked it, and None where the system cannot tell.
+    """
+    if fcntl is None:
+        yield None
+        return
+    held = os.open(folder, os.O_RDONLY)
     try:
-        yield new
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder if is_new else new)
-        intact = "" if is_new else "; the files that were there are intact"
-        raise OSError(f"{folder} could not be written ({error}){intact}") from error
-    except BaseException:
-        shutil.rmtree(folder if is_new else new)
-        raise
-    publish(new, folder)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_mine = True
+        except BlockingIOError:
+            is_mine = False
+        except OSError:  # some network drives have no such marks
+            is_mine = None
+        yield is_mine
+    finally:
+        os.close(held)
 
 
 def publish(new: Path, folder: Path, moved: Iterable[str] = ()) -> None:
@@ -135,7 +209,9 @@ def publish(new: Path, folder: Path, moved: Iterable[str] = ()) -> None:
         (folder / old).unlink(missing_ok=True)
     for left in folder.glob(f"{UNFINISHED}*"):
         if _LEFT_BY_SAVE.fullmatch(left.name) and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+            with suppress(OSError), locked(left) as is_dead:
+                if is_dead:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def in_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
@@ -156,6 +232,16 @@ def in_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
 def _as_stored(name: str, parameter: Tensor) -> Tensor:
     tensor = parameter.detach().cpu()
     return (tensor.mT if is_transposed(name) else tensor).contiguous()
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give each tensor memory of its own: a file takes none that two names share."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def config_as_json(

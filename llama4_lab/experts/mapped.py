@@ -104,7 +104,9 @@ class Mapped:
         if isinstance(index, slice):
             return replace(self, experts=self.experts[index])
         expert = self.experts[index]
-        return self.memory.get((self.name, expert), self.size, lambda: self._placed(expert))
+        # Copies of a model, which share the memory, may have another dtype or device.
+        key = self.name, expert, self.like.dtype, self.like.device
+        return self.memory.get(key, self.size, lambda: self._placed(expert))
 
     def _placed(self, expert: int) -> tuple[Tensor | Packed, int]:
         weight, from_file = self.read(expert)

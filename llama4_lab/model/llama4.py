@@ -100,6 +100,11 @@ class Llama4(nn.Module):
         """What each layer attends inside: chunks of so many tokens, or (None) the whole past."""
         return [cast(DecoderLayer, layer).self_attn.chunk for layer in self.layers]
 
+    @property
+    def places(self) -> list[int]:
+        """Where in a cache each layer keeps its keys and values: at its own number."""
+        return [cast(DecoderLayer, layer).self_attn.layer for layer in self.layers]
+
     def prompt(self, text: Any, images: Sequence[Any] = (), **options: Any) -> Any:
         """Turn a text, several texts, or chat messages (with images) into ``model(**prompt)``.
 
@@ -187,6 +192,12 @@ class Llama4(nn.Module):
                     f"this cache is for {held[0]} heads of width {held[1]}, and the model has "
                     f"{own[0]} of width {own[1]}: make it with this model's new_cache()"
                 )
+        if cache is not None and (places := self.places) != [*range(len(places))]:
+            raise ValueError(
+                f"the layers cache keys and values at {places}: after moving some, set each "
+                "layers[i].self_attn.layer to i (a layer in two places needs a copy), or run "
+                "without a cache"
+            )
         if attention_mask is not None or cache is None:
             pad = left_padding(attention_mask, b, t, cache)
         else:

@@ -37,7 +37,7 @@ MODEL = np.dtype([(name, "i8") for name in _WHOLE] + [("norm_eps", "f8"), ("attn
 _ROUTING = ("router.logits", "router.scores", "router.indices")
 _RULES = {  # attributes that the mathematics depends on
     text.RMSNorm: ("eps",),
-    text.Attention: ("uses_rope", "use_qk_norm", "chunk", "head_dim", "eps"),
+    text.Attention: ("uses_rope", "use_qk_norm", "chunk", "head_dim", "eps", "layer"),
     text.MoEBlock: ("topk",),
 }
 _KNOWN = {
@@ -194,7 +194,8 @@ class _Table:
         self.frequency = text.rope_frequencies(config).numpy()
         self.whole, self.layers = np.zeros(1, MODEL), np.zeros(len(model.layers), LAYER)
         fits = _put(self.whole[0], _model_fields(model))
-        for record, layer in zip(self.layers, model.layers, strict=True):
+        for i, (record, layer) in enumerate(zip(self.layers, model.layers, strict=True)):
+            fits &= layer.self_attn.layer == i  # where its keys and values are cached
             fits &= layer.self_attn.head_dim == config.head_dim
             fits &= _put(record, _layer_fields(layer, config))
         self.whole["widest"] = self.layers["f"].max()

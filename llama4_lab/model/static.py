@@ -51,6 +51,7 @@ class StaticDecoder:
         graph: whether steps replay a CUDA graph; None does on CUDA.
 
     Raises:
+        TypeError: a step's ids that are no whole numbers.
         ValueError: kernels that do not exist or cannot run this model, or a prompt or step that
             does not fit.
     """
@@ -66,6 +67,8 @@ class StaticDecoder:
         graph: bool | None = None,
     ):
         device, config = model.device, model.config
+        if max_len < 1:
+            raise ValueError(f"max_len {max_len} has room for no token: give 1 or more")
         if kernels is None:
             kernels = "triton" if device.type == "cuda" and model.ranks.size == 1 else "torch"
         if kernels not in KERNELS:
@@ -147,6 +150,15 @@ class StaticDecoder:
             raise ValueError(
                 f"ids of shape {tuple(ids.shape)}: give one for each of the {len(self.ids)} rows"
             )
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"ids={ids!r:.80}: give a tensor of whole numbers [b]")
+        if ids.is_cpu:  # to look at those of a GPU would wait for it
+            top = self.model.config.vocab_size - 1
+            if ids.min() < 0 or ids.max() > top:
+                raise ValueError(
+                    f"ids hold {int(ids.min())} to {int(ids.max())}; "
+                    f"this vocabulary has ids 0 to {top}"
+                )
         self._make_room(1)
         self.ids.copy_(ids)
         if self.graph is None:
