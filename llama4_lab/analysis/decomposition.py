@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama4_lab.analysis.lens import position_in, run
-from llama4_lab.analysis.quantisation import require_whole
+from llama4_lab.checkpoint.quantised import require_whole
 from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
 from llama4_lab.model.text import RMSNorm

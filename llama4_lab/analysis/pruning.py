@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama4_lab import experts
-from llama4_lab.analysis.quantisation import Ids, count_predicted, require_whole, swapped
+from llama4_lab.analysis.quantisation import Ids, count_predicted, swapped
 from llama4_lab.analysis.routing import moe_layers
-from llama4_lab.checkpoint.quantised import require_plain
+from llama4_lab.checkpoint.quantised import require_plain, require_whole
 from llama4_lab.edits import DropExpert, edited
 from llama4_lab.experts import loop
 from llama4_lab.model import Llama4

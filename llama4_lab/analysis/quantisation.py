@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llama4_lab.analysis import margins
 from llama4_lab.analysis.routing import uniform_topk
-from llama4_lab.checkpoint.quantised import require_plain
+from llama4_lab.checkpoint.quantised import require_plain, require_whole
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.trace import trace
@@ -167,19 +167,6 @@ def round_weight(weight: Float[Tensor, "*rows d"], kind: str) -> Float[Tensor, "
     groups = F.pad(w, (0, -width % group)).unflatten(-1, (-1, group))
     whole = margins.rounded(groups.flatten(0, -2), kind).view_as(groups).flatten(-2)
     return whole[..., :width].to(weight.dtype)
-
-
-def require_whole(model: Llama4, what: str) -> None:
-    """Refuse to read weights of which other processes hold parts.
-
-    Raises:
-        ValueError: the model is divided among ranks.
-    """
-    if (size := model.ranks.size) > 1:
-        raise ValueError(
-            f"{what} reads weights, of which this rank holds one part of {size}: load the model "
-            "whole on one device"
-        )
 
 
 def count_predicted(batches: Sequence[Ids]) -> int:

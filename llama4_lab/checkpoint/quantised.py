@@ -171,6 +171,19 @@ def require_plain(model: Llama4, what: str) -> None:
             )
 
 
+def require_whole(model: Llama4, what: str) -> None:
+    """Refuse to read weights of which other processes hold parts.
+
+    Raises:
+        ValueError: the model is divided among ranks.
+    """
+    if (size := model.ranks.size) > 1:
+        raise ValueError(
+            f"{what} reads weights, of which this rank holds one part of {size}: load the model "
+            "whole on one device"
+        )
+
+
 def quantisation_of(model: Llama4) -> Quantisation | None:
     """Return how a model's weights are packed; None if they are not.
 

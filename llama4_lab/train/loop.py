@@ -88,17 +88,13 @@ def train(
     course = Course(recipe.stages)
     bias = Bias(recipe.config, recipe.bias_rate, model.device)
     plan = Plan(int(recipe.steps), None if budget_minutes is None else float(budget_minutes))
-    is_new = not (folder / CHECKPOINT).exists()
-    step, tokens, seconds = restore(folder, model, optimisers, course, bias, recipe, plan)
+    state = State(folder / CHECKPOINT, model, optimisers, course, bias, recipe, plan)
+    is_new = not state.path.exists()
+    step, tokens, seconds = state.restore()
     if is_new and recipe.config.vision_config is not None:
         begin = time.monotonic()
         teach_patches(model, recipe.vision_steps, recipe.seed)
         seconds += time.monotonic() - begin
-
-    def save() -> None:
-        ran = {"step": step, "tokens": tokens, "seconds": seconds}
-        save_state(folder, model, optimisers, course, bias, recipe, plan, ran)
-
     if compile:
         torch._dynamo.config.recompile_limit = 64
         for layer in model.layers:
@@ -135,13 +131,13 @@ def train(
                 bar.set_postfix(loss=f"{losses['loss']:.3f}", tokens=f"{tokens / 1e6:.2f}M")
                 bar.update()
                 if time.monotonic() - saved > 60 * save_minutes:
-                    save()
+                    state.save(step, tokens, seconds)
                     saved = time.monotonic()
                 if on_step is not None:
                     on_step(step, model)
     finally:
         log.close()
-    save()
+    state.save(step, tokens, seconds)
     if asked.is_set():
         raise KeyboardInterrupt(f"the state after step {step} is kept in {folder}")
     model.backend = "auto"
@@ -271,81 +267,83 @@ def columns(recipe: Recipe) -> list[str]:
     return ["step", "seconds", "tokens", "lr", "loss", *each, "balance", "grad_norm"]
 
 
-def save_state(
-    folder: Path,
-    model: Llama4,
-    optimisers,
-    course: Course,
-    bias: Bias,
-    recipe: Recipe,
-    plan: Plan,
-    ran: dict[str, float],
-) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-        "course": course.state_dict(),
-        "bias": bias.value,
-        "recipe": settings(recipe),
-        "plan": dataclasses.astuple(plan),
-        **ran,
-    }
-    torch.save(state, folder / (CHECKPOINT + ".tmp"))
-    os.replace(folder / (CHECKPOINT + ".tmp"), folder / CHECKPOINT)
-
-
 def settings(recipe: Recipe) -> dict[str, str]:
     """Return what must stay as it is when a run goes on."""
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     return {name: repr(value) for name, value in values.items() if name not in ("steps", "minutes")}
 
 
-def restore(
-    folder: Path,
-    model: Llama4,
-    optimisers,
-    course: Course,
-    bias: Bias,
-    recipe: Recipe,
-    plan: Plan,
-) -> tuple[int, int, float]:
-    """Load the state of an earlier run, if there is one; return its step, tokens and seconds."""
-    path = folder / CHECKPOINT
-    if not path.exists():
-        return 0, 0, 0.0
-    try:
-        state = torch.load(path, map_location=model.device, weights_only=True)
-    except (PermissionError, torch.OutOfMemoryError):
-        raise  # the file may be whole
-    except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged: remove it to start again") from error
-    parts = {"model", "optimisers", "course", "step", "tokens", "seconds"}
-    if not isinstance(state, dict) or not parts <= state.keys():
-        raise ValueError(
-            f"{path} is no state of a training run; choose another folder or remove it"
-        )
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} holds a model of other sizes than this recipe; "
-            "choose another folder or remove it"
-        ) from error
-    # States of before have neither a recipe nor a plan, and no bias.
-    now = settings(recipe)
-    before = state.get("recipe", now)
-    if changed := [name for name in now if before.get(name, now[name]) != now[name]]:
-        raise ValueError(
-            f"{path} was trained by a recipe with other settings ({', '.join(changed)}); "
-            "choose another folder or remove it"
-        )
-    for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-        optimiser.load_state_dict(saved)
-    course.load_state_dict({"steps": state["step"]} | state["course"])
-    if state.get("plan", dataclasses.astuple(plan)) != dataclasses.astuple(plan):
-        course.replan(plan, state["seconds"])
-    bias.value = state.get("bias", bias.value)
-    return state["step"], state["tokens"], state["seconds"]
+@dataclass(frozen=True)
+class State:
+    """What goes on when a run does, and the file that it is kept in."""
+
+    path: Path
+    model: Llama4
+    optimisers: list[torch.optim.Optimizer]
+    course: Course
+    bias: Bias
+    recipe: Recipe
+    plan: Plan
+
+    def save(self, step: int, tokens: int, seconds: float) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "course": self.course.state_dict(),
+            "bias": self.bias.value,
+            "recipe": settings(self.recipe),
+            "plan": dataclasses.astuple(self.plan),
+            "step": step,
+            "tokens": tokens,
+            "seconds": seconds,
+        }
+        new = self.path.with_name(self.path.name + ".tmp")
+        torch.save(state, new)
+        os.replace(new, self.path)
+
+    def restore(self) -> tuple[int, int, float]:
+        """Load the state of an earlier run, if there is one; return its step, tokens and seconds.
+
+        Raises:
+            ValueError: a file that is damaged, no such state, or of another recipe.
+        """
+        path = self.path
+        if not path.exists():
+            return 0, 0, 0.0
+        try:
+            state = torch.load(path, map_location=self.model.device, weights_only=True)
+        except (PermissionError, torch.OutOfMemoryError):
+            raise  # the file may be whole
+        except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is damaged: remove it to start again") from error
+        parts = {"model", "optimisers", "course", "step", "tokens", "seconds"}
+        if not isinstance(state, dict) or not parts <= state.keys():
+            raise ValueError(
+                f"{path} is no state of a training run; choose another folder or remove it"
+            )
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} holds a model of other sizes than this recipe; "
+                "choose another folder or remove it"
+            ) from error
+        # States of before have neither a recipe nor a plan, and no bias.
+        now = settings(self.recipe)
+        before = state.get("recipe", now)
+        if changed := [name for name in now if before.get(name, now[name]) != now[name]]:
+            raise ValueError(
+                f"{path} was trained by a recipe with other settings ({', '.join(changed)}); "
+                "choose another folder or remove it"
+            )
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.course.load_state_dict({"steps": state["step"]} | state["course"])
+        plan = dataclasses.astuple(self.plan)
+        if state.get("plan", plan) != plan:
+            self.course.replan(self.plan, state["seconds"])
+        self.bias.value = state.get("bias", self.bias.value)
+        return state["step"], state["tokens"], state["seconds"]
 
 
 class Log:

@@ -44,7 +44,7 @@ class View(ipywidgets.VBox):
     moment = traitlets.Any(help="the llama4_widgets.moment.Moment that is shown")
     is_led = traitlets.Bool(False, help="whether a lab makes the moments of changed edits")
     is_shown = traitlets.Bool(True, help="a view that is not shown computes nothing")
-    may_edit = traitlets.Bool(True, help="not where it shows what another run is compared with")
+    may_edit = traitlets.Bool(True, help="whether its controls change edits")
 
     def __init__(self, moment: "Moment", selection: Selection | None = None, **traits: Any):
         if not hasattr(moment, "bounds"):
@@ -227,7 +227,7 @@ class View(ipywidgets.VBox):
         """Return what is on screen as one static figure."""
         from llama4_widgets.plots import figure  # plotly takes a while to import
 
-        told = self._told()
+        told = self._told()  # first: it draws what has waited
         return figure(self.board.content, self.selection.shared, told)
 
     def to_html(self, path: str | Path) -> None:
