@@ -13,7 +13,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, diverging
 from llama4_widgets.selection import Selection
 from llama4_widgets.still import unpack
-from llama4_widgets.views import VIEWS
+from llama4_widgets.views import VIEWS, router
 
 MOST = 300_000  # bytes of an update
 LENGTH = 4096  # tokens, the most that the lab shows
@@ -27,12 +27,11 @@ def num_bytes(state: Any) -> int:
     def aside(data: bytes) -> None:
         arrays.append(len(data))
 
-    return len(json.dumps(state, default=aside).encode()) + sum(arrays)
+    return len(json.dumps(state, default=aside, ensure_ascii=False).encode()) + sum(arrays)
 
 
-@pytest.fixture(scope="module")
-def moment() -> Moment:
-    """A prompt of the greatest length in a narrow model with as many layers and experts as mini."""
+def moment_of(**sizes: Any) -> Moment:
+    """Return a prompt of the greatest length in a narrow model, else of mini's sizes."""
     mini = l4.load("mini")
     narrow = {
         "hidden_size": 32,
@@ -40,12 +39,17 @@ def moment() -> Moment:
         "intermediate_size": 16,
         "intermediate_size_mlp": 16,
     }
-    model = l4.random(mini.config.replace(**narrow, vision_config=None))
+    model = l4.random(mini.config.replace(**narrow, **sizes, vision_config=None))
     model.tokenizer, model.build_prompt = mini.tokenizer, mini.build_prompt
     text = "Der alte Mann sah auf das Meer. for i in range(9): print(i) 12 + 7 = 19 " * 400
     ids = mini.tokenizer.encode(text)[: LENGTH - 1]
     prompt = model.prompt(mini.tokenizer.decode(ids))
     return Moment(model, prompt)
+
+
+@pytest.fixture(scope="module")
+def moment() -> Moment:
+    return moment_of()
 
 
 @pytest.mark.parametrize("edits", [(), (E.SkipLayer(6),)], ids=["clean", "edited"])
@@ -61,10 +65,68 @@ def test_an_update_is_small_at_the_greatest_length(moment, name, edits):
     assert 20_000 < sent <= MOST
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"num_hidden_layers": 48},
+        {
+            "num_hidden_layers": 48,
+            "interleave_moe_layer_step": 2,
+            "num_local_experts": 128,
+        },
+    ],
+    ids=["mini", "scout", "maverick"],
+)
+def test_of_many_layers_or_experts_the_router_shows_the_tokens_around_the_selected_one(sizes):
+    moment = moment_of(**sizes)
+    layer = moment.model.config.routed_layers[1]
+    for edits in [(), (E.SkipLayer(layer),), (E.TopK(layer, 8),)]:
+        view = VIEWS["router"](moment.with_edits(edits), Selection(layer=layer, token=LENGTH // 2))
+        sent = num_bytes(view.board.get_state(["content", "pages", "summary"]))
+        assert 150_000 < sent <= MOST
+
+
+def test_a_part_of_a_long_text_follows_the_selected_token(moment, monkeypatch):
+    selection = Selection(layer=3, token=1000)
+    whole = VIEWS["router"](moment, Selection(layer=3, token=1000)).board
+    monkeypatch.setattr(router, "_WHOLE", 0)
+    monkeypatch.setattr(router, "_PART", 30_000)
+    view = VIEWS["router"](moment, selection)
+    drawn = []
+    view.board.observe(lambda change: drawn.append(change["new"].axes["token"].values), "content")
+    shown = view.board.content.axes["token"].values
+    assert shown is not None and len(shown) < 1000
+    for token in (1001, 3000, LENGTH - 1, 0):
+        selection.token = token
+        axis, arrays = view.board.content.axes["token"], view.board.content.arrays
+        assert axis.values is not None and axis.labels is not None
+        at = axis.values.index(token)
+        beyond = len(axis.values) // 4 - 1  # tokens that can be walked to on either side
+        assert at >= min(beyond, token)
+        assert len(axis.values) - at > min(beyond, LENGTH - 1 - token)
+        assert axis.labels[at] == moment.words[token]
+        for name, other in whole.content.arrays.items():
+            if "token" not in other["axes"]:
+                assert arrays[name] == other
+                continue
+            mine, all_of_them = unpack(arrays[name]), unpack(other)
+            one = mine.take(at, arrays[name]["axes"].index("token"))
+            np.testing.assert_allclose(
+                one, all_of_them.take(token, other["axes"].index("token")), atol=0.05
+            )
+        notes = [panel["note"] for panel in view.board.content.panels[:2]]
+        assert all(
+            f"tokens {axis.values[0]} to {axis.values[-1]} of {LENGTH}" in note for note in notes
+        )
+    assert len(drawn) == 3  # the neighbour was there already
+
+
 def paged(selection: Selection) -> tuple[np.ndarray, Board]:
-    values = np.random.default_rng(0).normal(size=(3, 90, 70))
+    values = np.random.default_rng(0).normal(size=(3, 190, 140))
     axes = {"layer": Axis("layer", 3, "layer", values=[1, 4, 9])}
-    content = Content(axes | {"y": Axis("y", 90), "x": Axis("x", 70)})
+    content = Content(axes | {"y": Axis("y", 190), "x": Axis("x", 140)})
     content.add("map", "Map", values, ("layer", "y", "x"), diverging(3), paged=True)
     return values, Board(selection, content=content)
 
@@ -106,7 +168,7 @@ def test_a_part_is_sent_once():
 def test_a_kept_board_holds_every_part():
     _, board = paged(Selection())
     array = board.state()["content"]["arrays"]["map"]
-    assert len(array["data"]) == 3 * 90 * 70
+    assert len(array["data"]) == 3 * 190 * 140
 
 
 def test_small_arrays_are_sent_whole():

@@ -258,6 +258,32 @@ def test_the_router_says_what_a_token_chose_clean(lab, model, prompt):
         assert lab.kernel("print(app.views['router'].summary())") == said
 
 
+def test_one_walks_on_through_a_text_of_which_the_router_shows_a_part(lab, model):
+    view, text = lab.show(), 4 * TEXT
+    routing = routing_of(model, model.prompt(text))
+    count = len(routing.tokens)
+    lab.on.page.mouse.move(0, 0)
+    lab.kernel("import llama4_widgets.views.router as router")
+    lab.kernel("before = router._WHOLE, router._PART; router._WHOLE, router._PART = 0, 1500")
+    try:
+        lab.kernel(f"app.run({text!r})")
+        lab.wait_for("len(app.views['router'].moment.tokens)", count)
+        assert 16 < int(lab.kernel("print(len(app.views['router']._around()))")) < count / 2
+        strip = panel(view, "strip").get_by_role("listbox")
+        strip.focus()
+        for token in range(TOKEN + 1, count):
+            lab.on.page.keyboard.press("ArrowRight")
+            told = describe(routing, LAYER, token)
+            expect(view.locator(".l4-summary")).to_have_text(told)
+        expect(strip).to_be_focused()
+        lab.wait_for_selection(token=count - 1)
+        lab.kernel("app.selection.token = 0")  # far from what is on screen
+        expect(view.locator(".l4-summary")).to_have_text(describe(routing, LAYER, 0))
+        expect(view.locator(".l4-late")).to_have_count(0)
+    finally:
+        lab.kernel("router._WHOLE, router._PART = before")
+
+
 def test_experts_show_loads_and_the_tokens_that_each_takes(lab, model, prompt):
     view, routing = lab.show("experts"), routing_of(model, prompt)
     load = routing.load[LAYER]

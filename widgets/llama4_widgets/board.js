@@ -43,10 +43,9 @@ const told = (value, scale) => written(scale?.log ? 10 ** value : value, scale?.
 class Values {
   constructor({ dtype, shape, axes, low, high, data, tile }) {
     const numbers = (bytes) => new TYPES[dtype](bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength));
-    Object.assign(this, { axes, tile });
+    Object.assign(this, { axes, tile, painted: new Map() }); // slices that were drawn as pictures
     this.size = (name) => shape[axes.indexOf(name)];
     this.strides = shape.map((_, i) => shape.slice(i + 1).reduce((a, b) => a * b, 1));
-    this.painted = new Map(); // slices that were drawn as pictures
     this.pages = data ? null : new Set(); // those that are here, of an array that comes in parts
     this.raw = data ? numbers(data) : new TYPES[dtype](shape[0] * this.strides[0]);
     this.take = ({ page, data }) => this.pages.add(page) && this.raw.set(numbers(data), page * this.strides[0]);
@@ -96,9 +95,8 @@ function render({ model, el }) {
   const group = GROUPS.get(name) ?? { selection: model.get("selection"), boards: new Set() };
   GROUPS.set(name, group);
   if ((model.get("selection").seq ?? 0) > (group.selection.seq ?? 0)) group.selection = model.get("selection");
-  let content;
   let theme = {}; // colours; none while the board is not in the page
-  let arrays; // as Values
+  let content, arrays; // the latter as Values
   let drawn = []; // of each panel: its figure, and the function that draws it anew
   let pointed = {}; // what is under the pointer, in fields of the selection
   const windows = new Map(); // what is on screen of maps that zoom together, by name
@@ -179,9 +177,10 @@ function render({ model, el }) {
   function say() {
     const names = (text) => Array.from(text.matchAll(/\{([^{}:]+)/g), ([, name]) => name);
     const { sentence = "", otherwise = "" } = content;
-    if (names(sentence).some((name) => isLate(name))) return;
+    const [first, ...others] = names(sentence);
+    if (others.some((name) => isLate(name))) return;
     const value = (name) => picked(name, seen)([])();
-    const text = (names(sentence).every(isThere) ? sentence : otherwise)
+    const text = (others.every(isThere) ? (isThere(first) ? sentence : otherwise) : "") // of what is not on screen, the model's
       .replace(/\[(.*?)\]/g, (_, part) => (names(part).some((name) => value(name) < 0) ? "" : part))
       .replace(/\{([^{}:]+)(?::(\d))?\}/g, (_, name, digits) => {
         if (axis(name)) return called(name, seen(name));
@@ -392,8 +391,7 @@ function render({ model, el }) {
         if (!isMarked?.(i, j)) continue;
         pen.beginPath();
         pen.arc(...ring, isNumbered ? radius * 0.75 : radius, 0, 7);
-        pen.fillStyle = "#fff";
-        pen.fill();
+        Object.assign(pen, { fillStyle: "#fff" }).fill();
         pen.stroke();
       }
       Object.assign(pen, { strokeStyle: theme.muted, lineWidth: 1 });
@@ -688,11 +686,13 @@ function render({ model, el }) {
       return each;
     });
     const figures = drawn.map((each) => each.figure);
-    // Whoever has the focus or has scrolled stays where they are.
+    const held = [...body.children].find((figure) => figure.contains(document.activeElement));
+    // Whoever has the focus or has scrolled stays where they are; what replaces another gets its focus.
     for (const figure of [...body.children]) if (!figures.includes(figure)) (watch.unobserve(figure), figure.remove());
     figures.forEach((figure, i) => figure === body.children[i] || body.insertBefore(figure, body.children[i]));
     turn();
     redraw();
+    if (held && !held.isConnected) body.querySelector(`[data-panel="${held.dataset.panel}"] [tabindex="0"]`)?.focus({ preventScroll: true });
   }
   // Takes the parts of arrays that came, and says how many are new.
   function turn() {

@@ -11,7 +11,7 @@ from jaxtyping import Shaped
 from llama4_widgets.colours import colour, ink
 
 _EXACT = 8192  # numbers; larger arrays are sent in 254 steps
-_WHOLE = 16_384  # numbers; larger arrays that are `paged` are sent in parts
+_WHOLE = 65_536  # bytes of all arrays that are `paged`; if they are more, they are sent in parts
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,19 @@ class Axis:
         if self.values is not None:
             return max((i for i, value in enumerate(self.values) if value == chosen), default=0)
         return min(max(chosen, 0), self.size - 1)
+
+
+def near(token: int, count: int, most: int) -> range:
+    """Return the places of a text to show around a token, `most` of them if there are so many.
+
+    They move by half of that, when the token comes close to an end of them.
+
+    >>> near(3, 100, 40), near(30, 100, 40), near(99, 100, 40), near(3, 30, 40)
+    (range(0, 40), range(10, 50), range(60, 100), range(0, 30))
+    """
+    half = max(most // 2, 1)
+    low = max(0, min(token // half * half - half // 2, count - 2 * half))
+    return range(low, min(low + 2 * half, count)) if count > most else range(count)
 
 
 @dataclass
@@ -66,13 +79,14 @@ class Content:
     ) -> None:
         """Add an array; not-a-number is "nothing there"; large ones take one byte a number.
 
-        Of a large `paged` array a browser gets what is selected on the first axis, when it is
-        selected: no panel may draw that axis. `tile` says that the array stands for a part of its
-        last two axes, pooled: ``x=(from, to)``, ``y=(from, to)`` in places of the axes.
+        Where `paged` arrays are large together, a browser gets of them what is selected on the
+        first axis, when it is selected: no panel may draw that axis. `tile` says that the array
+        stands for a part of its last two axes, pooled: ``x=(from, to)``, ``y=(from, to)`` in places
+        of the axes.
         """
         assert values.ndim == len(axes), (name, values.shape, axes)
         packed = pack(values)
-        if paged and values.size > _WHOLE:
+        if paged:
             packed["paged"] = True
         if tile:
             packed["tile"] = tile | {"rows": values.shape[-2], "cols": values.shape[-1]}
@@ -139,10 +153,11 @@ class Content:
     def message(self, *, is_whole: bool = True) -> dict[str, Any]:
         """Return plain values and bytes, as a browser takes them; `pages` of arrays follow."""
         axes = {name: dict(vars(axis)) for name, axis in self.axes.items()}
+        later = {} if is_whole else self._paged()
         arrays = {
-            name: packed
-            if is_whole or "paged" not in packed
-            else {key: value for key, value in packed.items() if key != "data"}
+            name: {
+                key: value for key, value in packed.items() if name not in later or key != "data"
+            }
             for name, packed in self.arrays.items()
         }
         said = {"sentence": self.sentence, "otherwise": self.otherwise}
@@ -151,12 +166,16 @@ class Content:
     def pages(self, selection: Mapping[str, int]) -> dict[str, Any]:
         """Return the parts of paged arrays that a selection needs."""
         found = {}
-        for name, packed in self.arrays.items():
-            if "paged" in packed:
-                page = self.axes[packed["axes"][0]].index(selection)
-                size = len(packed["data"]) // packed["shape"][0]
-                found[name] = {"page": page, "data": packed["data"][page * size :][:size]}
+        for name, packed in self._paged().items():
+            page = self.axes[packed["axes"][0]].index(selection)
+            size = len(packed["data"]) // packed["shape"][0]
+            found[name] = {"page": page, "data": packed["data"][page * size :][:size]}
         return found
+
+    def _paged(self) -> dict[str, dict[str, Any]]:
+        """Return the arrays that are sent in parts."""
+        found = {name: packed for name, packed in self.arrays.items() if "paged" in packed}
+        return found if sum(len(packed["data"]) for packed in found.values()) > _WHOLE else {}
 
 
 def _wider(one: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

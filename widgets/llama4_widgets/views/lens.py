@@ -16,7 +16,7 @@ from llama4_lab.analysis.decomposition import (
 from llama4_lab.analysis.lens import Lens, logit_lens
 from llama4_lab.config import Llama4Config
 from llama4_widgets.moment import Moment
-from llama4_widgets.panels import Axis, Content, diverging, sequential
+from llama4_widgets.panels import Axis, Content, diverging, near, sequential
 from llama4_widgets.view import View, in_row
 from llama4_widgets.words import number, token_id, visible
 
@@ -143,17 +143,14 @@ class LensView(View):
 
     def _lenses(self, moment: Moment) -> tuple[Lens, Lens]:
         """Return the clean and the edited lens around the token, both asked about one word."""
-        count = len(moment.words)
         points = 1 + 2 * moment.model.config.num_hidden_layers
-        half = max(_CELLS // points // 2, 8)
-        start = self.selection.token // half * half - half // 2
-        low = max(0, min(start, count - 2 * half))
-        near = tuple(range(low, min(low + 2 * half, count)))
-        clean = moment.clean(logit_lens, near, target=self._goal(), kept=written)
+        most = max(_CELLS // points, 16)
+        at = tuple(near(self.selection.token, len(moment.words), most))
+        clean = moment.clean(logit_lens, at, target=self._goal(), kept=written)
         if not moment.edits:
             return clean, clean
         target = tuple(clean.target.tolist())
-        return clean, moment.edited(logit_lens, near, target=target, kept=written)
+        return clean, moment.edited(logit_lens, at, target=target, kept=written)
 
     def _goal(self) -> int | None:
         return token_id(self.moment.model.tokenizer, self.word) if self.word else None

@@ -1,19 +1,20 @@
 """Which expert does each token choose, how surely, and what do edits change?"""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from llama4_lab.analysis.routing import Routing, routing_of
-from llama4_widgets.panels import Content, diverging, experts, sequential
+from llama4_widgets.panels import Content, diverging, experts, near, sequential
 from llama4_widgets.view import View
 from llama4_widgets.words import counted, describe
 
 _BOTH = ("moe layer", "token")
 _RULES = (1, 2, 2.5, 5, 10, 15, 20, 25)  # % from one rule to the next
-
 _ROUNDING = 0.01  # of scores in bfloat16, and more
+_WHOLE, _PART = 294_000, 230_000  # bytes of an update: of all tokens at most, of some about
 
 
 class RouterView(View):
@@ -26,51 +27,85 @@ class RouterView(View):
         "close calls: little edits, or fewer bits, tip them over."
     )
 
+    follows = ("token",)
+    _near = range(0)  # the tokens on screen: of long texts those around the selected one
+    _most = 0  # of them
+
     def content(self) -> Content:
         clean, edited = self.moment.clean(routing_of), self.moment.edited(routing_of)
         is_edited = bool(self.moment.edits)
-        content = Content(self.axes())
+        changed = flips(clean, edited)
+        # Whether others than the strongest experts changed, too.
+        is_marked = bool((changed != (clean.expert[..., 0] != edited.expert[..., 0])).any())
+        self._most = self._room([edited, clean][: 1 + is_edited], is_marked)
+        count, self._near = len(edited.tokens), self._around()
+        content, part = Content(self.axes()), ""
+        if len(self._near) < count:
+            axis, at = content.axes["token"], slice(self._near.start, self._near.stop)
+            labels = self.moment.words[at]
+            content.axes["token"] = replace(
+                axis, size=len(labels), labels=labels, values=[*self._near]
+            )
+            part = f"; tokens {at.start} to {at.stop - 1} of {count}"
+        here, before = (_cut(each, self._near) for each in (edited, clean))
         scale = experts(edited.num_experts)
-        chosen = _add_choices(content, edited, clean if is_edited else None)
+        chosen = _add_choices(content, here, before if is_edited else None)
         content.add(
             "strip", "The text, by expert of the layer", None, _BOTH, scale,
             kind="strip", shown=("token",), array="chosen", chosen=chosen, walk="moe layer",
+            note=part[2:],
         )  # fmt: skip
-        changed = flips(clean, edited)
-        is_marked = (changed != (clean.expert[..., 0] != edited.expert[..., 0])).any()
-        if is_marked:  # others than the strongest experts changed, too
-            content.array("flips", changed, _BOTH)
+        if is_marked:
+            content.array("flips", changed[:, self._near], _BOTH)
         content.add(
-            "chosen", "Chosen expert", edited.expert[..., 0], _BOTH, scale,
+            "chosen", "Chosen expert", here.expert[..., 0], _BOTH, scale,
             clean="clean chosen" if is_edited else None, marks="flips" if is_marked else None,
-            note=f"rings: {counted(int(changed.sum()), 'flip')}, where the clean run chose others"
-            if is_edited else "by layer (down) and token (across)",
+            note=(
+                f"rings: {counted(int(changed.sum()), 'flip')}, where the clean run chose others"
+                if is_edited else "by layer (down) and token (across)"
+            ) + part,
         )  # fmt: skip
         each = (*_BOTH, "expert")
         if is_edited:
-            content.array("clean probability", _sigmoid(clean), each, paged=True)
+            content.array("clean probability", _sigmoid(before.logits), each, paged=True)
         content.add(
-            "probability", "Probability of each expert", _sigmoid(edited), each,
+            "probability", "Probability of each expert", _sigmoid(here.logits), each,
             sequential(0, 1), kind="bars", wide=False, colours=scale["colours"], chosen=chosen,
             clean="clean probability" if is_edited else None, paged=True,
             note="sigmoid of the logit, each alone: no sum to 1" + ("; marks: clean" * is_edited),
         )  # fmt: skip
         add_load(content, edited, clean if is_edited else None, "the layer", chosen)
         content.add(
-            "score", "Score", edited.score[..., 0], _BOTH, sequential(0, 1), wide=False,
+            "score", "Score", here.score[..., 0], _BOTH, sequential(0, 1), wide=False,
             note=_told_of_scores(edited),
         )  # fmt: skip
         content.add(
-            "margin", "Margin", edited.margin, _BOTH, sequential(0, 4, "logits", "or more"),
+            "margin", "Margin", here.margin, _BOTH, sequential(0, 4, "logits", "or more"),
             wide=False, note="over the runner-up",
         )  # fmt: skip
         if is_edited:
-            change = _sigmoid(edited) - _sigmoid(clean)
+            change = _sigmoid(here.logits) - _sigmoid(before.logits)
             content.add(
                 "change", "Change of the probabilities", change, each, diverging(1.0),
                 shown=("expert", "token"), note="edited minus clean, of the layer", paged=True,
             )  # fmt: skip
         return content
+
+    def turn(self, chosen: Set[str]) -> None:
+        if self._around() != self._near:
+            self.refresh()
+
+    def _around(self) -> range:
+        return near(self.selection.token, len(self.moment.tokens), self._most)
+
+    def _room(self, runs: Sequence[Routing], is_marked: bool) -> int:
+        """Return how many tokens an update has room for, after what each takes."""
+        words, is_edited = self.moment.words, len(runs) > 1
+        layers, _, topk = runs[0].expert.shape
+        each = layers * (3 + is_edited + is_marked) + runs[0].num_experts * (1 + 2 * is_edited)
+        each += 3 + 2 * (topk + is_edited * runs[-1].expert.shape[-1])
+        each += 4 + sum(len(word.encode()) for word in words) / len(words)  # as JSON
+        return len(words) if each * len(words) <= _WHOLE else int(_PART / each)
 
     def summary(self) -> str:
         routing = self.moment.edited(routing_of)
@@ -178,11 +213,17 @@ def _hundredths(values: np.ndarray, of: np.ndarray) -> np.ndarray:
 
 def _told_of_scores(routing: Routing) -> str:
     """Say what a score is, and of how many an edit made something else: a skipped layer's are 0."""
-    probability = np.take_along_axis(_sigmoid(routing), routing.expert[..., :1], axis=-1)
-    differ = np.abs(probability - routing.score[..., :1]) > _ROUNDING
+    logits = np.take_along_axis(routing.logits, routing.expert[..., :1], axis=-1)
+    differ = np.abs(_sigmoid(logits) - routing.score[..., :1]) > _ROUNDING
     told = f"; {differ.sum()} differ from the probability, by an edit" * bool(differ.any())
     return "multiplies what the expert reads" + told
 
 
-def _sigmoid(routing: Routing) -> np.ndarray:
-    return 1 / (1 + np.exp(-routing.logits))
+def _cut(routing: Routing, tokens: range) -> Routing:
+    arrays = ("logits", "expert", "score", "runner_up", "margin")
+    at = slice(tokens.start, tokens.stop)
+    return replace(routing, **{name: getattr(routing, name)[:, at] for name in arrays})
+
+
+def _sigmoid(logits: Float[np.ndarray, "*axes"]) -> Float[np.ndarray, "*axes"]:
+    return 1 / (1 + np.exp(-logits))
