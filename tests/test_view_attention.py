@@ -230,9 +230,42 @@ def test_only_nope_layers_have_a_temperature(moment):
     assert view._layer.value == 1
 
 
-def test_what_cannot_be_read_is_told_in_words(moment, is_long):
+def test_what_cannot_be_read_is_told_in_words(model, moment, is_long):
     view = AttentionView(moment.with_edits([E.KnockOut((20,), (3,), layer=0)]))
     assert re.search("'layers.0.attn.scores' is watched or changed here", view.board.problem)
+    view.selection.layer = 1  # is none of them
+    assert view.board.problem == ""
+    with E.edited(model, view.moment.edits):
+        expected = pattern(model, moment.prompt, 1)[0, 50, :51]
+    view.selection.token = 50
+    close(shown(view, "row edited")[:51], expected)
+    view.selection.layer = 0
+    assert re.search("'layers.0.attn.scores' is watched or changed here", view.board.problem)
+
+
+@pytest.mark.parametrize("at_once", [4, 2])
+@pytest.mark.parametrize("edits", [(), (E.SkipLayer(1),)])
+def test_one_run_of_a_long_prompt_serves_many_layers(
+    model, moment, is_long, monkeypatch, edits, at_once
+):
+    config = model.config
+    width = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    monkeypatch.setattr(patterns, "_TOGETHER", at_once * 4 * width * len(moment.words))
+    count, run = 0, type(model).hidden
+
+    def hidden(*args):
+        nonlocal count
+        count += 1
+        return run(*args)
+
+    monkeypatch.setattr(type(model), "hidden", hidden)
+    view = AttentionView(Moment(model, moment.prompt, edits), Selection(layer=3, token=50))
+    for layer in (2, 0, 1):
+        view.selection.layer = layer
+    assert count == (2 if edits else 1) * 4 // at_once
+    with E.edited(model, edits):
+        expected = pattern(model, moment.prompt, 1)[0, 50, :51]
+    close(shown(view, "row edited" if edits else "row")[:51], expected)
 
 
 @pytest.mark.parametrize("edits", [(), (E.SkipLayer(1),)])
@@ -241,7 +274,8 @@ def test_an_update_of_a_long_prompt_stays_small(model, monkeypatch, edits):
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, config.num_attention_heads, count, 8, generator=generator)
     kept = KeysAndQueries(3, q, k[: config.num_key_value_heads], None)
-    monkeypatch.setattr(attention, "layer_of", lambda *_: Layer(False, None, None, kept))
+    found, runs = Layer(False, None, None, kept), ("clean", "edited") if edits else ("",)
+    monkeypatch.setattr(attention, "attended", lambda *_: [(run, found) for run in runs])
     monkeypatch.setattr(patterns, "MOST_CELLS", 1 << 20)
     ids, none = torch.zeros(1, count, dtype=torch.long), torch.full((1, count), -1)
     words = [["·longword"] * count]
@@ -249,7 +283,6 @@ def test_an_update_of_a_long_prompt_stays_small(model, monkeypatch, edits):
     prompt = Prompt(ids, None, torch.ones_like(ids), words, spans)
     view = AttentionView(Moment(model, prompt), Selection(token=15_000))
     if edits:
-        monkeypatch.setattr(Moment, "edited", lambda self, fn, *args: fn(None, None, *args))
         view.moment = view.moment.with_edits(edits)
     view.region({"panel": "map", "x": [0, 5000], "y": [9000, 14_000]})
     view.selection.token = 15_001

@@ -71,6 +71,11 @@ class Summary:
     sink: Float[np.ndarray, " t"]  # share on the first visible key: the chunk's or the sequence's
     crossing: Float[np.ndarray, " t"]  # share on keys before the query's own chunk
 
+    @property
+    def means(self) -> Float[np.ndarray, " 4"]:
+        """Distance, entropy, sink and crossing, each averaged over the queries."""
+        return np.array([x.mean() for x in vars(self).values()])
+
 
 @dataclass(frozen=True, eq=False)
 class HeadSummaries:
@@ -92,7 +97,7 @@ def keys_and_queries(model: Llama4, prompt: Prompt, layer: int) -> KeysAndQuerie
         ValueError: a layer that the model does not have, a prompt of several rows or with padding,
             or a call inside a block that watches or changes the layer's scores or pattern.
     """
-    return _traced(model, prompt, [layer])[0]
+    return keys_and_queries_of(model, prompt, [layer])[0]
 
 
 def head_summaries(
@@ -108,19 +113,25 @@ def head_summaries(
     """
     config = model.config
     layers = range(config.num_hidden_layers) if layers is None else layers
-    traced = _traced(model, prompt, layers)
+    traced = keys_and_queries_of(model, prompt, layers)
     border = config.attention_chunk_size
     means = np.empty((4, len(traced), config.num_attention_heads))
     for row, kept in enumerate(traced):
         for head in range(config.num_attention_heads):
-            s = summarise(*kept.head(head), border=border)
-            means[:, row, head] = [x.mean() for x in (s.distance, s.entropy, s.sink, s.crossing)]
+            means[:, row, head] = summarise(*kept.head(head), border=border).means
     chunks = tuple(kept.chunk for kept in traced)
     return HeadSummaries(tuple(layers), chunks, border, *means)
 
 
 @torch.no_grad()
-def _traced(model: Llama4, prompt: Prompt, layers: Sequence[int]) -> list[KeysAndQueries]:
+def keys_and_queries_of(
+    model: Llama4, prompt: Prompt, layers: Sequence[int]
+) -> list[KeysAndQueries]:
+    """Return the `keys_and_queries` of several layers, by one run.
+
+    Raises:
+        ValueError: as `keys_and_queries`.
+    """
     count, padding = len(prompt.tokens), int((prompt.attention_mask == 0).sum())
     if padding:
         raise ValueError(

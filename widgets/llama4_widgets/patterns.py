@@ -5,7 +5,7 @@ With `explore` and `moment` this is what needs torch here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from llama4_lab.analysis.attention import KeysAndQueries, Window, keys_and_queries, rows, tiles
+from llama4_lab.analysis.attention import (
+    KeysAndQueries,
+    Window,
+    keys_and_queries_of,
+    rows,
+    summarise,
+    tiles,
+)
 from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
 from llama4_lab.model.text import DecoderLayer
@@ -21,8 +28,12 @@ from llama4_lab.prompt import Prompt
 from llama4_lab.trace import trace
 from llama4_widgets.panels import sequential
 
+if TYPE_CHECKING:
+    from llama4_widgets.moment import Moment
+
 MOST_CELLS = 1 << 24  # queries × keys of one picture: some 0.2 s on one core
 _ROWS = 16  # at a time: 8 MB at 131,072 keys
+_TOGETHER = 1 << 28  # bytes of queries and keys that are kept of one run
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,23 +56,49 @@ class Layer:
         return np.where((key >= first) & (key <= query), share, np.nan)
 
 
-def layer_of(model: Llama4, prompt: Prompt, layer: int, is_whole: bool) -> Layer:
-    """Run a prompt of one row and keep a layer's pattern, or what it is made of.
+def attended(moment: "Moment", layer: int, is_whole: bool) -> list[tuple[str, Layer]]:
+    """Return a layer's pattern in each of a moment's runs, or what it is made of.
+
+    Long prompts take long to run: what other layers' patterns are made of comes with it, of as many
+    as fit.
 
     Raises:
         ValueError: as `keys_and_queries`, which reads what is not whole.
     """
-    uses_rope = cast(DecoderLayer, model.layers[layer]).self_attn.uses_rope
-    if not is_whole:
-        kept = keys_and_queries(model, prompt, layer)
-        return Layer(uses_rope, kept.chunk, None, kept)
+    if is_whole:
+        return moment.runs(_pattern_of, layer)
+    config = moment.model.config
+    changed = {point for edit in moment.edits for point in edit.changes(config)}
+    unread = {
+        i
+        for i in range(config.num_hidden_layers)
+        if not changed.isdisjoint(f"layers.{i}.attn.{name}" for name in ("scores", "pattern"))
+    }
+    heads = config.num_attention_heads + config.num_key_value_heads
+    most = max(1, _TOGETHER // (4 * heads * config.head_dim * len(moment.words)))
+    beside = range(config.num_hidden_layers)[layer // most * most :][:most]
+    layers = tuple(i for i in beside if i == layer or not {i, layer} & unread)
+    found = moment.runs(_layers_of, layers)
+    return [(run, each[layers.index(layer)]) for run, each in found]
+
+
+def _layers_of(model: Llama4, prompt: Prompt, layers: tuple[int, ...]) -> list[Layer]:
+    found = keys_and_queries_of(model, prompt, layers)
+    return [Layer(_uses_rope(model, kept.layer), kept.chunk, None, kept) for kept in found]
+
+
+def _uses_rope(model: Llama4, layer: int) -> bool:
+    return cast(DecoderLayer, model.layers[layer]).self_attn.uses_rope
+
+
+def _pattern_of(model: Llama4, prompt: Prompt, layer: int) -> Layer:
     prompt, name = prompt.to(model.device), f"layers.{layer}.attn.pattern"
     with torch.no_grad(), trace(model, name) as cache:
         model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
     share, chunk = cache[name][0].float(), model.chunks[layer]
     at = torch.arange(share.shape[-1], device=share.device)[None]
     pattern = share.masked_fill(~visible(at, at, chunk), float("nan")).cpu().numpy()
-    return Layer(uses_rope, chunk, pattern, None)
+    return Layer(_uses_rope(model, layer), chunk, pattern, None)
 
 
 def pooled(
@@ -123,6 +160,11 @@ def glance(
     assert layer.kept is not None
     kept = layer.kept
     count, length = kept.q.shape[:2]
+    if count * length * min(kept.chunk or length, length) <= MOST_CELLS:
+        all_of_it = 0, length
+        cells = [pooled(kept, i, all_of_it, all_of_it, side, "max")[0] for i in range(count)]
+        means = [summarise(*kept.head(head), border=border).means for head in range(count)]
+        return np.stack(cells), np.stack(means), 1
     step = -(-length // min(max(2 * MOST_CELLS // (count * length), side), length))
     queries = list(range(step // 2, length, step))
     maps, averages = [], []

@@ -12,7 +12,7 @@ from llama4_lab.analysis.attention import Window
 from llama4_lab.edits import AttentionTemperature
 from llama4_lab.model.text import temperature
 from llama4_widgets.panels import Axis, Content, diverging, pack
-from llama4_widgets.patterns import Layer, decades, glance, in_decades, layer_of, pooled
+from llama4_widgets.patterns import Layer, attended, decades, glance, in_decades, pooled
 from llama4_widgets.view import View
 from llama4_widgets.words import counted
 
@@ -112,7 +112,7 @@ class AttentionView(View):
         """Return the layer of the clean run, and of the edited one if there are edits."""
         size = self.moment.model.config.num_attention_heads * len(self.moment.words) ** 2
         is_whole = size * (5 if self.moment.edits else 2) <= _WHOLE
-        return self.moment.runs(layer_of, self.selection.layer, is_whole)
+        return attended(self.moment, self.selection.layer, is_whole)
 
     def _add_strips(self, content: Content, runs: list[tuple[str, Layer]]) -> None:
         words, token = self.moment.words, self.selection.token

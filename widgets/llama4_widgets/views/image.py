@@ -14,7 +14,7 @@ from llama4_lab.analysis.routing import routing_of
 from llama4_lab.analysis.vision import Patches, causal_map, masking_effects, patches_of
 from llama4_lab.prompt import Prompt
 from llama4_widgets.panels import Axis, Content, diverging, experts
-from llama4_widgets.patterns import decades, in_decades, layer_of
+from llama4_widgets.patterns import attended, decades, in_decades
 from llama4_widgets.slices import Work
 from llama4_widgets.still import png, unpack
 from llama4_widgets.view import View
@@ -126,7 +126,7 @@ class ImageView(View):
         moment, layer, token = self.moment, self.selection.layer, self.selection.token
         count, heads = len(moment.words), moment.model.config.num_attention_heads
         is_whole = heads * count**2 <= 1 << 20
-        for run, found in moment.runs(layer_of, layer, is_whole):
+        for run, found in attended(moment, layer, is_whole):
             share = np.stack([found.row(head, token)[tokens] for head in range(heads)])
             name = f"attention {run}".strip()
             content.array(name, in_decades(share), ("head", "patch"))
