@@ -157,7 +157,8 @@ def test_where_reading_all_takes_long_a_block_shows_its_middle_query(
     kept = keys_and_queries(model, moment.prompt, layer)
     q, k, chunk = kept.head(0)
     monkeypatch.setattr(patterns, "MOST_CELLS", 1)
-    cells, block, is_all = patterns.pooled(kept, 0, (10, 150), (4, 149), 20, how)
+    found = Layer(True, chunk, None, kept)
+    cells, block, is_all = patterns.pooled(found, 0, (10, 150), (4, 149), 20, how)
     assert (block, is_all, cells.shape) == ((7, 8), False, (20, 19))
     wanted = tiles(q, k, chunk, block=(1, 8), queries=(10, 150), keys=(4, 149))
     middle = slice(3, None, 7)
@@ -230,17 +231,54 @@ def test_only_nope_layers_have_a_temperature(moment):
     assert view._layer.value == 1
 
 
-def test_what_cannot_be_read_is_told_in_words(model, moment, is_long):
+@pytest.mark.parametrize("how", ["max", "mean"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_edits_of_scores_show_in_long_prompts_as_well(model, moment, is_long, layer, how):
+    hidden = {0: 130, 3: 90}[layer]  # to which that query looks
+    edits = [E.KnockOut((50, 149), (3, hidden), layer=layer)]
+    view = AttentionView(moment.with_edits(edits), Selection(layer=layer, head=1, token=149))
+    view._pooling.value = how
+    with E.edited(model, edits):
+        expected = pattern(model, moment.prompt, layer)
+    assert expected[1, 149, hidden] == 0 < pattern(model, moment.prompt, layer)[1, 149, hidden]
+    seen = slice(128 if layer == 0 else 0, 150)
+    close(shown(view, "row edited")[seen], expected[1, 149, seen])
+    rows_of_table = panels(view)["summaries"]["rows"]
+    entropy = -np.nansum(expected * np.log(np.maximum(expected, 1e-30)), axis=-1).mean(axis=-1)
+    np.testing.assert_allclose([row[2] for row in rows_of_table], entropy, rtol=1e-4)
+    view.selection.layer = 3 - layer  # whose scores are not changed
+    with E.edited(model, edits):
+        expected = pattern(model, moment.prompt, 3 - layer)
+    assert view.board.problem == ""
+    close(shown(view, "row edited")[128:150], expected[1, 149, 128:150])
+
+
+def test_what_cannot_be_read_is_told_in_words(moment, is_long, monkeypatch):
+    monkeypatch.setattr(patterns, "_MOST_BYTES", 1000)
     view = AttentionView(moment.with_edits([E.KnockOut((20,), (3,), layer=0)]))
     assert re.search("'layers.0.attn.scores' is watched or changed here", view.board.problem)
-    view.selection.layer = 1  # is none of them
+    view.selection.layer = 1
     assert view.board.problem == ""
-    with E.edited(model, view.moment.edits):
-        expected = pattern(model, moment.prompt, 1)[0, 50, :51]
-    view.selection.token = 50
-    close(shown(view, "row edited")[:51], expected)
-    view.selection.layer = 0
-    assert re.search("'layers.0.attn.scores' is watched or changed here", view.board.problem)
+
+
+@pytest.mark.parametrize("how", ["max", "mean"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_pattern_is_pooled_like_its_keys_and_queries(model, moment, layer, how):
+    kept = keys_and_queries(model, moment.prompt, layer)
+    share = torch.from_numpy(pattern(model, moment.prompt, layer))
+    for queries, keys, side in (((0, 150), (0, 150), 16), ((10, 149), (4, 150), 20)):
+        mine, theirs = (
+            patterns.pooled(Layer(True, kept.chunk, None, each), 1, queries, keys, side, how)
+            for each in (share, kept)
+        )
+        assert mine[1:] == theirs[1:] and mine[2]
+        np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-4, atol=1e-7)
+    border = model.config.attention_chunk_size
+    mine, theirs = (
+        patterns.glance(Layer(True, kept.chunk, None, each), border, 32) for each in (share, kept)
+    )
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("at_once", [4, 2])
@@ -250,7 +288,7 @@ def test_one_run_of_a_long_prompt_serves_many_layers(
 ):
     config = model.config
     width = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    monkeypatch.setattr(patterns, "_TOGETHER", at_once * 4 * width * len(moment.words))
+    monkeypatch.setattr(patterns, "_MOST_BYTES", at_once * 4 * width * len(moment.words))
     count, run = 0, type(model).hidden
 
     def hidden(*args):

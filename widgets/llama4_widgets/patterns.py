@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 1 << 24  # queries × keys of one picture: some 0.2 s on one core
 _ROWS = 16  # at a time: 8 MB at 131,072 keys
-_TOGETHER = 1 << 28  # bytes of queries and keys that are kept of one run
+_MOST_BYTES = 1 << 28  # of queries and keys that are kept of one run, or of a pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +43,20 @@ class Layer:
     uses_rope: bool
     chunk: int | None  # tokens; None where the layer sees the whole past
     pattern: Float[np.ndarray, "h t s"] | None  # NaN where nothing may be seen; None for `kept`
-    kept: KeysAndQueries | None
+    kept: KeysAndQueries | Float[Tensor, "h t s"] | None  # what a long prompt's rows are read from
+
+    def rows(self, head: int, queries: Sequence[int]) -> Float[Tensor, "r s"]:
+        """Return the attention of some queries to all tokens, exactly, from what is `kept`."""
+        if isinstance(self.kept, KeysAndQueries):
+            return rows(*self.kept.head(head), queries)
+        assert self.kept is not None
+        return self.kept[head, list(queries)]
 
     def row(self, head: int, query: int) -> Float[np.ndarray, " s"]:
         """Return a query's attention to all tokens, exactly; NaN where it may not look."""
         if self.pattern is not None:
             return self.pattern[head, query]
-        assert self.kept is not None
-        share = rows(*self.kept.head(head), [query])[0].cpu().numpy()
+        share = self.rows(head, [query])[0].cpu().numpy()
         key = np.arange(len(share))
         first = 0 if self.chunk is None else query // self.chunk * self.chunk
         return np.where((key >= first) & (key <= query), share, np.nan)
@@ -60,22 +66,23 @@ def attended(moment: "Moment", layer: int, is_whole: bool) -> list[tuple[str, La
     """Return a layer's pattern in each of a moment's runs, or what it is made of.
 
     Long prompts take long to run: what other layers' patterns are made of comes with it, of as many
-    as fit.
+    as fit. Edits of scores or pattern make the pattern itself needed.
 
     Raises:
-        ValueError: as `keys_and_queries`, which reads what is not whole.
+        ValueError: such edits, and a pattern that takes more than `_MOST_BYTES`.
     """
-    if is_whole:
-        return moment.runs(_pattern_of, layer)
-    config = moment.model.config
+    config, count = moment.model.config, len(moment.words)
     changed = {point for edit in moment.edits for point in edit.changes(config)}
     unread = {
         i
         for i in range(config.num_hidden_layers)
         if not changed.isdisjoint(f"layers.{i}.attn.{name}" for name in ("scores", "pattern"))
     }
-    heads = config.num_attention_heads + config.num_key_value_heads
-    most = max(1, _TOGETHER // (4 * heads * config.head_dim * len(moment.words)))
+    heads = config.num_attention_heads
+    if is_whole or (layer in unread and 4 * heads * count**2 <= _MOST_BYTES):
+        return moment.runs(_pattern_of, layer, is_whole)
+    width = (heads + config.num_key_value_heads) * config.head_dim
+    most = max(1, _MOST_BYTES // (4 * width * count))
     beside = range(config.num_hidden_layers)[layer // most * most :][:most]
     layers = tuple(i for i in beside if i == layer or not {i, layer} & unread)
     found = moment.runs(_layers_of, layers)
@@ -91,37 +98,42 @@ def _uses_rope(model: Llama4, layer: int) -> bool:
     return cast(DecoderLayer, model.layers[layer]).self_attn.uses_rope
 
 
-def _pattern_of(model: Llama4, prompt: Prompt, layer: int) -> Layer:
+def _pattern_of(model: Llama4, prompt: Prompt, layer: int, is_whole: bool) -> Layer:
     prompt, name = prompt.to(model.device), f"layers.{layer}.attn.pattern"
     with torch.no_grad(), trace(model, name) as cache:
         model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
     share, chunk = cache[name][0].float(), model.chunks[layer]
+    if not is_whole:
+        return Layer(_uses_rope(model, layer), chunk, None, share)
     at = torch.arange(share.shape[-1], device=share.device)[None]
     pattern = share.masked_fill(~visible(at, at, chunk), float("nan")).cpu().numpy()
     return Layer(_uses_rope(model, layer), chunk, pattern, None)
 
 
 def pooled(
-    kept: KeysAndQueries, head: int, queries: Window, keys: Window, side: int, pooling: str
+    layer: Layer, head: int, queries: Window, keys: Window, side: int, pooling: str
 ) -> tuple[Float[np.ndarray, "rows cols"], tuple[int, int], bool]:
     """Pool a window of a head's pattern (by "max" or "mean") into at most side × side cells.
 
     Returns the cells, NaN where nothing may be seen; the queries × keys that each stands for; and
     whether all of those were read: of more than `MOST_CELLS` it is each block's middle query.
     """
-    q, k, chunk = kept.head(head)
     tall, wide = (-(-(end - begin) // side) for begin, end in (queries, keys))
-    if (queries[1] - queries[0]) * min(chunk or queries[1], queries[1]) <= MOST_CELLS:
-        found = tiles(q, k, chunk, block=(tall, wide), queries=queries, keys=keys)
-        cells = np.where(found.visible > 0, getattr(found, pooling), np.nan)
-        return cells, (tall, wide), True
-    chosen = [min(i + tall // 2, queries[1] - 1) for i in range(*queries, tall)]
+    chosen: Sequence[int] = range(*queries)
+    if isinstance(layer.kept, KeysAndQueries):
+        if len(chosen) * min(layer.chunk or queries[1], queries[1]) <= MOST_CELLS:
+            q, k, chunk = layer.kept.head(head)
+            found = tiles(q, k, chunk, block=(tall, wide), queries=queries, keys=keys)
+            cells = np.where(found.visible > 0, getattr(found, pooling), np.nan)
+            return cells, (tall, wide), True
+        chosen = [min(i + tall // 2, queries[1] - 1) for i in chosen[::tall]]
     parts = []
     for i in range(0, len(chosen), _ROWS):
         some = chosen[i : i + _ROWS]
-        share = rows(q, k, chunk, some)[:, slice(*keys)]
-        parts.append(_pool_keys(share, some, chunk, keys, wide, pooling))
-    return np.concatenate(parts), (tall, wide), tall == 1
+        share = layer.rows(head, some)[:, slice(*keys)]
+        parts.append(_pool_keys(share, some, layer.chunk, keys, wide, pooling))
+    cells, is_all = np.concatenate(parts), len(chosen) == queries[1] - queries[0]
+    return _pool_queries(cells, tall if is_all else 1, pooling), (tall, wide), is_all
 
 
 def _pool_keys(
@@ -157,12 +169,13 @@ def glance(
         every = [torch.from_numpy(np.nan_to_num(one)) for one in layer.pattern]
         means = [_averages(one, at, layer.chunk, border).mean(1) for one in every]
         return layer.pattern, np.stack(means), 1
-    assert layer.kept is not None
     kept = layer.kept
-    count, length = kept.q.shape[:2]
-    if count * length * min(kept.chunk or length, length) <= MOST_CELLS:
+    assert kept is not None
+    count, length = (kept.q if isinstance(kept, KeysAndQueries) else kept).shape[:2]
+    most = count * length * min(layer.chunk or length, length)
+    if isinstance(kept, KeysAndQueries) and most <= MOST_CELLS:
         all_of_it = 0, length
-        cells = [pooled(kept, i, all_of_it, all_of_it, side, "max")[0] for i in range(count)]
+        cells = [pooled(layer, i, all_of_it, all_of_it, side, "max")[0] for i in range(count)]
         means = [summarise(*kept.head(head), border=border).means for head in range(count)]
         return np.stack(cells), np.stack(means), 1
     step = -(-length // min(max(2 * MOST_CELLS // (count * length), side), length))
@@ -172,11 +185,11 @@ def glance(
         small, sums = [], []
         for i in range(0, len(queries), _ROWS):
             some = queries[i : i + _ROWS]
-            share = rows(*kept.head(head), some)
+            share = layer.rows(head, some)
             wide = -(-length // side)
-            small.append(_pool_keys(share, some, kept.chunk, (0, length), wide, "max"))
-            sums.append(_averages(share, some, kept.chunk, border))
-        maps.append(_fewer(np.concatenate(small), side))
+            small.append(_pool_keys(share, some, layer.chunk, (0, length), wide, "max"))
+            sums.append(_averages(share, some, layer.chunk, border))
+        maps.append(_pool_queries(np.concatenate(small), -(-len(queries) // side), "max"))
         averages.append(np.concatenate(sums, axis=1).mean(1))
     return np.stack(maps), np.stack(averages), step
 
@@ -195,14 +208,16 @@ def _averages(
     return torch.stack([distance, entropy, sink, crossing]).double().cpu().numpy()
 
 
-def _fewer(cells: Float[np.ndarray, "r c"], most: int) -> Float[np.ndarray, "rows c"]:
-    """Pool rows by their maximum, until there are at most so many."""
-    tall = -(-len(cells) // most)
-    filled = np.pad(
-        np.nan_to_num(cells, nan=-1), ((0, -len(cells) % tall), (0, 0)), constant_values=-1
-    )
-    found = filled.reshape(-1, tall, cells.shape[1]).max(1)
-    return np.where(found < 0, np.nan, found)
+def _pool_queries(
+    cells: Float[np.ndarray, "r c"], tall: int, pooling: str
+) -> Float[np.ndarray, "rows c"]:
+    """Pool rows in blocks of so many; what may not be seen counts as 0, and alone as NaN."""
+    begin = np.arange(0, len(cells), tall)
+    known, seen = np.nan_to_num(cells), np.logical_or.reduceat(np.isfinite(cells), begin)
+    if pooling == "max":
+        return np.where(seen, np.maximum.reduceat(known, begin), np.nan)
+    count = np.diff(begin, append=len(cells))
+    return np.where(seen, np.add.reduceat(known, begin) / count[:, None], np.nan)
 
 
 def in_decades(share: Shaped[np.ndarray, "*axes"]) -> Float[np.ndarray, "*axes"]:

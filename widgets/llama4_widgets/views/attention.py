@@ -192,7 +192,7 @@ class AttentionView(View):
         for run, layer in runs:
             cells, tile, note = layer.pattern, {}, ""
             if layer.kept is not None:
-                cells, block, is_all = pooled(layer.kept, self._head, queries, keys, side, how)
+                cells, block, is_all = pooled(layer, self._head, queries, keys, side, how)
                 sides = zip("yx", (queries, keys), cells.shape, block, strict=True)
                 tile = {axis: (begin, begin + n * size) for axis, (begin, _), n, size in sides}
                 name = "largest" if how == "max" else "mean"
