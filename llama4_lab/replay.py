@@ -6,7 +6,7 @@ rest; many runs share the batches, each joining at the layer where it begins.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -25,7 +25,7 @@ from llama4_lab.edits import Edit, Run, bound, changes_of, check, read_sources, 
 from llama4_lab.edits.base import CLEAN, See, Touch
 from llama4_lab.model import Llama4
 from llama4_lab.model.text import DecoderLayer, Step
-from llama4_lab.points import PICTURE, Tap
+from llama4_lab.points import PICTURE, Tap, points
 from llama4_lab.trace import inputs_of, intervene, trace, unobserved
 from llama4_lab.witness import Witness
 
@@ -74,9 +74,8 @@ class Replay:
         names = [f"layers.*.{part}" for part in _KEPT] + ["embed", "final_norm"]
         if model.config.routed_layers:
             names.append("layers.*.router.*")
-        with torch.no_grad(), trace(model, names) as kept:
-            model.hidden(**self.inputs)
-        self._kept = {name: model.ranks.mine(name, value) for name, value in kept.items()}
+        self._kept: dict[str, Tensor] = {}
+        self._keep(names)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,22 +102,46 @@ class Replay:
         storages = (value.untyped_storage() for value in self._kept.values())
         return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
-    def edited(self, edits: Sequence[Edit]) -> "Edited":
+    def edited(self, edits: Sequence[Edit], *, keep: Collection[str] = ()) -> "Edited":
         """Run with edits, from the first point and token that they touch.
 
+        `keep` are points of which `Edited.value` tells the values; the clean run's are kept by one
+        more pass, when they are first asked for.
+
         Raises:
-            ValueError: an edit that this model or prompt cannot have, or a block of `intervene`
-                around it.
+            ValueError: an edit that this model or prompt cannot have, a point that has no token of
+                the prompt to each value, or a block of `intervene` around it.
             KeyError: a source that was not given.
         """
-        return self.many([edits])[0]
+        known = points(self.model.config)
+        for point in keep:
+            if not known.get(point, "").startswith("b t") or point.startswith(PICTURE):
+                raise ValueError(f"{point!r} cannot be kept: it has no axes b t of the prompt")
+        if keep and self.model.ranks.size > 1:
+            raise ValueError("a model that is divided among ranks keeps no values of edited runs")
+        _refuse_changes_around(self.model)
+        with unobserved(self.model):
+            self._keep(set(keep) - self._kept.keys() - {"logits"})
+        ((_, found),) = self.stream([edits], keep=keep)
+        return found
+
+    @torch.no_grad()
+    def _keep(self, names: Collection[str]) -> None:
+        """Run the prompt and keep named values."""
+        if names:
+            with trace(self.model, names) as kept:
+                self.model.hidden(**self.inputs)
+            mine = self.model.ranks.mine
+            self._kept |= {name: mine(name, value) for name, value in kept.items()}
 
     def many(self, runs: Sequence[Sequence[Edit]]) -> list["Edited"]:
         """Run each list of edits by itself, many in one pass; results are in the order given."""
         done = dict(self.stream(runs))
         return [done[i] for i in range(len(runs))]
 
-    def stream(self, runs: Sequence[Sequence[Edit]]) -> Iterator[tuple[int, "Edited"]]:
+    def stream(
+        self, runs: Sequence[Sequence[Edit]], *, keep: Collection[str] = ()
+    ) -> Iterator[tuple[int, "Edited"]]:
         """Yield each run with its place in `runs`, pass by pass, in the order that costs least.
 
         For more runs than fit into memory, and for work that is to be stopped on the way. Between
@@ -139,7 +162,7 @@ class Replay:
             total=len(runs), desc="edited runs", unit="run", delay=2, disable=is_silent
         ) as bar:
             for batch in self._batches(variants):
-                yield from self._run(batch).items()
+                yield from self._run(batch, keep).items()
                 bar.update(len(batch))
 
     def _check(self, edits: Sequence[Edit]) -> None:
@@ -174,21 +197,21 @@ class Replay:
                 yield group[i : i + most]
 
     @torch.no_grad()
-    def _run(self, variants: list["_Variant"]) -> dict[int, "Edited"]:
-        rows, first = _Rows(variants), min(variant.first for variant in variants)
+    def _run(self, variants: list["_Variant"], keep: Collection[str]) -> dict[int, "Edited"]:
+        rows, first = _Rows(variants, keep), min(variant.first for variant in variants)
         rules = ruled(self.model, variants[0].edits)
         with self._reading_from(first), rules, closing(rows.witness):
             hidden = self._pass(variants, first, rows)
         found = {}
         for row, variant in enumerate(variants):
             own = slice(variant.first - first, None)
-            known = {p: value[row] for p, value in rows.routers.items() if row < len(value)}
+            known = {p: value[row] for p, value in rows.kept.items() if row < len(value)}
             found[variant.index] = Edited(
                 replay=self,
                 edits=tuple(variant.edits),
                 first=variant.first,
                 hidden=hidden[row, own],
-                routers={point: value[own] for point, value in known.items()},
+                kept={point: value[own] for point, value in known.items()},
                 evidence=rows.evidence(row),
                 change_logits=variant.change("logits"),
             )
@@ -224,7 +247,7 @@ class Replay:
         x = join(x, f"layers.{len(layers) - 1}.resid_post", (len(layers), 0))
         assert x is not None
         x = rows("final_norm", self.model.norm(x))
-        if rows.watches("final_norm"):
+        if rows.alters("final_norm"):
             self.model.lm_head(x)  # logits are made when they are asked for; it is seen here
         return x
 
@@ -319,7 +342,7 @@ class Edited:
     edits: tuple[Edit, ...]
     first: int
     hidden: Float[Tensor, "t d"]  # what the read-out sees, from `first` on
-    routers: dict[str, Tensor]  # by point, from `first` on, of the layers run again
+    kept: dict[str, Tensor]  # by point, from `first` on: of routers, and what was asked for
     evidence: dict[str, Evidence]
     change_logits: Callable[[Tensor], Tensor]
 
@@ -371,17 +394,28 @@ class Edited:
             raise ValueError(
                 f"there is no {point}: MoE layers are {layers}, parts logits, indices and scores"
             )
-        clean = self.replay._kept[point][0]
-        if (mine := self.routers.get(point)) is None:
+        return self.value(point)[0]
+
+    def value(self, point: str) -> Shaped[Tensor, "1 t *axes"]:
+        """Return the value of a point that was kept, for the whole prompt.
+
+        Raises:
+            KeyError: a point that was not kept.
+        """
+        if point == "logits":
+            return self.logits[None]
+        clean = self.replay._kept[point]
+        mine = self.hidden if point == "final_norm" else self.kept.get(point)
+        if mine is None:
             return clean
-        return torch.cat([clean[: self.first], mine]) if self.first else mine
+        return (torch.cat([clean[0, : self.first], mine]) if self.first else mine)[None]
 
     def _flips(self, layer: int) -> int:
         point = f"layers.{layer}.router.indices"
-        if point not in self.routers:
+        if point not in self.kept:
             return 0
         clean = self.replay.experts[layer][self.first :].sort(dim=-1).values
-        mine = self.routers[point].sort(dim=-1).values
+        mine = self.kept[point].sort(dim=-1).values
         if clean.shape != mine.shape:  # another number of experts each
             return len(mine)
         return int((clean != mine).any(dim=-1).sum())
@@ -431,9 +465,10 @@ def _stage(touch: Touch) -> tuple[int, int]:
 class _Rows(Tap):
     """Changes each row of a batch by the edits of its variant, and notes what came of it."""
 
-    def __init__(self, variants: list[_Variant]):
+    def __init__(self, variants: list[_Variant], keep: Collection[str]):
         self.witness = Witness()
-        self.routers: dict[str, Shaped[Tensor, "b t _"]] = {}
+        self.kept: dict[str, Shaped[Tensor, "b t *axes"]] = {}
+        self._keep = frozenset(keep)
         self._changed: list[dict[str, float]] = [{} for _ in variants]
         self._by_point: dict[str, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
         self._seen_by: dict[str, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
@@ -444,7 +479,10 @@ class _Rows(Tap):
                 found.setdefault(point, []).append((row, variant.change(point)))
 
     def watches(self, name: str) -> bool:
-        return name in self._by_point or name in self._seen_by
+        return name in self._by_point or name in self._seen_by or name in self._keep
+
+    def alters(self, name: str) -> bool:
+        return name in self._by_point
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         self.witness.settle()
@@ -460,8 +498,8 @@ class _Rows(Tap):
                 new = rows[0] if len(rows) == 1 else torch.cat(rows)
             self.witness.follow(name, new, instead_of=value)
             value = new
-        if ".router." in name:
-            self.routers[name] = value
+        if ".router." in name or name in self._keep:
+            self.kept[name] = value
         return value
 
     def watched(self, row: int, point: str) -> Callable[[Tensor], Tensor]:

@@ -62,6 +62,41 @@ def test_a_run_knows_what_its_routers_decided(model, prompt, replay):
 
 
 @torch.no_grad()
+def test_a_run_tells_the_values_that_it_was_asked_to_keep(model, prompt):
+    sources = {"clean": prompt, "other": some_prompt(1)}
+    names = [
+        name
+        for name, axes in l4.points(model.config).items()
+        if axes.startswith("b t") and not name.startswith("vision.")
+    ]
+    assert {"embed", "layers.1.experts.out", "layers.5.attn.rot_q", "logits"} <= {*names}
+    for edits in [[], *([edit] for edit in ALL)]:
+        found = Replay(model, prompt, sources).edited(edits, keep=names)
+        expected = rows_of(model, names, prompt, edits, sources)
+        for name in names:
+            mine = found.value(name)
+            torch.testing.assert_close(
+                mine, expected[name], atol=2e-5, rtol=0, equal_nan=True, msg=f"{edits} {name}"
+            )
+
+
+@torch.no_grad()
+def test_keeping_values_is_seen_by_nobody_and_changes_no_run(model, prompt):
+    replay = Replay(model, prompt)
+    plain = replay.edited([E.DropExpert(3, 2)])
+    with l4.trace(model, "embed") as seen:
+        found = replay.edited([E.DropExpert(3, 2)], keep=["layers.3.experts.out"])
+    assert not seen
+    torch.testing.assert_close(found.logits, plain.logits, atol=1e-5, rtol=0)
+    with pytest.raises(KeyError):
+        plain.value("layers.1.experts.out")
+    assert found.value("layers.3.experts.out").shape[:2] == (1, len(replay))
+    for name in ("layers.0.attn.pattern", "vision.embed", "projector.out", "layers.9.resid_mid"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot be kept: it has no axes b t"):
+            replay.edited([], keep=[name])
+
+
+@torch.no_grad()
 def test_small_passes_give_the_same(model, prompt, replay):
     runs = [[E.AblateHead(layer, head)] for layer in range(6) for head in range(6)]
     one_each = Replay(model, prompt, max_tokens=1).many(runs)
@@ -74,7 +109,9 @@ def test_runs_that_begin_at_near_tokens_share_a_pass(model, prompt, monkeypatch)
     """Each still says nothing of what stands before its own first token."""
     replay, passes = Replay(model, prompt), []
     run = replay._run
-    monkeypatch.setattr(replay, "_run", lambda variants: passes.append(variants) or run(variants))
+    monkeypatch.setattr(
+        replay, "_run", lambda variants, keep: passes.append(variants) or run(variants, keep)
+    )
     tokens = [12, 3, 5, 4, len(replay) - 1]
     edits = [[E.ReplaceToken(token, 7)] for token in tokens] + [[E.SkipLayer(2)]]
     together = replay.many(edits)

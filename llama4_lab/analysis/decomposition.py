@@ -7,7 +7,7 @@ Framework for Transformer Circuits"). A share says what was written, not what th
 without it: removing a part changes the scale and everything behind it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llama4_lab.analysis.lens import position_in, run
 from llama4_lab.checkpoint.quantised import require_whole
+from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
 from llama4_lab.model.text import RMSNorm
@@ -95,10 +96,16 @@ def written(model: Llama4, prompt: Prompt) -> dict[str, Tensor]:
 
     That is about five times the residual stream of every layer, on the model's device.
     """
-    layers = model.config.num_hidden_layers
+    return run(model, prompt, written_points(model.config, model.tap.alters))
+
+
+def written_points(config: Llama4Config, alters: Callable[[str], bool]) -> list[str]:
+    """Return the points that `written` keeps, in a run whose edits alter some."""
+    layers = config.num_hidden_layers
     stream = [f"layers.{i}.{half}" for i in range(layers) for half in ("resid_mid", "resid_post")]
-    routers = [f"layers.{i}.router.logits" for i in model.config.routed_layers]
-    return _run(model, prompt, 2 * layers, False, [*stream, "final_norm", *routers])
+    routers = [f"layers.{i}.router.logits" for i in config.routed_layers]
+    behind = ["final_norm", *filter(alters, ["logits"])]
+    return [*_parts(config, 2 * layers, False, alters), *stream, *behind, *routers]
 
 
 @torch.inference_mode()
@@ -248,14 +255,20 @@ def _run(
     """Run the prompt and keep the named values, and what the first halves wrote."""
     if sources:
         _refuse_changed_patterns(model, (halves + 1) // 2)
+    return run(model, prompt, [*_parts(model.config, halves, sources, model.tap.alters), *names])
+
+
+def _parts(
+    config: Llama4Config, halves: int, sources: bool, alters: Callable[[str], bool]
+) -> list[str]:
+    """Name what the first halves wrote."""
     written = [
         f"layers.{half // 2}.{name}"
         for half in range(halves)
-        for name in _writers(model, half, sources)
+        for name in _writers(config, half, sources)
     ]
     outs = (f"layers.{half // 2}.attn.out" for half in range(0, halves, 2))
-    written += [name for name in outs if model.tap.alters(name)]
-    return run(model, prompt, ["embed", *written, *names])
+    return ["embed", *written, *filter(alters, outs)]
 
 
 def _refuse_changed_patterns(model: Llama4, layers: int) -> None:
@@ -268,12 +281,12 @@ def _refuse_changed_patterns(model: Llama4, layers: int) -> None:
                 )
 
 
-def _writers(model: Llama4, half: int, sources: bool) -> list[str]:
+def _writers(config: Llama4Config, half: int, sources: bool) -> list[str]:
     """Name the values that a half's parts are made of, without the layer."""
     layer, follows = divmod(half, 2)
     if not follows:
         return ["attn.rot_q", "attn.rot_k", "attn.v"] if sources else ["attn.z"]
-    if model.config.is_moe(layer):
+    if config.is_moe(layer):
         return ["shared.out", "experts.out", "router.indices"]
     return ["mlp.out"]
 
@@ -303,7 +316,8 @@ def _split(
     yield -1, _Written("patch" if is_patch[t] else "embed", [t], entered)
     for half in range(halves):
         layer, follows = divmod(half, 2)
-        at = {name: cache[f"layers.{layer}.{name}"][0] for name in _writers(model, half, sources)}
+        names = _writers(model.config, half, sources)
+        at = {name: cache[f"layers.{layer}.{name}"][0] for name in names}
         block: Any = model.layers[layer]
         parts = (
             _fed(at, t, direction)

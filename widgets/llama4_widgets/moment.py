@@ -11,14 +11,16 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 
+from llama4_lab.analysis.decomposition import written, written_points
 from llama4_lab.analysis.routing import routing_in, routing_of
-from llama4_lab.edits import Edit, check, edited
+from llama4_lab.edits import Edit, changes_of, check, edited
 from llama4_lab.experts import probe
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
@@ -31,7 +33,30 @@ _TURN = threading.RLock()
 _SHORT = 512  # tokens; runs of fewer gain less from a second thread than the browser loses
 _REST = 1.0  # seconds in which nobody asked for compiled experts
 _TOP = 6  # words that could follow
-_READ: dict[Any, Any] = {routing_of: routing_in}  # what the runs that are there know already
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A question that is answered by what a run keeps at some points, without a run of its own.
+
+    ``points(moment, alters, *args)`` names them, where ``alters(point)`` says whether the run's
+    edits do; ``read(moment, run, points, *args)`` answers.
+    """
+
+    points: Callable[..., Sequence[str]]
+    read: Callable[..., Any]
+
+
+_READ: dict[Any, Reading] = {
+    routing_of: Reading(
+        lambda *_: (),
+        lambda moment, run, _: routing_in(run, moment.tokens),
+    ),
+    written: Reading(
+        lambda moment, alters: written_points(moment.model.config, alters),
+        lambda _, run, points: {name: run.value(name) for name in points},
+    ),
+}
 
 
 class Moment:
@@ -67,11 +92,15 @@ class Moment:
         self._clean: dict[Any, Any] = {}
         self._edited: dict[Any, Any] = {}
         self.kept: dict[Any, Any] = {}
+        self._runs: dict[bool, tuple[set[str], Edited]] = {}  # what they keep; True: with the edits
+        self._asked: set[str] = set()  # points of runs that views have asked for
+        self._foreseen: set[str] = set()  # likewise, of the moment before
 
     def with_edits(self, edits: Sequence[Edit]) -> "Moment":
         """Return the same moment with other edits; what is known of the clean run stays."""
         other = Moment(self.model, self.prompt, edits, pictures=self.pictures, boxes=self.boxes)
         other._clean = self._clean
+        other._foreseen = self._asked or self._foreseen
         if "replay" in self.__dict__:
             other.__dict__["replay"] = self.replay
         return other
@@ -108,11 +137,24 @@ class Moment:
         with self.computing():
             return Replay(self.model, self.prompt, progress=False)  # views show their own
 
-    @cached_property
+    @property
     def edited_run(self) -> Edited:
         """The run with the edits, from where they begin, with what they did."""
+        return self._run(True, ())
+
+    def _run(self, is_edited: bool, points: Sequence[str]) -> Edited:
+        """Return the clean or the edited run, which keeps some points.
+
+        It is made again where more are asked for than views asked of the moment before.
+        """
         with self.computing():
-            return self.replay.edited(self.edits)
+            self._asked |= {*points}
+            keep, run = self._runs.get(is_edited, (self._foreseen, None))
+            if run is None or not keep >= {*points}:
+                keep = keep | self._asked
+                run = self.replay.edited(self.edits if is_edited else (), keep=keep)
+                self._runs[is_edited] = keep, run
+            return run
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -141,16 +183,16 @@ class Moment:
             with edited(self.model, self.edits, {"clean": self.prompt}):
                 yield
 
-    def clean(self, compute: Callable[..., T], *args: Any, **options: Any) -> T:
+    def clean(self, compute: Callable[..., T] | Reading, *args: Any, **options: Any) -> T:
         """Return ``compute(model, prompt, *args, **options)``, computed once."""
         return self._known(self._clean, (), compute, args, options)
 
-    def edited(self, compute: Callable[..., T], *args: Any, **options: Any) -> T:
+    def edited(self, compute: Callable[..., T] | Reading, *args: Any, **options: Any) -> T:
         """Return the same of a run with the edits; without any, of the clean one."""
         known = self._edited if self.edits else self._clean
         return self._known(known, self.edits, compute, args, options)
 
-    def runs(self, compute: Callable[..., T], *args: Any) -> list[tuple[str, T]]:
+    def runs(self, compute: Callable[..., T] | Reading, *args: Any) -> list[tuple[str, T]]:
         """Return `clean` and `edited` under these names; without edits the clean one, nameless."""
         if not self.edits:
             return [("", self.clean(compute, *args))]
@@ -160,8 +202,11 @@ class Moment:
         self, known: dict[Any, Any], edits: Any, compute: Any, args: Any, options: Any
     ) -> Any:
         def make() -> Any:
-            if read := _READ.get(compute):
-                return read(self.edited_run if edits else self.replay.edited(()), self.tokens)
+            reading = _READ.get(compute, compute)
+            if isinstance(reading, Reading):
+                changes = changes_of(edits, self.model.config)
+                points = reading.points(self, changes.__contains__, *args)
+                return reading.read(self, self._run(bool(edits), points), points, *args)
             if run := options.get("kept"):  # which is all that the answer takes
                 kept = options | {"kept": self._known(known, edits, run, (), {})}
                 return compute(self.model, self.prompt, *args, **kept)

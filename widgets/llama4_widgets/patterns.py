@@ -5,7 +5,8 @@ With `explore` and `moment` this is what needs torch here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,20 +17,19 @@ from torch import Tensor
 from llama4_lab.analysis.attention import (
     KeysAndQueries,
     Window,
-    keys_and_queries_of,
     rows,
     summarise,
     tiles,
 )
+from llama4_lab.edits import ruled
 from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
 from llama4_lab.model.text import DecoderLayer
 from llama4_lab.prompt import Prompt
+from llama4_lab.replay import Edited
 from llama4_lab.trace import trace
+from llama4_widgets.moment import Moment, Reading
 from llama4_widgets.panels import sequential
-
-if TYPE_CHECKING:
-    from llama4_widgets.moment import Moment
 
 MOST_CELLS = 1 << 24  # queries × keys of one picture: some 0.2 s on one core
 _ROWS = 16  # at a time: 8 MB at 131,072 keys
@@ -62,52 +62,76 @@ class Layer:
         return np.where((key >= first) & (key <= query), share, np.nan)
 
 
-def attended(moment: "Moment", layer: int, is_whole: bool) -> list[tuple[str, Layer]]:
+def attended(moment: Moment, layer: int, is_whole: bool) -> list[tuple[str, Layer]]:
     """Return a layer's pattern in each of a moment's runs, or what it is made of.
 
-    Long prompts take long to run: what other layers' patterns are made of comes with it, of as many
-    as fit. Edits of scores or pattern make the pattern itself needed.
+    What the patterns of other layers are made of comes with it, of as many as fit. Edits of scores
+    or pattern make the pattern itself needed.
 
     Raises:
         ValueError: such edits, and a pattern that takes more than `_MOST_BYTES`.
     """
     config, count = moment.model.config, len(moment.words)
-    changed = {point for edit in moment.edits for point in edit.changes(config)}
-    unread = {
-        i
-        for i in range(config.num_hidden_layers)
-        if not changed.isdisjoint(f"layers.{i}.attn.{name}" for name in ("scores", "pattern"))
-    }
-    heads = config.num_attention_heads
-    if is_whole or (layer in unread and 4 * heads * count**2 <= _MOST_BYTES):
+    heads, names = config.num_attention_heads, ("scores", "pattern")
+    edited = {point for edit in moment.edits for point in edit.changes(config)}
+    if not edited.isdisjoint(f"layers.{layer}.attn.{name}" for name in names):
+        if (size := 4 * heads * count**2) > _MOST_BYTES:
+            raise ValueError(
+                f"edits change the scores of layer {layer}, whose pattern of {count} tokens takes "
+                f"{size / 1e6:.3g} MB, more than {_MOST_BYTES / 1e6:.3g}: shorten the prompt, or "
+                "choose another layer"
+            )
         return moment.runs(_pattern_of, layer, is_whole)
     width = (heads + config.num_key_value_heads) * config.head_dim
     most = max(1, _MOST_BYTES // (4 * width * count))
-    beside = range(config.num_hidden_layers)[layer // most * most :][:most]
-    layers = tuple(i for i in beside if i == layer or not {i, layer} & unread)
-    found = moment.runs(_layers_of, layers)
-    return [(run, each[layers.index(layer)]) for run, each in found]
+    layers = range(config.num_hidden_layers)[layer // most * most :][:most]
+    found = [(run, each[layer]) for run, each in moment.runs(_LAYERS, layers)]
+    if not is_whole:
+        return found
+    return [(run, moment.once((_in_whole, kept), partial(_in_whole, kept))) for run, kept in found]
 
 
-def _layers_of(model: Llama4, prompt: Prompt, layers: tuple[int, ...]) -> list[Layer]:
-    found = keys_and_queries_of(model, prompt, layers)
-    return [Layer(_uses_rope(model, kept.layer), kept.chunk, None, kept) for kept in found]
+def _points(_moment: Moment, _alters: Any, layers: range) -> list[str]:
+    return [f"layers.{i}.attn.rot_{x}" for i in layers for x in "qk"]
 
 
-def _uses_rope(model: Llama4, layer: int) -> bool:
-    return cast(DecoderLayer, model.layers[layer]).self_attn.uses_rope
+def _layers(moment: Moment, run: Edited, _points: Any, layers: range) -> dict[int, Layer]:
+    found = {}
+    with ruled(moment.model, run.edits):
+        for i in layers:
+            chunk = moment.model.chunks[i]
+            q, k = (run.value(f"layers.{i}.attn.rot_{x}")[0].transpose(0, 1) for x in "qk")
+            kept = KeysAndQueries(i, q, k, chunk)
+            found[i] = Layer(_uses_rope(moment.model, i), chunk, None, kept)
+    return found
+
+
+_LAYERS = Reading(_points, _layers)
+
+
+def _in_whole(layer: Layer) -> Layer:
+    assert isinstance(layer.kept, KeysAndQueries)
+    heads, count = layer.kept.q.shape[:2]
+    share = torch.stack([layer.rows(head, range(count)) for head in range(heads)])
+    return _whole(layer.uses_rope, layer.chunk, share)
+
+
+def _whole(uses_rope: bool, chunk: int | None, share: Float[Tensor, "h t s"]) -> Layer:
+    at = torch.arange(share.shape[-1], device=share.device)[None]
+    pattern = share.masked_fill(~visible(at, at, chunk), float("nan")).cpu().numpy()
+    return Layer(uses_rope, chunk, pattern, None)
 
 
 def _pattern_of(model: Llama4, prompt: Prompt, layer: int, is_whole: bool) -> Layer:
     prompt, name = prompt.to(model.device), f"layers.{layer}.attn.pattern"
     with torch.no_grad(), trace(model, name) as cache:
         model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
-    share, chunk = cache[name][0].float(), model.chunks[layer]
-    if not is_whole:
-        return Layer(_uses_rope(model, layer), chunk, None, share)
-    at = torch.arange(share.shape[-1], device=share.device)[None]
-    pattern = share.masked_fill(~visible(at, at, chunk), float("nan")).cpu().numpy()
-    return Layer(_uses_rope(model, layer), chunk, pattern, None)
+    rule, share = (_uses_rope(model, layer), model.chunks[layer]), cache[name][0].float()
+    return _whole(*rule, share) if is_whole else Layer(*rule, None, share)
+
+
+def _uses_rope(model: Llama4, layer: int) -> bool:
+    return cast(DecoderLayer, model.layers[layer]).self_attn.uses_rope
 
 
 def pooled(
