@@ -119,10 +119,10 @@ class Replay:
                 raise ValueError(f"{point!r} cannot be kept: it has no axes b t of the prompt")
         if keep and self.model.ranks.size > 1:
             raise ValueError("a model that is divided among ranks keeps no values of edited runs")
-        _refuse_changes_around(self.model)
-        with unobserved(self.model):
-            self._keep(set(keep) - self._kept.keys() - {"logits"})
         ((_, found),) = self.stream([edits], keep=keep)
+        clean = {point for point in keep if found.first or point not in found.kept}
+        with unobserved(self.model):
+            self._keep(clean - self._kept.keys() - {"logits"})
         return found
 
     @torch.no_grad()
@@ -404,11 +404,11 @@ class Edited:
         """
         if point == "logits":
             return self.logits[None]
-        clean = self.replay._kept[point]
         mine = self.hidden if point == "final_norm" else self.kept.get(point)
-        if mine is None:
-            return clean
-        return (torch.cat([clean[0, : self.first], mine]) if self.first else mine)[None]
+        if mine is not None and not self.first:
+            return mine[None]
+        clean = self.replay._kept[point]
+        return clean if mine is None else torch.cat([clean[:, : self.first], mine[None]], dim=1)
 
     def _flips(self, layer: int) -> int:
         point = f"layers.{layer}.router.indices"

@@ -9,7 +9,7 @@ With `explore` this is the only module here that needs torch; views ask it for a
 import asyncio
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,9 +43,11 @@ class Reading:
     edits do; ``read(moment, run, points, *args)`` answers.
     """
 
-    points: Callable[..., Sequence[str]]
+    points: Callable[..., Collection[str]]
     read: Callable[..., Any]
 
+
+Question = tuple[Reading, tuple[Any, ...]]  # and its arguments
 
 _READ: dict[Any, Reading] = {
     routing_of: Reading(
@@ -93,8 +95,8 @@ class Moment:
         self._edited: dict[Any, Any] = {}
         self.kept: dict[Any, Any] = {}
         self._runs: dict[bool, tuple[set[str], Edited]] = {}  # what they keep; True: with the edits
-        self._asked: set[str] = set()  # points of runs that views have asked for
-        self._foreseen: set[str] = set()  # likewise, of the moment before
+        self._asked: set[Question] = set()
+        self._foreseen: set[Question] = set()  # those of the moment before
 
     def with_edits(self, edits: Sequence[Edit]) -> "Moment":
         """Return the same moment with other edits; what is known of the clean run stays."""
@@ -140,21 +142,26 @@ class Moment:
     @property
     def edited_run(self) -> Edited:
         """The run with the edits, from where they begin, with what they did."""
-        return self._run(True, ())
+        return self._run(bool(self.edits))
 
-    def _run(self, is_edited: bool, points: Sequence[str]) -> Edited:
-        """Return the clean or the edited run, which keeps some points.
+    def _run(self, is_edited: bool, *questions: Question) -> Edited:
+        """Return the clean or the edited run, which keeps what answers some questions.
 
-        It is made again where more are asked for than views asked of the moment before.
+        It is made again for a question that nobody asked of the moment before.
         """
         with self.computing():
-            self._asked |= {*points}
-            keep, run = self._runs.get(is_edited, (self._foreseen, None))
-            if run is None or not keep >= {*points}:
-                keep = keep | self._asked
+            self._asked |= {*questions}
+            keep, run = self._runs.get(is_edited, (set(), None))
+            if run is None or not keep >= self._points(is_edited, *questions):
+                keep = self._points(is_edited, *self._asked, *self._foreseen)
                 run = self.replay.edited(self.edits if is_edited else (), keep=keep)
                 self._runs[is_edited] = keep, run
             return run
+
+    def _points(self, is_edited: bool, *questions: Question) -> set[str]:
+        changes = changes_of(self.edits if is_edited else (), self.model.config)
+        found = (reading.points(self, changes.__contains__, *args) for reading, args in questions)
+        return set().union(*found)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -204,9 +211,9 @@ class Moment:
         def make() -> Any:
             reading = _READ.get(compute, compute)
             if isinstance(reading, Reading):
-                changes = changes_of(edits, self.model.config)
-                points = reading.points(self, changes.__contains__, *args)
-                return reading.read(self, self._run(bool(edits), points), points, *args)
+                question, is_edited = (reading, args), bool(edits)
+                run, points = self._run(is_edited, question), self._points(is_edited, question)
+                return reading.read(self, run, points, *args)
             if run := options.get("kept"):  # which is all that the answer takes
                 kept = options | {"kept": self._known(known, edits, run, (), {})}
                 return compute(self.model, self.prompt, *args, **kept)

@@ -3,10 +3,10 @@
 With `explore` and `moment` this is what needs torch here.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from llama4_lab.trace import trace
 from llama4_widgets.moment import Moment, Reading
 from llama4_widgets.panels import sequential
 
+T = TypeVar("T")
 MOST_CELLS = 1 << 24  # queries × keys of one picture: some 0.2 s on one core
 _ROWS = 16  # at a time: 8 MB at 131,072 keys
 _MOST_BYTES = 1 << 28  # of queries and keys that are kept of one run, or of a pattern
@@ -44,6 +45,13 @@ class Layer:
     chunk: int | None  # tokens; None where the layer sees the whole past
     pattern: Float[np.ndarray, "h t s"] | None  # NaN where nothing may be seen; None for `kept`
     kept: KeysAndQueries | Float[Tensor, "h t s"] | None  # what a long prompt's rows are read from
+    known: dict[Any, Any] = field(default_factory=dict)  # of this layer, by question
+
+    def once(self, question: Any, make: Callable[[], T]) -> T:
+        """Return what is `known`, or is made now."""
+        if question not in self.known:
+            self.known[question] = make()
+        return self.known[question]
 
     def rows(self, head: int, queries: Sequence[int]) -> Float[Tensor, "r s"]:
         """Return the attention of some queries to all tokens, exactly, from what is `kept`."""
@@ -88,7 +96,7 @@ def attended(moment: Moment, layer: int, is_whole: bool) -> list[tuple[str, Laye
     found = [(run, each[layer]) for run, each in moment.runs(_LAYERS, layers)]
     if not is_whole:
         return found
-    return [(run, moment.once((_in_whole, kept), partial(_in_whole, kept))) for run, kept in found]
+    return [(run, each.once(_in_whole, partial(_in_whole, each))) for run, each in found]
 
 
 def _points(_moment: Moment, _alters: Any, layers: range) -> list[str]:

@@ -221,7 +221,7 @@ class AttentionView(View):
         side = max(16, min(64, int((_THUMBS / count) ** 0.5)))
         border = config.attention_chunk_size
         glances = [
-            self.moment.once((glance, layer, side), partial(glance, layer, border, side))
+            layer.once((glance, border, side), partial(glance, layer, border, side))
             for _, layer in runs
         ]
         maps, averages, step = glances[-1]
