@@ -68,7 +68,8 @@ def logit_lens(
             `resid_pre` is the `resid_post` before it).
         top: how many tokens of each distribution to keep.
         keep_logprobs: keep all distributions too, ``points * positions * vocabulary`` numbers.
-        kept: of `llama4_lab.analysis.decomposition.written`, in place of a pass; not of `points`.
+        kept: of `llama4_lab.analysis.decomposition.written`, in place of a pass; it has no
+            `resid_pre`.
 
     Raises:
         ValueError: a prompt of several rows; a position, token, point or `top` out of range.

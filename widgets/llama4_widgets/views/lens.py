@@ -1,6 +1,7 @@
 """What would the model say if it stopped early, and which of its parts wrote what it says?"""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets
@@ -146,11 +147,13 @@ class LensView(View):
         points = 1 + 2 * moment.model.config.num_hidden_layers
         most = max(_CELLS // points, 16)
         at = tuple(near(self.selection.token, len(moment.words), most))
-        clean = moment.clean(logit_lens, at, target=self._goal(), kept=written)
-        if not moment.edits:
+        clean = moment.clean(logit_lens, at, target=self._goal(), top=1, kept=written)
+        before, after = moment.clean(written), moment.edited(written)
+        changed = tuple(point for point in clean.points if after[point] is not before[point])
+        if not changed:
             return clean, clean
-        target = tuple(clean.target.tolist())
-        return clean, moment.edited(logit_lens, at, target=target, kept=written)
+        asked = {"target": tuple(clean.target.tolist()), "top": 1, "points": changed}
+        return clean, _instead(clean, moment.edited(logit_lens, at, **asked, kept=written))
 
     def _goal(self) -> int | None:
         return token_id(self.moment.model.tokenizer, self.word) if self.word else None
@@ -238,6 +241,16 @@ class LensView(View):
             name, title, ["part", *heads], rows, choices, wide=len(found) > 1,
             bars=[None, *(bound for _ in heads)], note="red: for it; blue: against it",
         )  # fmt: skip
+
+
+def _instead(clean: Lens, edited: Lens) -> Lens:
+    """Return a lens with other rows for the points that edits changed."""
+    rows = [clean.points.index(point) for point in edited.points]
+    found = {"kl": np.full_like(clean.kl, np.nan)}  # of what the clean rows are not compared with
+    for name in ("top_token", "top_logprob", "target_rank", "target_logprob"):
+        found[name] = getattr(clean, name).copy()
+        found[name][rows] = getattr(edited, name)
+    return replace(clean, **found)
 
 
 def _expert(idx: int) -> str:
