@@ -1,6 +1,8 @@
 """Decoding with static shapes: no graph breaks, and the plain model's logits."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -207,3 +209,9 @@ def test_a_decoder_has_its_own_cache_and_the_last_logits():
     for given in ({"cache": model.new_cache()}, {"cache": decoder.cache, "keep_last": 2}):
         with pytest.raises(ValueError, match="returns the last logits and has its own cache"):
             decoder(torch.ones(1, 3, dtype=torch.long), **given)
+
+
+def test_a_copied_model_decodes_in_static_steps():
+    model = tiny()
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        decode(StaticDecoder(each, 1, max_len=9), model, torch.randint(90, (1, 9)), 5)

@@ -34,7 +34,7 @@ from llama4_lab.model.text import (
     temperature,
 )
 from llama4_lab.packed import Packed
-from llama4_lab.points import NO_TAP, Tap
+from llama4_lab.points import Tap
 
 KERNELS = ("torch", "triton")
 _WARM_UP = 3  # steps before a graph is captured: libraries make their workspaces, Triton compiles
@@ -141,7 +141,7 @@ class StaticDecoder:
     @torch.no_grad()
     def step(self, ids: Int[Tensor, " b"]) -> Float[Tensor, "b v"]:
         """Feed each row's next token and return the logits; the next step overwrites them."""
-        if self.model.tap is not NO_TAP:
+        if type(self.model.tap) is not Tap:  # that of a copied model is not NO_TAP
             raise ValueError(
                 "a static step is one fixed graph, whose values are neither watched nor changed: "
                 "leave the block of trace, intervene or edited, or decode with the model itself"
