@@ -8,6 +8,7 @@ import torch
 from tiny import CONFIG, tiny
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrize import register_parametrization
 
 import llama4_lab as l4
 from llama4_lab import experts
@@ -253,6 +254,44 @@ def test_parts_of_a_block_that_are_not_called_say_so(frozen):
     handle.remove()
     shared.down_proj.bias = torch.nn.Parameter(torch.ones(frozen.config.hidden_size))
     with pytest.raises(ValueError, match=r"shared_expert\.down_proj of a MoE block has a bias"):
+        frozen(TOKENS)
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with something beside it, as adapters of low rank are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.weight = base.weight
+
+    def forward(self, x):
+        return x @ self.weight.T + 1
+
+
+def test_a_part_of_a_block_whose_own_forward_would_not_be_called_is_refused(frozen):
+    shared = frozen.layers[1].feed_forward.shared_expert
+    plain, shared.gate_proj = shared.gate_proj, Adapted(shared.gate_proj)
+    with pytest.raises(
+        ValueError, match=r"shared_expert\.gate_proj of a MoE block has a forward of"
+    ):
+        frozen(TOKENS)
+    shared.gate_proj, shared.forward = plain, torch.zeros_like
+    with pytest.raises(ValueError, match=r"shared_expert of a MoE block has a forward of its own"):
+        frozen(TOKENS)
+    del shared.forward
+    before = frozen(TOKENS)
+    register_parametrization(plain, "weight", torch.nn.Tanh())
+    assert not torch.equal(frozen(TOKENS), before)
+
+
+def test_a_hook_on_attention_says_that_it_is_not_called(frozen):
+    attention = frozen.layers[1].self_attn
+    handle = attention.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="a hook on self_attn, .* is not called: the layer calls"):
+        frozen(TOKENS)
+    handle.remove()
+    attention.forward = torch.zeros_like
+    with pytest.warns(UserWarning, match="use llama4_lab.trace or intervene, or a hook on the lay"):
         frozen(TOKENS)
 
 

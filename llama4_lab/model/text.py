@@ -209,6 +209,14 @@ class Attention(nn.Module):
 
     def mix(self, x: Float[Tensor, "b t d"], step: Step, tap: Tap) -> Float[Tensor, "b t h dh"]:
         """Return what each head gathers, before `write`."""
+        if not torch.compiler.is_compiling() and (
+            self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
+        ):
+            warnings.warn(
+                "a hook on self_attn, or a forward that was put there, is not called: the layer "
+                "calls mix and write; use llama4_lab.trace or intervene, or a hook on the layer",
+                stacklevel=2,
+            )
         q, k, v = (
             rearrange(project(x), "b t (h dh) -> b t h dh", dh=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -342,18 +350,26 @@ class MoEBlock(nn.Module):
         return out.view_as(x)
 
     def _look_for_what_is_not_read(self) -> None:
-        for name, part in self.named_modules():
-            if name and (part._forward_hooks or part._forward_pre_hooks):
+        read = {f"shared_expert.{name}": x for name, x in self.shared_expert._modules.items()}
+        for name, part in (self._modules | read).items():
+            assert part is not None
+            if part._forward_hooks or part._forward_pre_hooks:
                 warnings.warn(
                     f"a hook on {name} of a MoE block is not called: the block reads the weights "
                     "of its parts; use llama4_lab.trace or intervene, or a hook on the block",
                     stacklevel=2,
                 )
-            if getattr(part, "bias", None) is not None:
+            has_bias = getattr(part, "bias", None) is not None
+            if has_bias or "forward" in vars(part) or type(part).forward not in _UNCALLED:
+                what = "a bias" if has_bias else f"a forward of its own ({type(part).__name__})"
                 raise ValueError(
-                    f"{name} of a MoE block has a bias, and the block reads only weights: "
-                    "remove it, or change shared.out by llama4_lab.intervene"
+                    f"{name} of a MoE block has {what}, and the block reads only weights: "
+                    "remove it, parametrize the weight, or change shared.out by "
+                    "llama4_lab.intervene"
                 )
+
+
+_UNCALLED = {part.forward for part in (nn.Module, nn.Linear, Linear, MLP)}  # what weights tell
 
 
 class _PerToken(Tap):
