@@ -46,7 +46,8 @@ class Replay:
     `intervene` they are refused. Whole runs, by `llama4_lab.edits.edited`, can be traced.
 
     Raises:
-        ValueError: a prompt of several rows, or with padding; a block of `intervene` around it.
+        ValueError: a prompt of several rows, or with padding; a block of `intervene` around it; a
+            hook on a layer.
     """
 
     def __init__(
@@ -450,6 +451,12 @@ def _refuse_changes_around(model: Llama4) -> None:
             "this stands inside a block of intervene or edited, whose changes replayed runs would "
             "not have: leave the block, or give the changes as edits"
         )
+    for i, layer in enumerate(model.layers):
+        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+            raise ValueError(
+                f"layers.{i} has a hook, or a forward that was put there, which replayed runs "
+                "would not call: remove it, or give what it changes as edits"
+            )
 
 
 def _stage(touch: Touch) -> tuple[int, int]:

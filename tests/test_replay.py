@@ -158,7 +158,6 @@ def test_every_first_token_and_backend_equals_the_whole_run(prompt, chunk, backe
 
 def test_only_what_comes_after_the_edit_is_run_again(model, replay):
     seen = []
-    layers = [layer.register_forward_pre_hook(lambda *a: None) for layer in model.layers]
     original = [(layer.self_attn.mix, layer.feed_forward.forward) for layer in model.layers]
     try:
         for i, layer in enumerate(model.layers):
@@ -187,8 +186,6 @@ def test_only_what_comes_after_the_edit_is_run_again(model, replay):
     finally:
         for layer, (mix, feed) in zip(model.layers, original, strict=True):
             layer.self_attn.mix, layer.feed_forward.forward = mix, feed
-        for hook in layers:
-            hook.remove()
 
 
 @torch.no_grad()
@@ -324,6 +321,19 @@ def test_replays_inside_a_block_that_changes_the_model_are_refused(model, prompt
             with pytest.raises(ValueError, match=sentence):
                 replay.edited([E.AblateHead(3, 1)])
             model(**prompt)
+
+
+def test_a_hook_that_replayed_runs_would_not_call_is_refused(prompt):
+    model = tiny()
+    replay = Replay(model, prompt)
+    handle = model.layers[2].register_forward_hook(lambda *given: given[-1] + 1)
+    for run in (lambda: Replay(model, prompt), lambda: replay.edited([E.AblateAttention(0)])):
+        with pytest.raises(
+            ValueError, match=r"^layers\.2 has a hook, .* replayed runs would not cal"
+        ):
+            run()
+    handle.remove()
+    replay.edited([E.AblateAttention(0)])
 
 
 def test_a_trace_around_replayed_runs_sees_nothing(model, prompt):
