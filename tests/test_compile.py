@@ -215,3 +215,15 @@ def test_a_copied_model_decodes_in_static_steps():
     model = tiny()
     for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         decode(StaticDecoder(each, 1, max_len=9), model, torch.randint(90, (1, 9)), 5)
+
+
+@pytest.mark.parametrize("name", ["layers.1.self_attn.o_proj", "layers.2", "norm", "lm_head"])
+def test_kernels_that_would_not_call_a_hook_are_refused(name):
+    model, seen = tiny(vision_config=None), []
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(ValueError, match=r"call no module, and .* hooked .* kernels='torch'"):
+        StaticDecoder(model, kernels="triton")
+    StaticDecoder(model, max_len=4, kernels="torch").step(torch.zeros(1, dtype=torch.long))
+    assert seen == [1]
+    handle.remove()
+    StaticDecoder(model, max_len=4, kernels="triton")

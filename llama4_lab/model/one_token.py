@@ -4,6 +4,7 @@
 same mathematics. `one_token_kernel` holds it; it is imported, and compiled, at first use.
 """
 
+from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
 from typing import Any
@@ -167,11 +168,7 @@ class _Table:
         self._num_attributes = sum(map(len, self._attributes))  # a patched method is one more
         self.bytes = 0
         self.fits = (
-            {type(part) for part in parts} <= _KNOWN
-            and not any(hasattr(type(part), name) for part in parts for name in vars(part))
-            and self._num_hooks == 0
-            and _has_biases_where_expected(model)
-            and self._read(model)
+            are_as_written(parts) and _has_biases_where_expected(model) and self._read(model)
         )
 
     def is_current(self) -> bool:
@@ -204,6 +201,15 @@ class _Table:
             x.nbytes // len(x) * self.topk if x.ndim > 2 else x.nbytes for x in self._weights
         )
         return fits
+
+
+def are_as_written(parts: Sequence[nn.Module]) -> bool:
+    """Whether a model's parts are its own, without hooks and patched methods."""
+    return (
+        {type(part) for part in parts} <= _KNOWN
+        and not any(hasattr(type(part), name) for part in parts for name in vars(part))
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    )
 
 
 def _has_biases_where_expected(model: Any) -> bool:

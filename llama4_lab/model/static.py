@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from llama4_lab.cache import KVCache
+from llama4_lab.model import one_token
 from llama4_lab.model.llama4 import Llama4
 from llama4_lab.model.text import (
     DecoderLayer,
@@ -45,8 +46,9 @@ class StaticDecoder:
 
     Args:
         max_len: tokens of a row, prompt included.
-        kernels: None takes Triton's on a GPU that has it, else torch's. Triton's need a packing
-            that all matrices of a layer share, and join them: the model's weights become views.
+        kernels: None takes Triton's on a GPU, else torch's, and so for a model with a module that
+            was replaced, hooked or patched: Triton's call none. They need a packing that all
+            matrices of a layer share, and join them: the model's weights become views.
         compile: whether torch.compile makes the step one graph, for ``kernels="torch"``.
         graph: whether steps replay a CUDA graph; None does on CUDA.
 
@@ -69,14 +71,21 @@ class StaticDecoder:
         device, config = model.device, model.config
         if max_len < 1:
             raise ValueError(f"max_len {max_len} has room for no token: give 1 or more")
+        parts = [*model.layers.modules(), model.norm, model.lm_head]
         if kernels is None:
-            kernels = "triton" if device.type == "cuda" and model.ranks.size == 1 else "torch"
+            is_alone = device.type == "cuda" and model.ranks.size == 1
+            kernels = "triton" if is_alone and one_token.are_as_written(parts) else "torch"
         if kernels not in KERNELS:
             raise ValueError(f"unknown kernels {kernels!r}; choose {', '.join(KERNELS)}")
         if kernels == "triton" and model.ranks.size > 1:
             raise ValueError(
                 f"kernels='triton' do not add up what {model.ranks.size} ranks compute: choose "
                 "kernels='torch'"
+            )
+        if kernels == "triton" and not one_token.are_as_written(parts):
+            raise ValueError(
+                "kernels='triton' read weights and call no module, and one of this model's was "
+                "replaced, hooked or patched: undo that, or choose kernels='torch'"
             )
         self.model = model
         self.max_len = max_len
