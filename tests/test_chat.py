@@ -194,6 +194,16 @@ def test_a_prompt_moves_to_a_device(tokenizer):
     assert build_prompt(tokenizer, "Hello").to("meta")["pixel_values"] is None
 
 
+def test_a_prompt_is_made_on_the_cpu_whatever_torchs_default_device_is(tokenizer):
+    picture = np.zeros((20, 60, 3), np.uint8)
+    expected = build_prompt(tokenizer, "Hello", picture, **SIZES)
+    with torch.device("meta"):
+        prompt = build_prompt(tokenizer, "Hello", picture, **SIZES)
+    assert torch.equal(prompt.input_ids, expected.input_ids)
+    assert torch.equal(prompt.attention_mask, expected.attention_mask)
+    assert torch.equal(prompt.spans.patch, expected.spans.patch)
+
+
 def test_options_of_chat_and_tiles_are_passed_on(tokenizer):
     closed = build_prompt(tokenizer, HELLO, add_bos=False, open_assistant=False).tokens
     assert (closed[0], closed[-1]) == ("<|header_start|>", "<|eot|>")

@@ -260,6 +260,18 @@ def test_what_is_replaced_in_a_model_apart_stays_there():
     assert torch.equal(model(ids), expected)
 
 
+def test_a_model_computes_where_it_is_whatever_torchs_default_device_is():
+    model, ids = tiny(), some_ids(1, 12)
+    ids[0, 2:11] = model.config.image_token_index
+    pixels, mask, cache = torch.ones(1, 3, 24, 24), torch.ones_like(ids), model.new_cache()
+    expected = model(ids, pixels)
+    with torch.device("meta"):
+        assert torch.equal(model(ids, pixels, mask), expected)
+        model(ids[:, :11], pixels, cache=cache)
+        step = model(ids[:, 11:], cache=cache)
+    torch.testing.assert_close(step, expected[:, 11:], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_model_apart_shares_weights_and_no_edits(quantize):
     model = l4.load("nano", quantize=quantize)

@@ -110,7 +110,7 @@ def rope_frequencies(config: Llama4Config) -> Float[Tensor, " half"]:
     inside are kept, and a zone between ``original/high`` and ``original/low`` is interpolated.
     Scout has low = high: no zone; nor is there one where low is above high.
     """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     freq = 1.0 / config.rope_theta ** (half / config.head_dim)
     if (scaling := config.rope_scaling) is None:
         return freq

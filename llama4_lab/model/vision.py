@@ -4,6 +4,8 @@ A ViT per tile with the class token in the last slot, two-dimensional RoPE, then
 patches shuffled into one token each, and a two-layer adapter. Tiles do not see each other.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -23,8 +25,9 @@ def patch_angles(config: VisionConfig) -> Float[Tensor, "slots half"]:
     one; the class token, in the last slot, is not turned.
     """
     pairs = config.hidden_size // config.num_attention_heads // 2
-    freq = config.rope_theta ** (-torch.arange(0, pairs, 2, dtype=torch.float32) / pairs)
-    place = torch.arange(1, config.grid + 1, dtype=torch.float32)
+    on_cpu: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+    freq = config.rope_theta ** (-torch.arange(0, pairs, 2, **on_cpu) / pairs)
+    place = torch.arange(1, config.grid + 1, **on_cpu)
     column, row = place.repeat(config.grid), place.repeat_interleave(config.grid)
     angles = torch.cat([column[:, None] * freq, row[:, None] * freq], dim=1)
     return F.pad(angles, (0, 0, 0, 1))

@@ -141,13 +141,13 @@ def build_prompt(
             raise ValueError(f"{what} has no tokens: give a text, or leave add_bos=True")
     length = max(map(len, rows))
     pad = (tokenizer.pad_id, -1, -1, -1, -1)
-    table = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+    table = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device="cpu")
     input_ids, message, image, tile, patch = table.movedim(-1, 0).contiguous()
-    lengths = torch.tensor([[len(row)] for row in rows])
+    lengths = torch.tensor([[len(row)] for row in rows], device="cpu")
     return Prompt(
         input_ids=input_ids,
         pixel_values=pixel_values,
-        attention_mask=(torch.arange(length) >= length - lengths).long(),
+        attention_mask=(torch.arange(length, device="cpu") >= length - lengths).long(),
         texts=[[tokenizer.token_text(idx) for idx in row] for row in input_ids.tolist()],
         spans=Spans(message, image, tile, patch, encoded[0].roles, layouts, tiling),
     )
