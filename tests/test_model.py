@@ -272,6 +272,17 @@ def test_a_model_computes_where_it_is_whatever_torchs_default_device_is():
     torch.testing.assert_close(step, expected[:, 11:], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"experts": "mmap"}])
+def test_a_model_apart_is_converted_alone(options):
+    model, ids = l4.load("nano", **options), torch.arange(3, 40)[None]
+    expected, apart = model(ids), model.apart().bfloat16()
+    assert (model.dtype, apart.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(model(ids), expected)
+    assert not torch.equal(apart(ids), expected)
+    tied = tiny(tie_word_embeddings=True).apart()
+    assert tied.lm_head.weight is tied.embed_tokens.weight
+
+
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_model_apart_shares_weights_and_no_edits(quantize):
     model = l4.load("nano", quantize=quantize)

@@ -73,7 +73,7 @@ class Llama4(nn.Module):
         """Return the same model, weights shared, whose traces and edits are its own.
 
         Two threads can use the two, and neither sees what the other watches or changes. Weights
-        written in place change in both; a part of one that is replaced stays in the other.
+        written in place change in both; what one replaces, moves or converts stays in the other.
 
         Raises:
             ValueError: a block of `intervene` or `edited` around it.
@@ -83,7 +83,7 @@ class Llama4(nn.Module):
                 "this stands inside a block of intervene or edited, whose changes a model apart "
                 "would not have: leave the block"
             )
-        model = cast(Llama4, _copied(self))
+        model = cast(Llama4, _copied(self, {}))
         model.tap = NO_TAP
         return model
 
@@ -247,14 +247,18 @@ class Llama4(nn.Module):
         return x.masked_scatter(slots[..., None], features.to(x.dtype))
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """Return a module with parts of its own, and with the same tensors."""
+def _copied(module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
+    """Return a module with parts of its own, whose parameters share the memory of the module's."""
     copied = copy(module)
     for name, value in vars(module).items():
         if name.startswith("_") and isinstance(value, dict):  # of parameters, buffers and hooks
             copied.__dict__[name] = value.copy()
+    for name, old in module._parameters.items():
+        if old is not None:
+            new = made.setdefault(old, nn.Parameter(old.detach(), old.requires_grad))
+            copied.__dict__["_parameters"][name] = new
     copied.__dict__["_modules"] = {
-        name: part and _copied(part) for name, part in module._modules.items()
+        name: part and _copied(part, made) for name, part in module._modules.items()
     }
     return copied
 
