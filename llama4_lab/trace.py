@@ -52,8 +52,9 @@ def trace(
     A later forward pass replaces the values of an earlier one. Logits are the same to the bit,
     unless a value was asked for that only another path of the same mathematics makes:
     ``attn.scores`` and ``attn.pattern`` (explicit attention), which equals the usual path to
-    rounding; and so does decoding on the CPU, where values other than the routers' need the
-    readable path. Values inside the experts equal what the backend computed to rounding.
+    rounding; and so do decoding on the CPU, where values other than the routers' need the readable
+    path, and, while gradients are recorded, values inside the experts. Without gradients these
+    equal what the backend computed to rounding.
 
     Args:
         detach: keep values without their gradients.
@@ -177,9 +178,9 @@ def intervene(
     computes with from there on; it must have the value's shape, dtype and device. The change may
     alter its value in place, which is a copy, but has to return it. Of nested blocks the innermost
     changes first, unless `last` puts its changes behind those of the blocks around it. A change
-    that changes nothing leaves the logits as they are to the bit; one of scores or patterns of
-    attention, which another path of the same mathematics makes, leaves them as they are in a traced
-    run.
+    that changes nothing leaves the logits as they are to the bit; one of what only another path of
+    the same mathematics makes, as scores or patterns of attention, leaves them as they are in a
+    traced run.
 
     If no complete forward pass inside the block computes a named value, such as one of pictures in
     prompts without any, a UserWarning says so at its end.
