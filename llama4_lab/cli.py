@@ -118,7 +118,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", help="the same")
     sub.add_argument("--gpu", help="h100, h200, a100, ...; an unknown name lists all")
     sub.add_argument("--num-gpus", type=_count, help="equal GPUs of one machine (default 1)")
-    sub.add_argument("--quantize", choices=KINDS, help="of the text decoder's linears")
+    about = "of the text decoder's linears (default: as a folder of ours has them)"
+    sub.add_argument("--quantize", choices=KINDS, help=about)
     sub.add_argument("--head", choices=PRECISIONS, help="of the read-out (default: the same)")
     sub.add_argument("--cache-dtype", choices=("bf16", "fp8"), help="(default bf16)")
     sub.add_argument(
@@ -314,7 +315,8 @@ def plan(options: argparse.Namespace) -> None:
         return
     if name is None:
         raise ValueError("plan needs a model, or --table")
-    config, weights = _config(name), options.quantize or "bf16"
+    config, packed = _described(name)
+    weights = options.quantize or packed or "bf16"
     if options.gpu is None:
         _require_unset(options, of_gpus, f"without --gpu; choose {', '.join(GPUS)}")
         print(plan_page.counts(config, weights, options.head))
@@ -448,7 +450,11 @@ def _new_file(text: str) -> Path:
 
 
 def _config(name: str) -> l4.Llama4Config:
-    """Return a preset's config, or that of a shipped model or a folder."""
+    return _described(name)[0]
+
+
+def _described(name: str) -> tuple[l4.Llama4Config, str | None]:
+    """Return the config of a preset, a shipped model or a folder, and how it is packed."""
     from llama4_lab.checkpoint.files import describing, read_json
     from llama4_lab.checkpoint.huggingface import CONFIG
     from llama4_lab.checkpoint.meta import PARAMS
@@ -457,7 +463,7 @@ def _config(name: str) -> l4.Llama4Config:
 
     presets = {"scout": l4.SCOUT, "maverick": l4.MAVERICK, "behemoth": l4.BEHEMOTH_ESTIMATE}
     if name.lower() in presets:
-        return presets[name.lower()]
+        return presets[name.lower()], None
     folder = find(name)
     file, read = folder / CONFIG, l4.Llama4Config.from_dict
     if not file.is_file():
@@ -468,7 +474,8 @@ def _config(name: str) -> l4.Llama4Config:
         )
     raw = read_json(file)
     with describing(file):
-        return read(raw)
+        kind = (raw.get("quantization_config") or {}).get("kind")
+        return read(raw), kind if kind in KINDS else None
 
 
 if __name__ == "__main__":

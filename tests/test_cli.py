@@ -36,6 +36,15 @@ def test_plan_counts_a_preset_and_marks_the_estimate(capsys):
     assert capsys.readouterr().out.startswith("AN ESTIMATE")
 
 
+def test_plan_counts_a_folders_weights_as_they_are_packed(tmp_path, capsys):
+    l4.convert("nano", tmp_path / "int4", quantize="int4")
+    said = []
+    for arguments in (["nano", "--quantize", "int4"], [str(tmp_path / "int4")], ["nano"]):
+        assert cli.main(["plan", *arguments]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
 def test_plan_reads_a_folders_config(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
     assert cli.main(["plan", str(tmp_path)]) == 0
