@@ -464,7 +464,10 @@ def _described(name: str) -> tuple[l4.Llama4Config, str | None]:
     presets = {"scout": l4.SCOUT, "maverick": l4.MAVERICK, "behemoth": l4.BEHEMOTH_ESTIMATE}
     if name.lower() in presets:
         return presets[name.lower()], None
-    folder = find(name)
+    try:
+        folder = find(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; or {', '.join(presets)}") from None
     file, read = folder / CONFIG, l4.Llama4Config.from_dict
     if not file.is_file():
         file, read = folder / PARAMS, config_from_params

@@ -55,6 +55,7 @@ def test_plan_reads_a_folders_config(tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["plan", "no_such_folder"], "no_such_folder"),
+        (["plan", "scoutt"], "checkpoint folder; or scout, maverick, behemoth"),
         (["card", "no_such_model"], "no_such_model"),
         (["train", "nano", "--corpus", "no_such_corpus"], "no_such_corpus"),
         (["convert", "no_such_folder", "target"], "no_such_folder"),
