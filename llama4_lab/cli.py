@@ -1,4 +1,4 @@
-"""``llama4-lab``: open the lab, train, measure, convert, plan and list from the command line."""
+"""llama4-lab: open the lab, train, measure, convert, plan and list from the command line."""
 
 import argparse
 import dataclasses
@@ -59,11 +59,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command("open", open_lab, "open a notebook in JupyterLab, or with --app as a page")
     sub.add_argument("notebook", nargs="?", type=Path, help="(default with --app: the lab)")
     sub.add_argument("--app", action="store_true", help="show what the cells show, by Voila")
-    sub.add_argument("--port", type=_port)
+    sub.add_argument("--port", type=_port, help="of this machine (default: one that is free)")
 
     sub = command("corpus", build_corpus, "fetch, clean and encode the training texts")
-    sub.add_argument("folder", type=_folder)
-    sub.add_argument("--licence", choices=("all", "strict"), default="all")
+    sub.add_argument("folder", type=_folder, help="where to write; some 600 MB are downloaded")
+    about = "strict: no copyleft, which leaves some languages without text (default all)"
+    sub.add_argument("--licence", choices=("all", "strict"), default="all", help=about)
     sub.add_argument("--allow-missing", action="store_true", help="go on without failed sources")
     sub.add_argument(
         "--held-out", type=_folder, help="also write the cards' free texts to this folder"
@@ -71,15 +72,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--new-tokenizer", action="store_true", help="train one; default: mini's")
 
     sub = command("train", train_model, "train a model by its recipe, or go on with it")
-    sub.add_argument("recipe", choices=("mini", "nano"))
-    sub.add_argument("--corpus", type=Path, default=Path("corpus"))
+    sub.add_argument("recipe", choices=("mini", "nano"), help="the shipped model to make again")
+    about = "as llama4-lab corpus wrote it (default %(default)s)"
+    sub.add_argument("--corpus", type=Path, default=Path("corpus"), help=about)
     sub.add_argument("--out", type=_folder, help="folder of the run (default runs/RECIPE)")
     end = sub.add_mutually_exclusive_group()
-    end.add_argument("--steps", type=_count, help="instead of the recipe's")
+    about = "instead of the recipe's; what the vision encoder learns first comes on top"
+    end.add_argument("--steps", type=_count, help=about)
     end.add_argument(
         "--budget-minutes", type=_minutes, help="stop after this time, not after steps"
     )
-    sub.add_argument("--device", default="cpu")
+    sub.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
     sub.add_argument("--teacher", help="a shipped model's name or a folder with the same tokenizer")
     sub.add_argument("--compile", action="store_true", help="torch.compile the layers")
     about = "also write the curves of log.csv for TensorBoard (extra tensorboard)"
@@ -97,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
 
     about = "write any checkpoint in our own format, which loads without a copy; can be resumed"
     sub = command("convert", convert, about)
-    sub.add_argument("source")
-    sub.add_argument("target", type=Path)
+    sub.add_argument("source", help="a shipped model's name, or a folder of either format")
+    sub.add_argument("target", type=Path, help="the folder to write")
     sub.add_argument(
         "--quantize",
         choices=KINDS,
@@ -137,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--minutes", type=_minutes, default=10.0, help="for all (default 10)")
     sub.add_argument("--only", default="", help="stages, with commas; an unknown one lists all")
     sub.add_argument("--json", type=_new_file, help="also write the figures to this file")
-    sub.add_argument("--device", default="cuda")
+    sub.add_argument("--device", default="cuda", help="cpu with --scale tiny (default cuda)")
     sub.add_argument(
         "--scale",
         choices=("full", "tiny"),

@@ -119,6 +119,14 @@ def test_steps_and_minutes_are_not_both_taken(capsys):
     assert "argument --budget-minutes: not allowed with argument --steps" in said
 
 
+def test_every_argument_says_what_it_is():
+    actions = cli.parser()._actions
+    commands = next(each.choices for each in actions if isinstance(each.choices, dict))
+    arguments = [(name, each) for name, c in commands.items() for each in c._actions]
+    assert len(arguments) > 40
+    assert [(name, each.dest) for name, each in arguments if not each.help] == []
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
