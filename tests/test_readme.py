@@ -27,3 +27,9 @@ def test_every_picture_and_file_that_readme_and_docs_link_to_exists():
     }
     assert len(links) >= 3
     assert [link for link in links if not link.exists()] == []
+
+
+def test_the_words_for_a_picture_say_what_is_seen():
+    named = re.findall(r"!\[([^]]*)\]", README)
+    assert len(named) == 11
+    assert [words for words in named if len(words.split()) < 8] == []
