@@ -86,6 +86,17 @@ def test_only_experts_that_tokens_ask_for_are_read(folder):
     assert model.expert_memory.bytes_held == 0
 
 
+@pytest.mark.parametrize("kind", [None, "ours", "int4"])
+def test_experts_read_where_nothing_takes_gradients_serve_where_something_does(folders, kind):
+    model = l4.load(folders[kind], experts="mmap", memory_limit=3 * LAYER)
+    with torch.inference_mode():
+        expected = model(IDS)
+    logits = model(IDS)
+    assert torch.equal(logits, expected)
+    logits.sum().backward()
+    assert model.embed_tokens.weight.grad.any()
+
+
 @torch.no_grad()
 def test_within_the_limit_nothing_is_read_twice(folder):
     model = l4.load(folder, experts="mmap", memory_limit=3 * LAYER)

@@ -108,6 +108,7 @@ class Mapped:
         key = self.name, expert, self.like.dtype, self.like.device
         return self.memory.get(key, self.size, lambda: self._placed(expert))
 
+    @torch.inference_mode(False)  # what is kept serves passes with gradients, too
     def _placed(self, expert: int) -> tuple[Tensor | Packed, int]:
         weight, from_file = self.read(expert)
         if isinstance(weight, Packed):
