@@ -1,5 +1,6 @@
 """The statistics of routing against closed forms, brute force, and planted structure."""
 
+import copy
 import itertools
 import math
 import re
@@ -680,6 +681,15 @@ def test_margins_follow_the_rules_of_a_layer_and_refuse_what_changes_its_router(
         pytest.raises(ValueError, match=r"layers\.3\.router\.lo"),
     ):
         margins(routed, prompt, "bf16")
+
+
+def test_margins_in_float64_are_those_in_float32(tmp_path):
+    routed, prompt = model(), build_prompt(small_tokenizer(tmp_path), "The user asks")
+    one, other = (
+        margins(each, prompt, "int8") for each in (routed, copy.deepcopy(routed).double())
+    )
+    np.testing.assert_allclose(other.margin, one.margin, atol=1e-5)
+    np.testing.assert_allclose(other.distance, one.distance, atol=1e-5)
 
 
 def test_the_distance_of_a_prompt_is_one_in_the_residual_stream(tmp_path):

@@ -87,7 +87,7 @@ def margins(model: Llama4, prompt: Prompt, format: str, what: str = "both") -> M
         found.append(
             (
                 margin(x, router, topk),
-                flip_distance(resid.float(), router * norm.weight, topk),
+                flip_distance(resid.float(), router * norm.weight.float(), topk),
                 deviations(x, router, format, what, topk),
                 flipped(x, router, format, what, topk),
             )
