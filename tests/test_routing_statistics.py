@@ -217,8 +217,9 @@ def test_choices_are_what_the_routers_decided_about_the_tokens_that_count(tmp_pa
         np.testing.assert_array_equal(found.expert[:, found.row == row], alone.expert)
         # Batched products may round differently.
         np.testing.assert_allclose(found.logits[:, found.row == row], alone.logits, atol=1e-5)
-    masked = choices(routed, (prompt, counted & (prompt.input_ids > 10)))
-    assert (masked.token == found.token[found.token > 10]).all()
+    for dtype in (torch.bool, torch.long):  # as attention masks are
+        masked = choices(routed, (prompt, (counted & (prompt.input_ids > 10)).to(dtype)))
+        assert masked.token.tolist() == found.token[found.token > 10].tolist()
 
 
 # Information, and what shuffles leave of it

@@ -129,18 +129,18 @@ def choices(model: Llama4, batch: Batch) -> Choices:
     layers = moe_layers(model)
     uniform_topk(model)
     if isinstance(batch, Tensor):
-        ids, pixels, mask, counts = batch, None, None, torch.ones_like(batch).bool()
+        ids, pixels, mask, counts = batch, None, None, torch.ones_like(batch)
     elif not isinstance(batch, Prompt | tuple):
         raise TypeError(
             f"{batch!r:.80} is no batch: give token ids [b, t], or what model.prompt makes"
         )
     else:
-        prompt, counts = batch if isinstance(batch, tuple) else (batch, batch.attention_mask.bool())
+        prompt, counts = batch if isinstance(batch, tuple) else (batch, batch.attention_mask)
         prompt = prompt.to(model.device)
         ids, pixels, mask = prompt.input_ids, prompt.pixel_values, prompt.attention_mask
     with trace(model, ["layers.*.router.logits", "layers.*.router.indices"]) as cache:
         model.hidden(ids.to(model.device), pixels, mask)
-    counts = counts.cpu().numpy()  # a tensor of one element would count as a number
+    counts = counts.bool().cpu().numpy()  # a tensor of one element would count as a number
 
     def stacked(name: str) -> np.ndarray:
         return np.stack([_numpy(cache[f"layers.{i}.router.{name}"])[counts] for i in layers])
