@@ -126,6 +126,18 @@ def test_sampled_shapley_values_come_from_the_seed_and_leave_the_generator_alone
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_gradients_are_taken_inside_inference_mode_too(model, prompt, picture):
+    def found():
+        features = token_features(model, prompt), expert_features(model, prompt)
+        asked = [attribute(each, GRADIENTS) for each in (*features, patch_features(model, picture))]
+        return [each.values for each in (*asked, conductance(model, prompt, 1))]
+
+    with torch.inference_mode():
+        inside = found()
+    for one, other in zip(found(), inside, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_integrated_gradients_find_a_narrow_rise():
     steep = toy(lambda on: torch.tanh(on.sum(dim=1) / 2e-4), 2)
     assert attribute(steep, GRADIENTS, max_pieces=1).completeness_error > 0.1

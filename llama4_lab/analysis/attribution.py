@@ -64,6 +64,7 @@ class Attribution:
         return missing / abs(change) if change else math.inf if missing else 0.0
 
 
+@torch.inference_mode(False)  # gradients are taken wherever this stands
 def attribute(
     features: Features,
     method: str = "shapley_sampling",
@@ -131,6 +132,7 @@ def attribute(
     return _attribution(features, values, ends, method, fixed_routing)
 
 
+@torch.inference_mode(False)  # gradients are taken wherever this stands
 def conductance(
     model: Llama4,
     prompt: Prompt,

@@ -47,6 +47,7 @@ class Question:
     chosen: dict[str, Int[Tensor, "1 t topk"]]  # the clean run's ``router.indices``, by point
 
     @classmethod
+    @torch.inference_mode(False)  # what is kept may be asked for gradients
     def ask(cls, model: Llama4, prompt: Prompt, target: Target = NEXT_TOKEN) -> "Question":
         """Run the prompt once and fill in what the target leaves open.
 
@@ -138,6 +139,7 @@ class Features:
         return off, on
 
 
+@torch.inference_mode(False)
 def token_features(
     model: Llama4,
     prompt: Prompt,

@@ -38,6 +38,7 @@ class Attack:
         return self.flipped.sum(axis=1)
 
 
+@torch.inference_mode(False)  # gradients are taken wherever this stands
 def attack(
     model: Llama4,
     prompt: Prompt,
