@@ -106,13 +106,23 @@ def test_pixels_outside_the_mask_stay(model, prompt):
     assert not changed[:, :, 8:].any()
 
 
-def test_a_random_start_comes_from_the_seed(model, prompt):
-    one, again, other = (
-        attack(model, prompt, TARGET, steps=1, random_start=True, seed=seed).pixel_values
-        for seed in (1, 1, 2)
-    )
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_random_start_comes_from_the_seed_and_leaves_generators_alone(
+    model, prompt, norm, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("a GPU was seeded"))
+    mask, state = torch.ones_like(prompt.pixel_values), torch.random.get_rng_state()
+    mask[:, :, :8] = 0
+    options = {"steps": 1, "step_size": 0.0, "random_start": True, "norm": norm, "mask": mask}
+    with torch.inference_mode():
+        one, again, other = (
+            attack(model, prompt, TARGET, seed=seed, **options).pixel_values for seed in (1, 1, 2)
+        )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    changed = one != prompt.pixel_values
+    assert changed[:, :, 8:].any() and not changed[:, :, :8].any()
 
 
 def test_what_cannot_be_attacked_is_explained(model, prompt, tokenizer):

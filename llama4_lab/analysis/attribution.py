@@ -127,7 +127,7 @@ def attribute(
         options["n_samples"] = samples
     rule = getattr(attr, METHODS[method])(_remembering(value))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU alone, where captum draws
         values = rule.attribute(on, baselines=0, **options)[0]
     return _attribution(features, values, ends, method, fixed_routing)
 

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,13 @@ def attack(
         return question.answer(1, {}, False, pixels[0])
 
     bounds = {"lower_bound": -1.0, "upper_bound": 1.0}
-    pgd = PGD(value, lambda out, _: -out, **bounds)
+    pgd: Any = PGD(value, lambda out, _: -out, **bounds)
+    draw = pgd._random_point
+
+    # Drawn on the CPU, whose generator alone is seeded and put back.
+    pgd._random_point = lambda center, radius, norm, mask: (
+        center + draw(torch.zeros_like(center, device="cpu"), radius, norm, 1).to(center) * mask
+    )
     fgsm = FGSM(value, lambda out, _: -out, **bounds)
     # captum leaves pixels whose gradient is below 1e-6; ours are many, and each matters little
     fgsm.zero_thresh = pgd.fgsm.zero_thresh = 0.0
@@ -93,7 +100,7 @@ def attack(
     shared = {"target": 0, "targeted": towards, "mask": None if mask is None else mask[None]}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Input Tensor 0 did not already require gradients")
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         if method == "fgsm":
             found = fgsm.perturb(clean, radius, **shared)
         else:
