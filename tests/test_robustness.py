@@ -125,6 +125,13 @@ def test_a_random_start_comes_from_the_seed_and_leaves_generators_alone(
     assert changed[:, :, 8:].any() and not changed[:, :, :8].any()
 
 
+def test_a_model_that_routes_nothing_is_attacked_too(prompt, tokenizer):
+    config = CONFIG.replace(vocab_size=336, image_token_index=tokenizer.patch_id)
+    found = attack(l4.random(config.replace(interleave_moe_layer_step=0)), prompt, TARGET)
+    assert found.change < 0
+    assert found.layers == () and found.flipped.shape == (0, len(prompt.tokens))
+
+
 def test_what_cannot_be_attacked_is_explained(model, prompt, tokenizer):
     with pytest.raises(ValueError, match="unknown attack 'cw' with norm 'Linf'; choose 'fgsm' or"):
         attack(model, prompt, method="cw")

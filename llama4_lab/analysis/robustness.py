@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama4_lab.analysis.features import NEXT_TOKEN, Question, Target
-from llama4_lab.analysis.routing import routing_of
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 
@@ -68,7 +67,7 @@ def attack(
         random_start: let pgd begin at a random place within `radius`, drawn by `seed`.
 
     Raises:
-        ValueError: an unknown method or norm, no pictures, or no MoE layers; and as `Question.ask`.
+        ValueError: an unknown method or norm, or no pictures; and as `Question.ask`.
     """
     from captum.robust import FGSM, PGD
 
@@ -110,6 +109,9 @@ def attack(
     found = found.detach()
     with torch.no_grad():
         before, after = (value(pixels).item() for pixels in (clean, found))
-    was, now = (routing_of(model, replace(prompt, pixel_values=x[0])) for x in (clean, found))
-    flipped = (np.sort(was.expert) != np.sort(now.expert)).any(axis=-1)
-    return Attack(found[0], before, after, was.layers, flipped, question.target, method)
+    now = Question.ask(model, replace(prompt, pixel_values=found[0]), question.target).chosen
+    flipped = np.zeros((len(now), len(prompt.tokens)), dtype=bool)
+    for row, (name, was) in enumerate(question.chosen.items()):
+        flipped[row] = (was.sort().values != now[name].sort().values).any(-1)[0].cpu()
+    layers = model.config.routed_layers
+    return Attack(found[0], before, after, layers, flipped, question.target, method)
