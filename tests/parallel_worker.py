@@ -19,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import llama4_lab as l4
 from llama4_lab import parallel
+from llama4_lab.edits import Chunk, Rope, TopK, edited
 from llama4_lab.generate import tokens
 from llama4_lab.model.static import StaticDecoder
 from llama4_lab.packed import KINDS
@@ -181,6 +182,17 @@ def edits_and_replay_do_what_they_do_on_one_process(mesh, folder):
             assert run.effect.unseen == [], edit
 
 
+def a_model_apart_has_rules_of_its_own(mesh, folder):
+    whole, prompt = tiny(**EVEN), some_prompt(0)
+    for mode in MODES:
+        model = shared(mesh, mode)
+        for apart in (model.apart(), model.apart().apart()):
+            for edit in (TopK(3, 1), Rope(0, on=False), Chunk(1, 16)):
+                with edited(apart, [edit]):
+                    close(apart(**prompt)[0], in_full(whole, prompt, {}, [edit]))
+                    close(model(**prompt), whole(**prompt))
+
+
 def loading_and_seeding_make_only_this_ranks_part(mesh, folder):
     whole, copied = tiny(**EVEN), []
     if mesh.get_rank() == 0:
@@ -302,6 +314,7 @@ CHECKS = [
     a_trace_is_that_of_one_process,
     a_change_at_every_point_does_what_it_does_on_one_process,
     edits_and_replay_do_what_they_do_on_one_process,
+    a_model_apart_has_rules_of_its_own,
     loading_and_seeding_make_only_this_ranks_part,
     packed_weights_are_divided_too,
     what_cannot_be_is_refused,

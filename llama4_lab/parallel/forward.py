@@ -27,13 +27,26 @@ def join(model: Llama4, ranks: Ranks) -> Llama4:
     model.register_forward_pre_hook(_checks_inputs(ranks, model), with_kwargs=True)
     for layer in cast(Iterable[DecoderLayer], model.layers):
         attention, block = layer.self_attn, layer.feed_forward
-        if isinstance(block, MoEBlock) and ranks.experts == "placed":
-            block.forward = PlacedExperts(block, ranks).forward
         for sums in (attention.o_proj, block.down_proj if isinstance(block, DenseBlock) else block):
             sums.register_forward_hook(lambda _, __, part: ranks.sum(cast(Tensor, part)))
-        for module, method in ((attention, "mix"), (attention, "write"), (block, "forward")):
-            _show_whole(module, method, ranks)
-    return model.eval()
+    return _replace_methods(model, ranks).eval()
+
+
+def _replace_methods(model: Llama4, ranks: Ranks) -> Llama4:
+    """Let a model, or one apart from another that is divided, speak of whole values."""
+    for layer in cast(Iterable[DecoderLayer], model.layers):
+        attention, block = layer.self_attn, layer.feed_forward
+        methods = ((attention, "mix"), (attention, "write"), (block, "forward"))
+        for module, name in methods:
+            vars(module).pop(name, None)  # of the other one's module
+        if isinstance(block, MoEBlock) and ranks.experts == "placed":
+            block.forward = PlacedExperts(block, ranks).forward
+        for module, name in methods:
+            _show_whole(module, name, ranks)
+    vars(model).pop("apart", None)
+    apart = model.apart
+    model.apart = lambda: _replace_methods(apart(), ranks)
+    return model
 
 
 def _show_whole(module: nn.Module, name: str, ranks: Ranks) -> None:
