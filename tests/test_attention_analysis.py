@@ -247,9 +247,17 @@ def test_changes_of_queries_are_seen_and_changes_of_the_pattern_refused(prompt):
         name = f"layers.{NOPE}.attn.{point}"
         with (
             l4.intervene(changed, {name: lambda x: x}),
-            pytest.raises(ValueError, match=f"'{name}' is watched or changed here, and queries"),
+            pytest.raises(ValueError, match=f"'{name}' is changed here, and queries"),
         ):
             keys_and_queries(changed, prompt, NOPE)
+
+
+def test_a_trace_of_the_pattern_around_changes_nothing(prompt):
+    traced = model()
+    with l4.trace(traced, "layers.*.attn.pattern") as cache:
+        got = keys_and_queries(traced, prompt, NOPE)
+    pattern = rows(*got.head(0), range(len(prompt.tokens)))
+    torch.testing.assert_close(pattern, cache[f"layers.{NOPE}.attn.pattern"][0, 0])
 
 
 def test_prompts_of_several_rows_or_with_padding_are_refused(tmp_path, prompt):

@@ -95,7 +95,7 @@ def keys_and_queries(model: Llama4, prompt: Prompt, layer: int) -> KeysAndQuerie
 
     Raises:
         ValueError: a layer that the model does not have, a prompt of several rows or with padding,
-            or a call inside a block that watches or changes the layer's scores or pattern.
+            or a call inside a block that changes the layer's scores or pattern.
     """
     return keys_and_queries_of(model, prompt, [layer])[0]
 
@@ -140,9 +140,9 @@ def keys_and_queries_of(
     for layer in layers:
         model.config.check_layer(layer)
         for name in (f"layers.{layer}.attn.scores", f"layers.{layer}.attn.pattern"):
-            if model.tap.watches(name):
+            if model.tap.alters(name):
                 raise ValueError(
-                    f"{name!r} is watched or changed here, and queries and keys do not tell what "
+                    f"{name!r} is changed here, and queries and keys do not tell what "
                     "becomes of it: leave that block, or read the point itself"
                 )
     prompt = prompt.to(model.device)
