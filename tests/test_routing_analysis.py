@@ -79,6 +79,8 @@ def test_bfloat16_routers_are_read_exactly(prompt):
     assert torch.equal(
         torch.from_numpy(routing.logits[0]), cache["layers.1.router.logits"][0].float()
     )
+    ranked = np.sort(routing.logits)
+    np.testing.assert_array_equal(routing.margin, ranked[..., -2] - ranked[..., -3])
 
 
 def test_a_model_without_experts_is_refused(prompt):

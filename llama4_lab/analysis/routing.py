@@ -96,7 +96,7 @@ def _routing(
     for i in layers:
         logits, expert = decided(i, "logits"), decided(i, "indices")
         found.append([_numpy(x) for x in (logits, expert, decided(i, "scores"))])
-        found[-1] += [_numpy(x) for x in _next_best(logits, expert)]
+        found[-1] += [_numpy(x) for x in _next_best(logits.float(), expert)]
     topk = max(each[1].shape[-1] for each in found)
     for each in found:
         fewer = ((0, 0), (0, topk - each[1].shape[-1]))
