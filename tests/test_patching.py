@@ -48,6 +48,18 @@ def test_a_grid_equals_separate_patched_runs(model, prompts):
             assert found.metric[layer, column] == pytest.approx(expected, abs=1e-5)
 
 
+@torch.no_grad()
+def test_bfloat16_logits_are_subtracted_exactly(prompts):
+    model = tiny().bfloat16()
+    runs = {name: l4.Replay(model, prompt) for name, prompt in zip("ab", prompts, strict=True)}
+    logits = runs["a"].logits[-1]
+    right, wrong = int(logits.argmax()), int(logits.argmin())
+    exact = [float(run.logits[-1, right]) - float(run.logits[-1, wrong]) for run in runs.values()]
+    found = patch_positions(model, *prompts, logit_difference(right, wrong), tokens=(14,))
+    assert [found.clean, found.corrupted] == exact
+    assert found.metric[0, 0] == exact[0]  # all that differs was put back
+
+
 def test_nothing_to_patch_is_refused(model, prompts):
     with pytest.raises(ValueError, match="no tokens were given: name one at least"):
         patch_positions(model, *prompts, METRIC, tokens=())

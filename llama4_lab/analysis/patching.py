@@ -19,7 +19,7 @@ from llama4_lab.edits import Edit, Patch
 from llama4_lab.model import Llama4
 from llama4_lab.replay import Replay
 
-Metric = Callable[[Tensor], Tensor]  # of logits [v]
+Metric = Callable[[Tensor], Tensor]  # of logits [v], in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ def _patch(
     columns: tuple[int, ...],
     metric: Metric,
 ) -> Patching:
-    ends = [float(metric(run.logits[-1])) for run in (clean, replay)]
+    ends = [float(metric(run.logits[-1].float())) for run in (clean, replay)]
     if ends[0] == ends[1]:
         raise ValueError(
             f"the metric is {ends[0]:.4g} in both runs, so there is nothing to restore: "
@@ -133,5 +133,5 @@ def _patch(
     last = slice(-1, None)
     found = np.empty(len(runs))
     for i, run in replay.stream(runs):
-        found[i] = float(metric(run.logits_of(last)[0]))
+        found[i] = float(metric(run.logits_of(last)[0].float()))
     return Patching(columns, found.reshape(-1, len(columns)), *ends)
