@@ -122,7 +122,8 @@ def decompose_logit(
     """Split a next-token logit, or the difference of two, into the parts of the model.
 
     One forward pass. In float32 the parts sum to the model's logit within 1e-4; in bfloat16 the
-    stream is rounded after each part, and `Decomposition.residual` says how much that took.
+    stream is rounded after each part. `Decomposition.residual` says how much that took, and what
+    edits of the stream itself, of the final norm or of logits did, which is in no part.
 
     Args:
         position: of the token that the logits follow; -1 is the last one.
