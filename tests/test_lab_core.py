@@ -349,6 +349,33 @@ def test_a_figure_of_one_low_map_can_be_drawn():
     assert len(drawn.data) == 1
 
 
+def test_a_figure_names_places_as_the_page_does():
+    rows, words = ['kind "a"', "b & c"], ['"', "<b>", "d"]
+    content = Content({"y": Axis("y", 2, labels=rows), "x": Axis("x", 3, "token", words)})
+    content.add("one", 'Of "x"', np.zeros((2, 3)), ("y", "x"), sequential(0, 1))
+    drawn: Any = figure(content, {}, 'After "')
+    assert list(drawn.data[0].y) == ['kind "a"', "b &amp; c"]
+    assert list(drawn.layout.xaxis.ticktext) == ['"', "&lt;b&gt;", "d"]
+    assert drawn.layout.title.text == 'After "' and drawn.layout.annotations[0].text == 'Of "x"'
+
+
+def test_a_legend_stands_beside_its_lines():
+    content = Content({"y": Axis("y", 2), "x": Axis("x", 3)})
+    content.add("one", "One", np.zeros((2, 3)), ("y", "x"), sequential(0, 1))
+    series = [{"array": "two", "label": label, "colour": "#000"} for label in ("measured", "")]
+    content.add(
+        "two", "Two", np.zeros(3), ("x",), sequential(0, 1), kind="lines", series=series
+    )  # fmt: skip
+    drawn: Any = figure(content, {}, "title")
+    assert drawn.layout.legend.y == drawn.layout.yaxis2.domain[1] < drawn.layout.yaxis.domain[0]
+    assert [line.showlegend for line in drawn.data[1:]] == [True, False]
+
+
+def test_a_figure_of_nothing_has_no_axes():
+    drawn: Any = figure(Content(), {}, "press Run")
+    assert drawn.layout.xaxis.visible is drawn.layout.yaxis.visible is False
+
+
 def test_a_view_that_does_not_exist_is_named(model):
     with pytest.raises(ValueError, match="there is no view 'rooter'; choose from router, "):
         LabApp(model, TEXT, shown=["rooter"])

@@ -44,6 +44,11 @@ def test_what_gpus_exchange_is_shown_where_there_are_several(view):
         assert (speed["columns"][-1] == "exchange (ms)") == (columns == 5)
 
 
+def test_a_figure_doubles_the_context_at_each_step_as_the_page_does(view):
+    across = view.figure().layout.xaxis
+    assert across.type == "log" and across.ticktext[:2] == ("512", "2,048")
+
+
 def test_contexts_end_where_the_model_does(view):
     view.choices["GPUs"].value, view.choices["GPU"].value = 1, "h100"
     view.choices["model"].value, view.choices["context"].value = "Scout", 131072

@@ -20,10 +20,12 @@ def figure(content: Content, selection: Mapping[str, int], title: str) -> go.Fig
     """Draw a content's maps, bars and lines below each other, as the selection has them."""
     panels = [panel for panel in content.panels if panel["kind"] in _TALL]
     lines = textwrap.wrap(title, 100)
-    heading = {"text": "<br>".join(map(html.escape, lines)), "yref": "container", "y": 1}
+    heading = {"text": "<br>".join(map(_escaped, lines)), "yref": "container", "y": 1}
     heading |= {"yanchor": "top", "pad": {"t": 16}, "font": {"size": 15}}
+    above = 70 + 20 * len(lines)
     if not panels:
-        return go.Figure(layout={"title": heading, "template": "plotly_white"})
+        bare = {"xaxis": {"visible": False}, "yaxis": {"visible": False}, "height": above}
+        return go.Figure(layout={"title": heading, "template": "plotly_white", **bare})
     heights = [_tall(content, panel) for panel in panels]
     across = [content.axes[panel["axes"][-1]] for panel in panels if panel["kind"] == "map"]
     gap = 120 if any(map(_is_named, across)) else 90
@@ -41,7 +43,7 @@ def figure(content: Content, selection: Mapping[str, int], title: str) -> go.Fig
             left = content.axes[panel["axes"][0]].title
         drawn.update_xaxes(title=below, row=row)
         drawn.update_yaxes(title=left, row=row)
-    above, below = 70 + 20 * len(lines), gap - 30
+    below = gap - 30
     drawn.update_layout(
         title=heading,
         template="plotly_white",
@@ -64,14 +66,24 @@ def _is_named(axis: Axis) -> bool:
     return axis.labels is not None and axis.size <= _ROOMY
 
 
+def _escaped(text: str) -> str:
+    return html.escape(text, quote=False)  # plotly would show the names of quotes
+
+
 def _caption(panel: Mapping[str, Any]) -> str:
     note = panel.get("note", "")
-    note = f"<span style='font-size:12px;color:#555'>  {html.escape(note)}</span>" if note else ""
-    return html.escape(panel["title"]) + note
+    note = f"<span style='font-size:12px;color:#555'>  {_escaped(note)}</span>" if note else ""
+    return _escaped(panel["title"]) + note
 
 
 def _places(axis: Axis) -> list[int]:
     return list(axis.values) if axis.values is not None else list(range(axis.size))
+
+
+def _rows(axis: Axis) -> list[str]:
+    """Return what a map's rows are called: by names where nothing selects them by number."""
+    is_selected = axis.labels is None or axis.select
+    return list(map(str, _places(axis)) if is_selected else map(_escaped, axis.labels or ()))
 
 
 def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection: Any) -> None:
@@ -80,7 +92,7 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
     tile = content.arrays[panel["array"]].get("tile")
     scale = panel["scale"]
     x: Any = _places(across)
-    y: Any = [str(place) for place in _places(down)]
+    y: Any = _rows(down)
     if tile:
         x, y = (
             np.linspace(tile[k][0], tile[k][1], n, endpoint=False).tolist()
@@ -128,7 +140,7 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
     drawn.update_xaxes(showgrid=False, row=row)
     if _is_named(across):
         names = [name if len(name) <= 10 else f"{name[:9]}…" for name in across.labels or ()]
-        ticks = {"tickvals": x, "ticktext": list(map(html.escape, names)), "tickangle": -90}
+        ticks = {"tickvals": x, "ticktext": list(map(_escaped, names)), "tickangle": -90}
         drawn.update_xaxes(**ticks, tickfont={"size": 10}, row=row)
     if is_roomy and across.select and down.select:
         i, j = down.index(selection), x[across.index(selection)]
@@ -154,7 +166,7 @@ def _add_bars(drawn: go.Figure, row: int, content: Content, panel: Any, selectio
         x=places,
         y=heights,
         marker={
-            "color": panel.get("colours"),
+            "color": panel.get("colours", "#6c9cfc"),
             "opacity": np.where(is_framed, 1, 0.65) if framed else 1,
             "line": {"color": "black", "width": np.where(is_framed, 2.5, 0)},
         },
@@ -179,12 +191,19 @@ def _add_bars(drawn: go.Figure, row: int, content: Content, panel: Any, selectio
 
 def _add_lines(drawn: go.Figure, row: int, content: Content, panel: Any, selection: Any) -> None:
     places = _places(content.axes[panel["axes"][0]])
+    at: Any = {"row": row, "col": 1}
     for one in panel["series"]:
-        heights = picked(content, panel, selection, one["array"])
+        heights, label = picked(content, panel, selection, one["array"]), one["label"]
         line = {"color": one["colour"], "dash": "dash" if one.get("dash") else "solid"}
-        drawn.add_scatter(
-            x=places, y=heights, name=one["label"], mode="lines", line=line, row=row, col=1
-        )
+        style: Any = {"name": label, "mode": "lines", "line": line, "showlegend": bool(label)}
+        drawn.add_scatter(x=places, y=heights, **style, **at)
+    if panel.get("doubles"):
+        ticks = {"tickvals": places[::2], "ticktext": [f"{place:,}" for place in places[::2]]}
+        drawn.update_xaxes(type="log", **ticks, **at)
+    subplot: Any = drawn.get_subplot(row, 1)
+    drawn.update_layout(
+        legend={"y": subplot.yaxis.domain[1], "yanchor": "top"}
+    )  # no scale is there
 
 
 _DRAWERS: dict[str, Callable[..., None]] = {

@@ -125,6 +125,7 @@ class PlannerView(View):
             kind="lines",
             wide=False,
             series=series,
+            doubles=True,
             note="where it fits in memory; each step doubles the context"
             if np.isfinite(speed).any()
             else "it fits at no context",
