@@ -360,6 +360,16 @@ def test_a_comparison_says_whose_run_is_where(app):
     assert "<i>" not in headings()[0]
 
 
+def test_a_long_text_beside_is_cut_not_left_out(app):
+    def told():
+        return app.beside["router"].children[0].value, app.recording().about["beside"]
+
+    app.compare("def two(a):\n    return two(a)\n" * 9)
+    assert "<i>the text ‘def·two(a):↵····return·two(a)↵def·two(a):↵··…</i>" in told()[0]
+    assert told()[1].startswith("the text ‘def·two(a):↵····return") and told()[1].endswith("…’")
+    assert len(told()[1]) == 200 + len("the text ‘’")
+
+
 def test_a_comparison_says_which_run_has_the_edits(app):
     def told():
         return app.recording().about["beside"]

@@ -1,7 +1,6 @@
 """The lab: one page of linked views of a prompt in a model."""
 
 import asyncio
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.view import FAILURES, View, in_row
 from llama4_widgets.views import VIEWS
 from llama4_widgets.views.difference import DifferenceView
-from llama4_widgets.words import visible
+from llama4_widgets.words import short, visible
 
 MAX_TOKENS = 4096
 _ONCE = ("ablate", "generate", "planner")  # views that are no part of a comparison
@@ -193,8 +192,7 @@ class LabApp(ipywidgets.VBox):
         if isinstance(self._other, Llama4):
             return f"another model, {model_facts(self._other)['name']}", clean
         if isinstance(self._other, str):
-            short = textwrap.shorten(self._other, 200, placeholder=" …")
-            return f"the text ‘{visible(short)}’", edited
+            return f"the text ‘{short(visible(self._other), 200)}’", edited
         if _are_edits(self._other):
             return ", ".join(map(_spelled, self._other)) or "the clean run", ""
         return "other messages", edited
@@ -364,11 +362,11 @@ class LabApp(ipywidgets.VBox):
         for name in sorted(self.views, key=lambda name: name != "ablate"):
             self.views[name].is_shown = name in self.shown
         what, how = self._told() if self.difference else ("", "")
-        short = textwrap.shorten(what, 55, placeholder=" …") + how
+        whose = short(what, 55) + how
         for name, view in self.beside.items():
             view.is_shown = name in self.shown and self.difference is not None
             view.board.title = f"{VIEWS[name].title}, beside: {what}{how}"
-            view.stand_beside(self.views[name] if view.is_shown else None, short)
+            view.stand_beside(self.views[name] if view.is_shown else None, whose)
             self.views[name].stand_beside(view if view.is_shown else None, "this run")
         self._grid.children = [self._cell(name) for name in self.shown]
         for name, chip in zip(VIEWS, self._chips.children, strict=True):

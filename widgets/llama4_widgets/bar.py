@@ -17,7 +17,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.prompt import Prompt
 from llama4_widgets.still import png
 from llama4_widgets.view import button, in_row
-from llama4_widgets.words import counted
+from llama4_widgets.words import counted, short
 
 _FILE = {  # one that was uploaded; what is in it is kept elsewhere
     "name": "", "type": "", "size": 0, "content": memoryview(b""),
@@ -97,7 +97,7 @@ class Bar(ipywidgets.VBox):
     def show_beside(self, other: Any, told: str) -> None:
         """Show what stands beside; what only code can ask for, as it is `told`."""
         self._is_led = True
-        chosen = ALONE if other is None else f"beside {told:.60}"
+        chosen = ALONE if other is None else f"beside {short(told, 60)}"
         if isinstance(other, str):
             chosen = ANOTHER
             if other != self._beside:  # else what was typed there stays

@@ -52,6 +52,15 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
+def short(text: str, most: int) -> str:
+    """Cut what is longer than so many characters.
+
+    >>> short("seven times", 6), short("seven", 6)
+    ('seven…', 'seven')
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def number(value: float, form: str) -> str:
     """Format a number with a minus sign, not a hyphen, and no sign before zero.
 
