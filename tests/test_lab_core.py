@@ -19,7 +19,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, pack, sequential
 from llama4_widgets.plots import figure
 from llama4_widgets.selection import Selection
-from llama4_widgets.still import picked, unpack
+from llama4_widgets.still import picked, svg, unpack
 from llama4_widgets.views.attention import AttentionView
 from llama4_widgets.views.difference import DifferenceView
 from llama4_widgets.views.experts import ExpertsView
@@ -374,6 +374,12 @@ def test_a_legend_stands_beside_its_lines():
 def test_a_figure_of_nothing_has_no_axes():
     drawn: Any = figure(Content(), {}, "press Run")
     assert drawn.layout.xaxis.visible is drawn.layout.yaxis.visible is False
+
+
+def test_a_still_names_the_axes_that_have_names():
+    content = Content({"y": Axis("", 1, labels=["loss"]), "x": Axis("token", 3)})
+    content.add("one", "Loss", np.zeros((1, 3)), ("y", "x"), sequential(0, 1))
+    assert ">Loss (token across)<" in svg(content, {}, "title")
 
 
 def test_a_view_that_does_not_exist_is_named(model):

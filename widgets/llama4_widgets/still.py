@@ -90,7 +90,8 @@ def _image(parts: list[str], content: Content, panel: Any, selection: Any, y: fl
     pixels = _pixels(picked(content, panel, selection).astype(float), panel["scale"])
     tall = int(np.clip(14 * len(pixels), 60, 320))
     down, across = (content.axes[name].title for name in panel["axes"])
-    parts.append(_text(_LEFT, y + 14, f"{panel['title']} ({down} down, {across} across)"))
+    where = f"{down} down, " * bool(down) + f"{across} across"
+    parts.append(_text(_LEFT, y + 14, f"{panel['title']} ({where})"))
     parts.append(
         f'<image x="{_LEFT}" y="{y + 22}" width="876" height="{tall}" preserveAspectRatio="none" '
         'style="image-rendering:pixelated" href="data:image/png;base64,'
