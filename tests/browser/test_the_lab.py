@@ -251,6 +251,19 @@ def test_no_line_strikes_out_the_number_of_a_bar(browser: Browser, tmp_path, cle
     page.close()
 
 
+def test_rules_are_fainter_than_numbers_in_high_contrast(browser: Browser, tmp_path):
+    content = Content({"expert": Axis("expert", 2)})
+    content.add("load", "Load", np.array([8.0, 11]), ("expert",), sequential(0, 60), kind="bars")
+    file = tmp_path / "bars.html"
+    file.write_text(board_page([Board(Selection(), content=content)], "Bars"))
+    page = browser.new_page(forced_colors="active", color_scheme="dark")
+    page.goto(file.as_uri())
+    number, rule = page.locator("g > text").first, page.locator(".l4-rule").first
+    expect(rule).to_have_css("stroke", number.evaluate("node => getComputedStyle(node).fill"))
+    expect(rule).to_have_css("stroke-opacity", "0.4")
+    page.close()
+
+
 BRIGHTEST = """canvas => {
     const { data } = canvas.getContext("2d").getImageData(0, 0, 40, canvas.height); // of numbers
     return Math.max(...data.filter((_, i) => i % 4 === 0 && data[i + 3] > 200));
