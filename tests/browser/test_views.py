@@ -630,9 +630,31 @@ def test_tables_and_fields_have_the_room_that_they_need(lab):
     field = view.locator("textarea")
     if not field.is_visible():
         view.get_by_text("Edits as text and code").click()
-    expect(field).to_be_visible()
+    expect(view.get_by_role("textbox", name="JSON")).to_be_visible()
     assert field.evaluate("field => field.clientHeight") > 4 * 17  # lines
     assert lab.on.page.locator(".l4-app-grid").evaluate(WITHOUT_KERNEL) == "none"
+    for name in ("Measure kinds of text", "Apply text"):
+        box = lab.on.page.get_by_role("button", name=name).bounding_box()
+        assert box["width"] < 250  # what its words take
+
+
+def test_two_texts_stand_below_each_other_where_there_is_little_room(lab):
+    lab.show()
+    page, size = lab.on.page, lab.on.page.viewport_size
+    lab.kernel("app.compare('two')")
+    act = page.get_by_role("button", name="Compare", exact=True)
+    expect(act).to_be_visible()
+    try:
+        for width in (700, 1400):
+            page.set_viewport_size({"width": width, "height": 1000})
+            eventually(lambda: assert_inside(act, page.locator(".l4-app").first))
+    finally:
+        page.set_viewport_size(size)
+
+
+def assert_inside(part: Locator, whole: Locator) -> None:
+    inner, outer = part.bounding_box(), whole.bounding_box()
+    assert inner and outer and inner["x"] + inner["width"] <= outer["x"] + outer["width"]
 
 
 def assert_equal(found: Any, expected: Any) -> None:

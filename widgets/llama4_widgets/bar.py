@@ -39,10 +39,11 @@ class Bar(ipywidgets.VBox):
         self._scene: tuple[str, Sequence[Any], str] = "", (), ""  # question, pictures, answer
         self._is_led = False  # while code, and nobody on the page, chooses what is shown
         super().__init__()
-        self.text = Prompt(value=text, layout={"width": "100%"})
+        room = {"flex": "1 1 300px", "min_width": "0", "width": "auto"}
+        self.text = Prompt(value=text, layout=room)
         self.text.observe(lambda _: self._is_led or self._run_text(), "value")
         self.text.on_msg(lambda *_: self._run_text())  # the same once more
-        self.beside = Prompt(label="text to compare with", act="Compare", layout={"width": "100%"})
+        self.beside = Prompt(label="text to compare with", act="Compare", layout=room)
         self.beside.layout.display = "none"
         self.beside.observe(self._choose_text, "value")
         self.upload = ipywidgets.FileUpload(
@@ -65,7 +66,7 @@ class Bar(ipywidgets.VBox):
         self.shown.add_class("l4-app-pictures")
         self.problem = ipywidgets.HTML()
         tools = in_row(self.upload, self.scene, self.sides, self.shown)
-        self.children = [ipywidgets.HBox([self.text, self.beside]), tools, self.problem]
+        self.children = [in_row(self.text, self.beside), tools, self.problem]
 
     def show(self, prompt: Any, moment: Moment) -> None:
         """Show what was run: the text, or how many messages there were, and the pictures."""

@@ -203,13 +203,19 @@ class AblateView(View):
         self._rows = ipywidgets.VBox()
         self._hide = ipywidgets.ToggleButton(description="hide token")
         self._hide.observe(self._hide_token, "value")
-        self._text = ipywidgets.Textarea(layout={"width": "100%", "height": "48px"})
+        self._text = ipywidgets.Textarea(
+            description="JSON",
+            style={"description_width": "initial"},
+            layout={"width": "100%", "height": "48px"},
+        )
         self._code = ipywidgets.HTML()
         undo = button("Undo", "take back the last change", self.undo)
         clear = button("Clear", "go back to the clean model", lambda: self._set(()))
         apply = button("Apply text", "use the edits in the text field", self.apply_text)
         # No Accordion, whose heads the keyboard does not reach.
-        details = ipywidgets.VBox([self._text, apply, self._code], layout={"display": "none"})
+        details = ipywidgets.VBox(
+            [self._text, in_row(apply), self._code], layout={"display": "none"}
+        )
         more = ipywidgets.ToggleButton(description="Edits as text and code")
 
         def unfold(change: Any) -> None:

@@ -14,7 +14,7 @@ from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.analysis.specialisation import Specialisation, specialisation
 from llama4_lab.analysis.transitions import following
 from llama4_widgets.panels import Axis, Content, diverging, sequential
-from llama4_widgets.view import View, button
+from llama4_widgets.view import View, button, in_row
 from llama4_widgets.views.router import add_load
 
 _ROWS, _LENGTH = 4, 96  # documents of each kind of text, and their tokens
@@ -44,7 +44,7 @@ class ExpertsView(View):
 
     def controls(self) -> list[ipywidgets.Widget]:
         tip = "count the clean model's experts of held-out texts, some seconds"
-        return [button("Measure kinds of text", tip, self.measure)]
+        return [in_row(button("Measure kinds of text", tip, self.measure))]
 
     def measure(self) -> None:
         """Count which experts the tokens of each kind of text choose, without any edits."""
