@@ -323,6 +323,19 @@ def test_stills_show_every_view_without_a_browser(moment):
     assert bundle["image/svg+xml"].count("<image") == 3
 
 
+def test_the_lab_says_what_it_shows_without_a_browser(model, tmp_path):
+    app = LabApp(model, TEXT, shown=["router", "lens"])
+    app.compare("two")
+    app.selection.token = 2
+    lines = app._repr_mimebundle_()["text/plain"].splitlines()
+    whose = ["Difference", "Router", "Router, beside: the text ‘two’", "Lens", "Lens, beside: the"]
+    assert all(line.startswith(said) for line, said in zip(lines, whose, strict=True))
+    assert lines[1].startswith("Router: layer 0, token 2 ")
+    app.save(tmp_path / "a.lab")
+    kept = LabApp.open(tmp_path / "a.lab")
+    assert kept._repr_mimebundle_()["text/plain"].startswith(f"Prompt, {len(app.moment.tokens)} ")
+
+
 def test_the_lab_runs_texts_and_edits(model):
     app = LabApp(model, TEXT, shown=["router"])
     assert app.views["router"].moment is app.moment

@@ -231,6 +231,16 @@ class LabApp(ipywidgets.VBox):
         told = "".join(self._told()) if self.difference else ""
         return record(self.prompt, self.moment, boards, told)
 
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """Add what the views say, for pages that run no script."""
+        data, lines = super()._repr_mimebundle_(**kwargs) or {}, []
+        self._catch_up()
+        for _, view in self._on_page():
+            view.tell()
+            lines.append(f"{view.board.title}: {view.board.problem or view.board.summary}")
+        data["text/plain"] = "\n".join(lines)
+        return data
+
     def _on_page(self) -> list[tuple[str, View]]:
         """Return the views from top to bottom, those beside others right after them."""
         found: list[tuple[str, View]] = []

@@ -177,6 +177,12 @@ class KeptLab(ipywidgets.VBox):
         self.children = [ipywidgets.HTML(f"<style>{STYLE}</style>"), text, grid]
         self.add_class("l4-app")
 
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        """Add what was run, for pages that run no script."""
+        data = super()._repr_mimebundle_(**kwargs) or {}
+        data["text/plain"] = "\n".join(self.recording.told())
+        return data
+
     def figure(self, name: str) -> "go.Figure":
         """Return what a view showed as one static figure, for what is selected now."""
         from llama4_widgets.plots import figure
