@@ -97,6 +97,17 @@ def test_tokens_that_cannot_see_the_picture_say_so(model):
     assert panels(view)["attention 0"]["note"] == "of the selected head"
 
 
+def test_attention_says_of_which_run_it_is_where_nothing_is_seen_too(model):
+    moment, _ = asked(model)
+    view = ImageView(moment.with_edits([E.SkipLayer(1)]))
+    for token in (0, len(moment.tokens) - 1):  # before the picture, and behind it
+        view.selection.token = token
+        for run in ("clean", "edited"):
+            title = panels(view)[f"attention {run} 0"]["title"]
+            assert title.startswith(f"Picture: attention in layer 0 from token {token} ‘")
+            assert title.endswith(f"’, {run}")
+
+
 def test_tokens_around_a_picture_are_not_called_text(model):
     moment, _ = asked(model)
     view = ImageView(moment)

@@ -130,9 +130,9 @@ class ImageView(View):
             share = np.stack([found.row(head, token)[tokens] for head in range(heads)])
             name = f"attention {run}".strip()
             content.array(name, in_decades(share), ("head", "patch"))
-            note = f"of the selected head{f', {run}' * bool(run)}"
             title = f"attention in layer {layer} from token {token} ‘{moment.words[token]}’"
-            yield name, title, decades(count), note
+            title += f", {run}" * bool(run)
+            yield name, title, decades(count), "of the selected head"
 
     def _sees(self, content: Content, array: str, place: np.ndarray) -> bool:
         """Whether any head sees any of these places."""
