@@ -145,6 +145,7 @@ def test_defaults_of_torch_do_not_matter(n, dtype):
     expected = results("loop")
     torch.set_default_dtype(dtype)
     try:
+        numba.prepare()
         found = results("numba")
     finally:
         torch.set_default_dtype(torch.float32)

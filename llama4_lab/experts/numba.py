@@ -300,7 +300,8 @@ def prepare() -> None:
     """Compile the float32 kernels, or load what was compiled before."""
     packed.prepare()
     d, e, f = 16, 2, 16
-    x, router, gate_up, down = (torch.zeros(s) for s in ((1, d), (e, d), (e, 2 * f, d), (e, d, f)))
+    shapes = (1, d), (e, d), (e, 2 * f, d), (e, d, f)
+    x, router, gate_up, down = (torch.zeros(shape, **_CPU) for shape in shapes)
     shared = (gate_up[0, :f], gate_up[0, f:], down[0])
     with torch.no_grad():
         moe(x, router, (gate_up, down), shared, 1)

@@ -124,7 +124,7 @@ function render({ model, el }) {
   const place = (name, i) => axis(name).values?.[i] ?? i; // what the selection calls an index
   function called(name, i) {
     const { title, labels } = axis(name);
-    return `${title} ${place(name, i)}${labels ? ` ‘${labels[i]}’` : ""}`;
+    return title ? `${title} ${place(name, i)}${labels ? ` ‘${labels[i]}’` : ""}` : labels[i];
   }
   const choose = (pairs) => {
     const change = Object.fromEntries(pairs.filter(([name]) => axis(name).select).map(([name, i]) => [axis(name).select, place(name, i)]));
@@ -376,7 +376,7 @@ function render({ model, el }) {
       const [value, clean, marks] = [panel.array, panel.clean, panel.marks].map((array) => array && picked(array)(panel.axes));
       const isMarked = marks ?? (clean && ((i, j) => clean(i, j) !== value(i, j))); // gets a ring
       const isNumbered = panel.scale.inks && inner / cols >= 14 && tall / rows >= 12 && !panel.zoom;
-      const radius = clamp(Math.min(inner / cols, tall / rows) / 2 - 1, 1, 4);
+      const radius = clamp(Math.min(inner / cols, tall / rows) / 2 - 1, 2, 4);
       Object.assign(pen, { font: "11px system-ui, sans-serif", textAlign: "center", strokeStyle: "#000", lineWidth: radius / 2 });
       for (let k = 0; (isNumbered || isMarked) && k < rows * cols; k++) {
         const [i, j] = [Math.floor(k / cols), k % cols];
@@ -647,11 +647,10 @@ function render({ model, el }) {
 
   // -- putting it together
 
-  const dark = matchMedia("(prefers-color-scheme: dark)");
   const undress = () => ((theme = {}), redraw());
   const restyle = new MutationObserver(undress); // whoever changes a page's theme changes an attribute
   for (const node of [document.documentElement, document.body]) restyle.observe(node, { attributes: true });
-  dark.onchange = undress;
+  for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"]) matchMedia(query).onchange = undress;
 
   function redraw(which = drawn) {
     if (!theme.paper) {

@@ -13,7 +13,7 @@ from llama4_lab.edits import AttentionTemperature
 from llama4_lab.model.text import temperature
 from llama4_widgets.panels import Axis, Content, diverging, pack
 from llama4_widgets.patterns import Layer, attended, decades, glance, in_decades, pooled
-from llama4_widgets.view import View
+from llama4_widgets.view import View, in_row
 from llama4_widgets.words import counted
 
 _WHOLE = 220_000  # numbers in all, below which every head and row of the layer goes to the browser
@@ -48,7 +48,7 @@ class AttentionView(View):
             layout={"width": "auto", "flex": "none"},
         )
         self._pooling.observe(lambda _: self.refresh(), "value")
-        return [ipywidgets.HBox([self._layer, self._pooling])]
+        return [in_row(self._layer, self._pooling)]
 
     def content(self) -> Content:
         config, count = self.moment.model.config, len(self.moment.words)

@@ -215,7 +215,7 @@ def _told_of_scores(routing: Routing) -> str:
     """Say what a score is, and of how many an edit made something else: a skipped layer's are 0."""
     logits = np.take_along_axis(routing.logits, routing.expert[..., :1], axis=-1)
     differ = np.abs(_sigmoid(logits) - routing.score[..., :1]) > _ROUNDING
-    told = f"; {differ.sum()} differ from the probability, by an edit" * bool(differ.any())
+    told = f"; {differ.sum():,} differ from the probability, by an edit" * bool(differ.any())
     return "multiplies what the expert reads" + told
 
 
