@@ -43,6 +43,7 @@ def test_plan_counts_a_folders_weights_as_they_are_packed(tmp_path, capsys):
         assert cli.main(["plan", *arguments]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != said[2]
+    assert said[0].splitlines()[0].split(None, 2)[2] == "in bfloat16, in int4 where packed"
 
 
 def test_plan_reads_a_folders_config(tmp_path, capsys):
