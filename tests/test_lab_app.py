@@ -228,6 +228,22 @@ def test_the_selection_is_shared_as_far_as_it_goes(app):
     assert app.selection.layer == 0 and other.board.problem == mine.board.problem == ""
 
 
+def test_of_a_shorter_run_beside_browsers_hear_what_is_selected_in_the_longer_one():
+    selection = Selection(token=5)
+    selection.bounds = dict.fromkeys(("token", "layer", "head", "expert"), 9)
+    mirror = Mirror(selection)
+    mirror.bounds = selection.bounds | {"token": 2}
+    assert mirror.token == 1 and mirror.shared["token"] == 5
+    selection.token = 7  # both have told of it by the same count
+    assert mirror.token == 1 and mirror.shared == selection.shared
+    mirror.layer = 3
+    assert (selection.token, selection.layer) == (7, 3) and mirror.shared == selection.shared
+    mirror.follow(mirror.shared | {"head": 2, "seq": mirror.shared["seq"] + 1})  # from a browser
+    assert (selection.token, selection.head, mirror.token, mirror.head) == (7, 2, 1, 2)
+    mirror.token = 0
+    assert selection.token == 0 and mirror.shared == selection.shared
+
+
 def test_a_mirror_with_less_leaves_the_other_where_it_is_and_finds_back():
     selection = Selection(token=7)
     mirror = Mirror(selection)

@@ -43,8 +43,12 @@ class Selection(traitlets.HasTraits):
     @traitlets.observe(*FIELDS)
     def _tell(self, _change: Any = None) -> None:
         if not self._is_following:
-            count = self.shared.get("seq", 0) + 1
-            self.shared = {field: getattr(self, field) for field in FIELDS} | {"seq": count}
+            self._share({"seq": self.shared.get("seq", 0) + 1})
+
+    def _share(self, chosen: Mapping[str, int]) -> None:
+        """Tell of what is selected, after what was `chosen` elsewhere, or by nobody."""
+        own = {field: getattr(self, field) for field in FIELDS}
+        self.shared = own | {"seq": chosen["seq"]}
 
     @traitlets.observe("bounds")
     def _stay_inside(self, change: Any) -> None:
@@ -65,8 +69,11 @@ class Selection(traitlets.HasTraits):
         with self._following(), self.hold_trait_notifications():
             for field in FIELDS:
                 value = chosen.get(field, getattr(self, field))
-                setattr(self, field, min(value, self.bounds.get(field, value + 1) - 1))
-        self.shared = {field: getattr(self, field) for field in FIELDS} | {"seq": chosen["seq"]}
+                setattr(self, field, self._inside(field, value))
+        self._share(chosen)
+
+    def _inside(self, field: str, value: int) -> int:
+        return min(value, self.bounds.get(field, value + 1) - 1)
 
     @contextmanager
     def _following(self) -> Iterator[None]:
@@ -78,7 +85,10 @@ class Selection(traitlets.HasTraits):
 
 
 class Mirror(Selection):
-    """Moves with another selection, of a run that may have less to select, and moves that one."""
+    """Moves with another selection, of a run that may have less to select, and moves that one.
+
+    Browsers have one selection for both: what it tells them is that of the other, in full.
+    """
 
     def __init__(self, of: Selection):
         super().__init__()
@@ -87,6 +97,14 @@ class Mirror(Selection):
         of.observe(lambda change: self.follow(change["new"]), "shared")
         self.observe(lambda change: of.follow(change["new"]), "shared")
         self.follow(of.shared | {"seq": max(of.shared["seq"], self.shared["seq"] + 1)})
+
+    def _share(self, chosen: Mapping[str, int]) -> None:
+        meant = dict(self.shared) | dict(chosen)
+        for field in FIELDS:
+            own = getattr(self, field)
+            if self._inside(field, meant.get(field, own)) != own:
+                meant[field] = own
+        self.shared = meant
 
     @traitlets.observe("bounds")
     def _stay_inside(self, _change: Any) -> None:
