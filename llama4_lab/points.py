@@ -113,6 +113,11 @@ class Tap:
     def __call__(self, name: str, value: Tensor) -> Tensor:
         return value
 
+    def hear(self, values: Mapping[str, Tensor]) -> None:
+        """Receive values that nothing goes on with, many at once."""
+        for name, value in values.items():
+            self(name, value)
+
     def records(self) -> Collection[str] | None:
         """Return the whole names that it records; None if it may change values or want others."""
         return () if type(self) is Tap else None

@@ -307,6 +307,8 @@ class _Recorder(Tap):
         self.cache = cache
         self.kept = kept
         self.folder = folder
+        names = all(names == [point] for point, names in asked.items())
+        self._is_plain = names and kept.is_all and not folder  # values are kept as they come
 
     def watches(self, name: str) -> bool:
         return name in self.asked or self.outer.watches(name)
@@ -319,9 +321,15 @@ class _Recorder(Tap):
                 self.cache[asked] = disk.put(self.folder, asked, kept) if self.folder else kept
         return value
 
+    def hear(self, values: Mapping[str, Tensor]) -> None:
+        if self._is_plain and type(self.outer) is Tap and not torch.is_grad_enabled():
+            self.cache.update(values)
+        else:
+            super().hear(values)
+
     def records(self) -> Collection[str] | None:
         outer = self.outer.records()
-        return None if outer is None else {*self.asked, *outer}
+        return None if outer is None else {*self.asked, *outer} if outer else self.asked.keys()
 
     def alters(self, name: str) -> bool:
         return self.outer.alters(name)

@@ -14,6 +14,7 @@ from torch import nn
 import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab import loading
+from llama4_lab.aliases import resolve
 from llama4_lab.analysis.quantisation import swapped
 from llama4_lab.cache import KVCache, SharedPast
 from llama4_lab.generate import tokens as generated
@@ -315,8 +316,9 @@ def test_what_is_not_compiled_yet_does_not_keep_anybody_waiting(monkeypatch, ste
 # ---- what it shows
 
 
-def test_traced_routers_do_not_change_the_path_and_are_what_they_are(steps):
-    model = tiny()
+@pytest.mark.parametrize("changes", [{}, {"moe_layers": None, "interleave_moe_layer_step": 1}])
+def test_traced_routers_do_not_change_the_path_and_are_what_they_are(steps, changes):
+    model = tiny(**changes)
     cache = model.new_cache()
     model(IDS[:, :-1], cache=cache)
     plain = model(IDS[:, -1:], cache=cache)
@@ -331,6 +333,31 @@ def test_traced_routers_do_not_change_the_path_and_are_what_they_are(steps):
     for name, value in every.items():
         assert value.dtype == whole[name].dtype
         torch.testing.assert_close(value, whole[name][:, -1:], atol=1e-5, rtol=0)
+
+
+def test_traced_routers_are_kept_as_they_were_asked_for(steps, tmp_path):
+    model = tiny()
+    cache = model.new_cache()
+    model(IDS[:, :-1], cache=cache)
+    with l4.trace(model, "*.router.*") as plain:
+        model(IDS[:, -1:], cache=cache)
+    alias = "blocks.3.mlp.hook_expert_indices"
+    for asked in (
+        {"dtype": torch.float64},
+        {"spill": tmp_path / "spilled"},
+        {"positions": 0},
+        {"names": alias},
+    ):
+        cache.slots -= 1
+        with l4.trace(model, **({"names": "*.router.*"} | asked)) as found:
+            model(IDS[:, -1:], cache=cache)
+        assert len(found) == (1 if "names" in asked else len(plain))
+        for name, value in found.items():
+            point = resolve(model.config, name)[name]
+            is_wider = "dtype" in asked and value.is_floating_point()
+            assert value.dtype == (torch.float64 if is_wider else plain[point].dtype)
+            assert torch.equal(value.to(plain[point].dtype), plain[point])
+    assert len(steps) == 5 and (tmp_path / "spilled").is_dir()
 
 
 def test_the_model_knows_where_the_step_began(steps):

@@ -36,6 +36,7 @@ LAYER = np.dtype([(name, "i8") for name in _ADDRESSES + _SIZES] + [(name, "f8") 
 MODEL = np.dtype([(name, "i8") for name in _WHOLE] + [("norm_eps", "f8"), ("attn_scale", "f8")])
 
 _ROUTING = ("router.logits", "router.scores", "router.indices")
+_ROUTED = ("e", "topk", "topk")  # how many of each
 _RULES = {  # attributes that the mathematics depends on
     text.RMSNorm: ("eps",),
     text.Attention: ("uses_rope", "use_qk_norm", "chunk", "head_dim", "eps", "layer"),
@@ -62,14 +63,20 @@ def can_run(model: Any, input_ids: Int[Tensor, "b t"], cache: KVCache) -> bool:
         return False
     if input_ids.shape != (1, 1) or not input_ids.is_cpu:
         return False
-    if model.backend not in ("auto", "numba") or model.ranks.size > 1 or _is_watched(model):
+    if model.backend not in ("auto", "numba") or model.ranks.size > 1 or _is_observed(model):
+        return False
+    if (asked := model.tap.records()) is None:
         return False
     if type(cache) is not KVCache or cache.batch_size > 1 or cache.pad != [0]:
         return False
     if not 0 <= input_ids.item() < model.config.vocab_size:
         return False
     table = _table(model)
-    if not table.fits or (table.bytes > _MOST_BYTES and torch.get_num_threads() > 1):
+    if (
+        not table.fits
+        or not table.known.issuperset(asked)
+        or (table.bytes > _MOST_BYTES and torch.get_num_threads() > 1)
+    ):
         return False
     if len(cache.layers) != len(table.chunks):
         return False
@@ -104,11 +111,15 @@ def forward(model: Any, input_ids: Int[Tensor, "1 1"], cache: KVCache) -> Float[
     )
     cache.slots += 1
     if asked := model.tap.records():
-        for point, values, sizes in zip(_ROUTING, routing, ("e", "topk", "topk"), strict=True):
+        seen: dict[str, Tensor] = {}
+        for names, values, sizes in zip(table.names, routing, table.sizes, strict=True):
             rows = torch.from_numpy(values[:, None, None]).unbind()
-            for i, (row, size) in enumerate(zip(rows, layers[sizes].tolist(), strict=True)):
-                if (name := f"layers.{i}.{point}") in asked:
-                    model.tap(name, row if row.shape[2] == size else row[:, :, :size])
+            if sizes is not None:
+                rows = (row[:, :, :size] for row, size in zip(rows, sizes, strict=True))
+            seen.update(zip(names, rows, strict=True))
+        if len(asked) < len(seen):
+            seen = {name: row for name, row in seen.items() if name in asked}
+        model.tap.hear(seen)
     return logits
 
 
@@ -120,13 +131,10 @@ def compile() -> None:
 # ---- whether anybody looks
 
 
-def _is_watched(model: Any) -> bool:
-    """Whether someone could miss a value that this path does not show, or change one."""
-    asked = model.tap.records()
+def _is_observed(model: Any) -> bool:
+    """Whether someone but a trace could miss what this path does not show, or change it."""
     return (
-        asked is None
-        or not all(name.endswith(_ROUTING) for name in asked)
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch.is_autocast_enabled("cpu")
         or bool(hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks)
@@ -197,6 +205,10 @@ class _Table:
             fits &= _put(record, _layer_fields(layer, config))
         self.whole["widest"] = self.layers["f"].max()
         self.num_experts, self.topk = self.layers["e"].max(), self.layers["topk"].max()
+        count, sizes = len(self.layers), [self.layers[name].tolist() for name in _ROUTED]
+        self.names = [[f"layers.{i}.{point}" for i in range(count)] for point in _ROUTING]
+        self.known = frozenset(name for each in self.names for name in each)
+        self.sizes = [each if len({*each}) > 1 else None for each in sizes]  # None: all alike
         self.bytes = sum(  # of each stack, a token reads as many matrices as it has experts
             x.nbytes // len(x) * self.topk if x.ndim > 2 else x.nbytes for x in self._weights
         )
