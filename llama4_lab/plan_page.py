@@ -103,12 +103,11 @@ def _lines(config: Llama4Config, weights: str) -> Iterable[tuple[str, ...]]:
 def counts(config: Llama4Config, weights: str = "bf16", head: str | None = None) -> str:
     """Return parameters and bytes by part."""
     lines = [ESTIMATE] if config.is_estimate else []
-    lines.append(f"{'part':16} {'parameters':>22} {'in bfloat16':>13}")
-    if weights != "bf16":
-        lines[-1] += f", in {weights} where packed"
     sizes = weight_bytes(config, weights, head)
     for part, count in config.parameter_counts().items():
         note = "" if sizes[part] == 2 * count else " packed"
+        if part == "total":
+            note = f"{note} in {'bfloat16' if weights == 'bf16' else weights}"
         lines.append(f"{part:16} {count:>22,} {_gigabytes(sizes[part]):>13}{note}")
     return "\n".join(lines)
 
