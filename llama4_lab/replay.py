@@ -111,7 +111,8 @@ class Replay:
 
         Raises:
             ValueError: an edit that this model or prompt cannot have, a point that has no token of
-                the prompt to each value, or a block of `intervene` around it.
+                the prompt to each value, a model divided among ranks that is to keep some, or a
+                block of `intervene` around it.
             KeyError: a source that was not given.
         """
         known = points(self.model.config)
@@ -146,7 +147,8 @@ class Replay:
         """Yield each run with its place in `runs`, pass by pass, in the order that costs least.
 
         For more runs than fit into memory, and for work that is to be stopped on the way. Between
-        two of them the model is as it was before.
+        two of them the model is as it was before. `keep` is as for `edited`, which sees to the
+        clean run's values.
         """
         _refuse_changes_around(self.model)
         for edits in runs:

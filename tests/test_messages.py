@@ -113,6 +113,7 @@ def test_a_part_of_a_long_text_follows_the_selected_token(moment, monkeypatch):
                 continue
             mine, all_of_them = unpack(arrays[name]), unpack(other)
             one = mine.take(at, arrays[name]["axes"].index("token"))
+            # Large arrays come in 254 steps, whose width the largest number of each decides.
             np.testing.assert_allclose(
                 one, all_of_them.take(token, other["axes"].index("token")), atol=0.05
             )

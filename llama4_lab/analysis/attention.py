@@ -97,7 +97,7 @@ def keys_and_queries(model: Llama4, prompt: Prompt, layer: int) -> KeysAndQuerie
         ValueError: a layer that the model does not have, a prompt of several rows or with padding,
             or a call inside a block that changes the layer's scores or pattern.
     """
-    return keys_and_queries_of(model, prompt, [layer])[0]
+    return _traced(model, prompt, [layer])[0]
 
 
 def head_summaries(
@@ -113,7 +113,7 @@ def head_summaries(
     """
     config = model.config
     layers = range(config.num_hidden_layers) if layers is None else layers
-    traced = keys_and_queries_of(model, prompt, layers)
+    traced = _traced(model, prompt, layers)
     border = config.attention_chunk_size
     means = np.empty((4, len(traced), config.num_attention_heads))
     for row, kept in enumerate(traced):
@@ -124,14 +124,7 @@ def head_summaries(
 
 
 @torch.no_grad()
-def keys_and_queries_of(
-    model: Llama4, prompt: Prompt, layers: Sequence[int]
-) -> list[KeysAndQueries]:
-    """Return the `keys_and_queries` of several layers, by one run.
-
-    Raises:
-        ValueError: as `keys_and_queries`.
-    """
+def _traced(model: Llama4, prompt: Prompt, layers: Sequence[int]) -> list[KeysAndQueries]:
     count, padding = len(prompt.tokens), int((prompt.attention_mask == 0).sum())
     if padding:
         raise ValueError(
