@@ -19,6 +19,7 @@ with importing():
     from llama4_lab.model.random import random
     from llama4_lab.points import points
     from llama4_lab.replay import Replay
+    from llama4_lab.spill import load_trace
     from llama4_lab.trace import intervene, run_with_cache, trace
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "generate",
     "intervene",
     "load",
+    "load_trace",
     "parallel",
     "points",
     "random",

@@ -148,6 +148,24 @@ def parser() -> argparse.ArgumentParser:
         help="tiny tries all stages in a minute",
     )
 
+    about = "run a prompt and print each token's experts; write what the model computes"
+    sub = command("trace", trace_prompt, about)
+    sub.add_argument("model", help="a shipped model's name, or a folder")
+    sub.add_argument("text", help="what the model reads; - takes it from the standard input")
+    about = "a picture that the text is a question about; may be given several times"
+    sub.add_argument("--image", type=Path, action="append", default=[], help=about)
+    sub.add_argument("--chat", action="store_true", help="the text is a user's message")
+    about = "what --out keeps; may be given several times (default: layers.*.router.*)"
+    sub.add_argument("--points", action="append", metavar="PATTERN", help=about)
+    about = "a file of edits in JSON, as Ablate shows them: stars mark what they change"
+    sub.add_argument("--edits", type=Path, help=about)
+    about = "a new folder for the values, which l4.load_trace opens, and what they are of"
+    sub.add_argument("--out", type=_folder, help=about)
+    sub.add_argument("--quantize", choices=KINDS, help="(default: the weights as they are)")
+    about = "leave the routed experts in their files"
+    sub.add_argument("--experts", choices=("mmap",), help=about)
+    sub.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
+
     sub = command("points", list_points, "list every value that can be watched and changed")
     sub.add_argument("--model", default="maverick", help=f"{_CONFIGS} (default %(default)s)")
     sub.add_argument("--markdown", action="store_true", help="write the page of the documentation")
@@ -373,6 +391,46 @@ def bench(options: argparse.Namespace) -> None:
     print(", ".join(f"{what} {value}" for what, value in results.machine.items()))
     if results.failures:
         raise RuntimeError(f"stages without all their figures: {', '.join(results.failures)}")
+
+
+def trace_prompt(options: argparse.Namespace) -> None:
+    from llama4_lab.aliases import resolve
+    from llama4_lab.checkpoint.shipped import find
+    from llama4_lab.prompt.chat import question
+    from llama4_lab.spill import claim
+    from llama4_lab.trace_report import report
+
+    # What can be refused is, before weights are read.
+    device, config = _device(options, "try --device cpu"), _config(str(find(options.model)))
+    if options.points and not options.out:
+        raise ValueError("--points says what --out keeps: give it a folder, --out FOLDER")
+    edits = l4.edits.loads(options.edits.read_text(encoding="utf-8")) if options.edits else []
+    l4.edits.check(edits, config)
+    try:
+        names = resolve(config, options.points or ["layers.*.router.*"]) if options.out else {}
+        if options.out:
+            claim(options.out)
+        model = l4.load(
+            options.model, device=device, quantize=options.quantize, experts=options.experts
+        )
+        text = sys.stdin.read() if options.text == "-" else options.text
+        is_question = options.chat or options.image
+        asked = question(text, len(options.image)) if is_question else text
+        prompt = model.prompt(asked, options.image)
+        print(report(model, prompt, edits, names, options.out))
+    except KeyError as error:  # an unknown point, or a run that edits take values from
+        raise ValueError(error.args[0]) from error
+    if options.out:
+        facts = {
+            "model": options.model,
+            "llama4_lab": _version(),
+            "tokens": prompt.tokens,
+            "input_ids": prompt.input_ids[0].tolist(),
+            "edits": json.loads(l4.edits.dumps(edits)),
+        }
+        content = json.dumps(facts, ensure_ascii=False, indent=1)
+        (options.out / "prompt.json").write_text(content + "\n", encoding="utf-8")
+        print(f"{len(names)} values written to {options.out}: l4.load_trace({str(options.out)!r})")
 
 
 def list_points(options: argparse.Namespace) -> None:

@@ -46,5 +46,28 @@ def put(folder: Path, name: str, value: Tensor) -> Tensor:
         ) from error
     finally:
         unfinished.unlink(missing_ok=True)
+    return _mapped(file, name)
+
+
+def load_trace(folder: str | Path) -> dict[str, Tensor]:
+    """Return what ``trace(spill=folder)`` wrote, or ``llama4-lab trace --out``, memory-mapped.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no value in it.
+        ValueError: a file that is broken.
+    """
+    folder = Path(folder).expanduser()
+    if not (files := sorted(folder.glob(f"*{_ENDING}"))):
+        raise FileNotFoundError(f"{folder} holds no values: give a folder that a trace spilled to")
+    values = {}
+    for file in files:
+        try:
+            values[file.stem] = _mapped(file, file.stem)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is broken ({error}): trace again") from error
+    return values
+
+
+def _mapped(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as content:
         return content.get_tensor(name)

@@ -1,5 +1,6 @@
 """The command line: what a person types, and one sentence when it cannot be done."""
 
+import io
 import json
 import os
 import re
@@ -9,17 +10,21 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from meta_folder import PARAMS
+from PIL import Image
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
 from llama4_lab import cli
+from llama4_lab.analysis.routing import routing_of
 from llama4_lab.checkpoint import convert
 from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
 from llama4_lab.checkpoint.params import config_from_params
 from llama4_lab.points import described
+from llama4_lab.prompt.chat import question
 from llama4_lab.train import loop
 from llama4_lab.train.recipes import RECIPES, TEXT
 
@@ -70,6 +75,16 @@ def test_plan_reads_a_folders_config(tmp_path, capsys):
         (["bench", "--device", "meta"], "no device 'meta' was found"),
         (["train", "nano", "--device", "gpu"], "no device 'gpu' was found: train on one, or with"),
         (["plan", "scout", "--model", "maverick"], "plan takes one model, not scout and maverick"),
+        (
+            ["trace", "scout", "hi"],
+            "unknown model 'scout': give a shipped model's name (mini, nano)",
+        ),
+        (["trace", "nano", "hi", "--points", "embed"], "--points says what --out keeps: give it"),
+        (
+            ["trace", "nano", "hi", "--points", "rooter", "--out", "no_such_folder"],
+            "unknown point 'rooter'",
+        ),
+        (["trace", "nano", "hi", "--image", "no.png"], "No such file or directory: 'no.png'"),
         (["plan", ""], ". is not a checkpoint: it needs config.json (Hugging Face) or params.json"),
         (["points", "--model", str(LAB.parent)], f"{LAB.parent} is not a checkpoint: it needs"),
         (
@@ -311,3 +326,71 @@ def test_domains_without_text_are_left_out_of_the_training(tmp_path, monkeypatch
         (tmp_path / f"{name}.train.bin").write_bytes(b"")
     assert cli.main(arguments) == 1
     assert f"{tmp_path} has no text at all" in capsys.readouterr().err
+
+
+def traced(capsys, *arguments: str) -> list[str]:
+    assert cli.main(["trace", "nano", *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_trace_prints_each_tokens_experts_and_what_may_follow(capsys):
+    model = l4.load("nano")
+    prompt = model.prompt(text := "two times two is")
+    head, *rows, following = traced(capsys, text)
+    assert head.split() == ["token,", "layer:", "0", "1", "2", "3"]
+    found = routing_of(model, prompt)
+    assert [re.findall(r" (\d+)", row)[-4:] for row in rows] == [
+        [str(found.expert[layer, place, 0]) for layer in range(4)] for place in range(len(rows))
+    ]
+    assert rows[1].startswith(f"1 {prompt.tokens[1]!r} ") and len(rows) == len(prompt.tokens)
+    shares = model(**prompt)[0, -1].softmax(dim=0)
+    words = re.findall(r"('[^']*') ([\d.]+)%", following)
+    assert [word for word, _ in words] == [
+        repr(model.tokenizer.token_text(idx)) for idx in shares.topk(5).indices.tolist()
+    ]
+    assert [float(share) / 100 for _, share in words] == pytest.approx(
+        shares.topk(5).values.tolist(), abs=6e-4
+    )
+
+
+def test_trace_marks_what_edits_change_and_writes_the_edited_runs_values(
+    tmp_path, capsys, monkeypatch
+):
+    model = l4.load("nano")
+    prompt = model.prompt(text := "two times two is")
+    edits = [
+        l4.edits.SkipLayer(1),
+        l4.edits.Patch("layers.0.resid_post", source="clean", tokens=[2]),
+    ]
+    (tmp_path / "edits.json").write_text(l4.edits.dumps(edits))
+    folder = tmp_path / "run"
+    names = ("--points", "layers.*.router.*", "--points", "logits")
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    said = traced(capsys, "-", "--edits", f"{tmp_path}/edits.json", "--out", str(folder), *names)
+    assert said[-1].startswith("13 values written to") and str(folder) in said[-1]
+    assert [line.partition(":")[0] for line in said[-3:-1]] == ["next, clean", "next, edited"]
+    clean = routing_of(model, prompt)
+    with l4.edits.edited(model, edits, {"clean": prompt}):
+        with torch.no_grad(), l4.trace(model, names[1::2]) as cache:
+            model(**prompt)
+        run = routing_of(model, prompt)
+    stars = np.array([["*" in cell for cell in line.split()[-4:]] for line in said[1:-3]]).T
+    assert (stars == (clean.expert != run.expert)[..., 0]).all() and stars.any()
+    kept = l4.load_trace(folder)
+    assert len(kept) == 13
+    assert all(torch.equal(value, cache[name]) for name, value in kept.items())
+    facts = json.loads((folder / "prompt.json").read_text())
+    assert facts["tokens"] == prompt.tokens
+    assert l4.edits.loads(json.dumps(facts["edits"])) == edits
+    assert cli.main(["trace", "nano", text, "--out", str(folder)]) == 1
+    assert "give a new or empty folder" in capsys.readouterr().err
+
+
+def test_trace_asks_about_pictures_as_the_lab_does(tmp_path, capsys):
+    picture = Image.new("RGB", (40, 30), "red")
+    picture.save(tmp_path / "red.png")
+    rows = traced(capsys, "What is it?", "--image", str(tmp_path / "red.png"))[1:-1]
+    prompt = l4.load("nano").prompt(question("What is it?", 1), [picture])
+    assert [int(row.split()[0]) for row in rows] == list(range(len(prompt.tokens)))
+    assert "'<|image|>'" in " ".join(rows)
+    assert cli.main(["trace", "nano", "Who?", "--chat"]) == 0

@@ -18,7 +18,7 @@ LAYERS = [
     "llama4_lab.cli",
     "llama4_lab.opening",
     "llama4_lab",
-    "llama4_lab.train llama4_lab.bench",
+    "llama4_lab.train llama4_lab.bench llama4_lab.trace_report",
     "llama4_lab.analysis",
     "llama4_lab.generate llama4_lab.parallel",
     "llama4_lab.replay",

@@ -323,8 +323,10 @@ def test_spilled_values_are_the_values_and_stay_on_disk(prompt, tmp_path):
         model(**prompt)
     assert list(disk) == list(memory)
     assert {file.name for file in folder.iterdir()} == {f"{name}.safetensors" for name in memory}
+    opened = l4.load_trace(folder)
+    assert opened.keys() == disk.keys()
     for name, value in disk.items():
-        assert torch.equal(value, part[name])
+        assert torch.equal(value, part[name]) and torch.equal(value, opened[name])
         assert torch.equal(load_file(folder / f"{name}.safetensors")[name], part[name])
     if sys.platform == "linux":  # where a process can see its own mappings
         maps = Path("/proc/self/maps").read_text()
@@ -343,6 +345,14 @@ def test_a_later_pass_replaces_spilled_values_and_leaves_old_tensors_readable(pr
     cache["embed"].zero_()
     stored = load_file(tmp_path / "embed.safetensors")["embed"]
     assert torch.equal(stored, model.embed_tokens(ids[:, 5:]))
+
+
+def test_what_holds_no_values_or_broken_ones_is_no_trace(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no values: give a folder that a trace"):
+        l4.load_trace(tmp_path)
+    (tmp_path / "embed.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(ValueError, match=r"embed\.safetensors is broken \(.*\): trace again"):
+        l4.load_trace(tmp_path)
 
 
 def test_a_folder_that_cannot_take_a_spill_is_refused(prompt, tmp_path):

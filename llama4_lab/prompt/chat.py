@@ -31,6 +31,16 @@ class Encoded(NamedTuple):
     roles: list[str]
 
 
+def question(text: str, num_images: int = 0) -> list[dict[str, Any]]:
+    """Return the messages of a chat in which a user asks something about so many pictures.
+
+    >>> question("What is this?", 1)
+    [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is this?'}]}]
+    """
+    parts = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
 def encode_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Any],

@@ -11,6 +11,7 @@ import traitlets
 
 from llama4_lab.edits import Edit
 from llama4_lab.model import Llama4
+from llama4_lab.prompt.chat import question
 from llama4_widgets.bar import Bar
 from llama4_widgets.keeping import model_facts, record
 from llama4_widgets.moment import Moment
@@ -445,7 +446,5 @@ def _spelled(edit: Edit) -> str:
 
 def _asked(prompt: Any, pictures: Sequence[Any]) -> Any:
     """Return a text with pictures as the question that it is about them; all else as it is."""
-    if not isinstance(prompt, str) or not len(pictures):
-        return prompt
-    parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
-    return [{"role": "user", "content": parts}]
+    is_question = isinstance(prompt, str) and len(pictures) > 0
+    return question(prompt, len(pictures)) if is_question else prompt
