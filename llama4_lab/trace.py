@@ -67,7 +67,7 @@ def trace(
         device, dtype: of what is kept; `dtype` concerns floating-point values only.
         spill: a new or empty folder that values are written to, one safetensors file each. The dict
             holds them memory-mapped, so that they take no memory until they are used, and only
-            what is used.
+            what is used; so does `llama4_lab.load_trace` later.
 
     Raises:
         KeyError: a name or pattern that no point has, with the closest one.
