@@ -16,6 +16,7 @@ PACKAGES = {"llama4_lab": ROOT / "llama4_lab", "llama4_widgets": ROOT / "widgets
 LAYERS = [
     "llama4_widgets",
     "llama4_lab.cli",
+    "llama4_lab.commands",
     "llama4_lab.opening",
     "llama4_lab",
     "llama4_lab.train llama4_lab.bench llama4_lab.trace_report",
