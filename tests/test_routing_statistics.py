@@ -265,6 +265,12 @@ def test_shuffled_tables_are_those_of_shuffled_tokens(rng):
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_a_surprise_where_a_count_cannot_vary():
+    empty, one, certain = np.zeros((2, 2), int), np.diag([1, 0]), np.diag([9, 0])
+    assert not surprise(np.stack([empty, one, certain])).any()
+
+
 def test_planted_routes_are_found_and_independent_ones_are_not(rng):
     n = 4000
     expert = random_choices(rng, 3, n, 1)
@@ -459,7 +465,7 @@ def test_a_modality_of_shuffled_tokens_tells_nothing(rng, pictures):
     assert (by_modality(routed, pictures).mutual_information > 0.05).all()
 
 
-def test_vocabulary_counts_each_token_and_its_experts():
+def test_vocabulary_counts_each_token_and_its_experts(tmp_path):
     routed = model()
     batches = [ids(2), ids(3, seed=1)]
     found = vocabulary(routed, batches)
@@ -473,8 +479,10 @@ def test_vocabulary_counts_each_token_and_its_experts():
     np.testing.assert_allclose(found.share[token, 1], count / count.sum())
     assert found.tables.shape == (3, (occurs > 0).sum(), 5)
     assert found.topk == 2
-    with pytest.raises(ValueError, match="no batches were given"):
-        vocabulary(routed, [])
+    prompt = build_prompt(small_tokenizer(tmp_path), "The user asks")
+    for none in ([], [(prompt, torch.zeros_like(prompt.input_ids))]):
+        with pytest.raises(ValueError, match="no tokens were given"):
+            vocabulary(routed, none)
 
 
 def test_a_vocabulary_that_decides_the_expert_is_found(rng):

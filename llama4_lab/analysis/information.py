@@ -91,8 +91,8 @@ def surprise(table: Int[np.ndarray, "*batch a b"]) -> Float[np.ndarray, "*batch 
     In closed form: a count of shuffled tokens is hypergeometric. 0 where it cannot vary.
     """
     rows, columns = table.sum(axis=-1, keepdims=True), table.sum(axis=-2, keepdims=True)
-    total = table.sum(axis=(-2, -1), keepdims=True).astype(float)
+    total = table.sum(axis=(-2, -1), keepdims=True).clip(1).astype(float)
     mean = rows * columns / total
-    variance = mean * (1 - rows / total) * (total - columns) / (total - 1)
+    variance = mean * (1 - rows / total) * (total - columns) / (total - 1).clip(1)
     spread = np.sqrt(variance)
     return np.divide(table - mean, spread, where=spread > 0, out=np.zeros(table.shape))

@@ -55,7 +55,7 @@ def vocabulary(model: Llama4, batches: Iterable[Batch]) -> Vocabulary:
     Memory is vocabulary × MoE layers × experts × 8 bytes, whatever the number of tokens.
 
     Raises:
-        ValueError: no batches, and as `choices`.
+        ValueError: batches without a token that counts, and as `choices`.
     """
     layers = moe_layers(model)
     config = model.config
@@ -65,6 +65,6 @@ def vocabulary(model: Llama4, batches: Iterable[Batch]) -> Vocabulary:
         found = choices(model, batch)
         topk = found.expert.shape[-1]
         add_counts(load, found.token[:, None], layer, found.expert)
-    if not topk:
-        raise ValueError("no batches were given: there is nothing to count")
+    if not load.any():
+        raise ValueError("no tokens were given: there is nothing to count")
     return Vocabulary(layers, load, topk)
