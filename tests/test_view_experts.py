@@ -80,6 +80,15 @@ def test_kinds_of_text_are_measured_on_request(view):
     assert found.domains == ("code", "prose") and view.board.busy == ""
 
 
+def test_short_texts_are_measured_and_empty_ones_named(view):
+    view._domains = {"code": "def f(x): return x", "prose": "A short text."}
+    view.measure()
+    assert view.board.problem == "" and panel(view, "bits")
+    view._domains = {"code": "def f(x): return x", "prose": ""}
+    view.measure()
+    assert view.board.problem == "the text of 'prose' has 0 tokens: give it 4 or more"
+
+
 def test_a_dense_layer_is_called_dense(model):
     config = model.config.replace(interleave_moe_layer_step=2, moe_layers=None)
     mixed = l4.random(config)

@@ -17,7 +17,7 @@ from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.views.router import add_load
 
-_ROWS, _LENGTH = 4, 96  # documents of each kind of text, and their tokens
+_ROWS, _LENGTH = 4, 96  # documents of each kind of text, and their tokens, at most
 _CONTEXT = 4  # tokens on either side
 _MOST = 40  # tokens in the list
 
@@ -50,9 +50,9 @@ class ExpertsView(View):
         """Count which experts the tokens of each kind of text choose, without any edits."""
         model = self.moment.model
         with self.working("counting experts over held-out texts"), self.moment.computing():
-            rows = {name: _rows(model, text) for name, text in self._texts().items()}
+            rows = {name: _rows(model, name, text) for name, text in self._texts().items()}
             self.specialised = specialisation(model, rows)
-        self.refresh()
+            self.refresh()
 
     def _texts(self) -> dict[str, str]:
         if self._domains is None:
@@ -188,11 +188,11 @@ class ExpertsView(View):
         )
 
 
-def _rows(model: Any, text: str) -> list[torch.Tensor]:
+def _rows(model: Any, name: str, text: str) -> list[torch.Tensor]:
     ids = model.prompt(text[: 8 * _ROWS * _LENGTH]).input_ids[0, 1:]
-    count = max(1, min(_ROWS, len(ids) // _LENGTH))
-    size = min(_LENGTH, len(ids))
-    return [ids[: count * size].view(count, size)]
+    if not (size := min(_LENGTH, len(ids) // _ROWS)):
+        raise ValueError(f"the text of {name!r} has {len(ids)} tokens: give it {_ROWS} or more")
+    return [ids[: _ROWS * size].view(_ROWS, size)]
 
 
 def _context(words: Sequence[str], i: int) -> str:
