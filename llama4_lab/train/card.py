@@ -262,7 +262,9 @@ def markdown(card: Card) -> str:
     }
     parts = [
         table("domain", losses),
-        "Mutual information of a token's expert with the kind of text it stands in, by layer:",
+        "Mutual information of a token's expert with its domain"
+        + f" ({IMAGE_TOKENS} are one)" * (IMAGE_TOKENS in card.share)
+        + ", by layer; all domains weigh alike, and untrained is a model with random weights:",
         table("layer", experts),
         f"Share of each domain's tokens by expert, layer {card.layers[best]} (%):",
         table("domain", shares),
