@@ -140,7 +140,9 @@ class Llama4(nn.Module):
         Args:
             pixel_values: all tiles of all images, in prompt order; their features replace the
                 ``image_token_index`` tokens, whose number must fit exactly.
-            attention_mask: 0 on left padding; it may cover the cached slots too.
+            attention_mask: 0 on left padding; it may cover the cached slots too. The temperature of
+                NoPE layers counts padding, as transformers' does: from `floor_scale` slots on, a
+                padded row's logits are a little other than those of the row alone.
             cache: keys and values of what came before; this call adds its own.
 
         Raises:

@@ -118,6 +118,7 @@ def build_prompt(
 ) -> Prompt:
     """Build what a model reads from a text, a list of texts (a batch) or a list of chat messages.
 
+    Rows of a batch are padded on the left, which long ones can tell (see `Llama4.forward`).
     Pictures come before a text; in messages they take the places of the image parts, in order.
     Special tokens in texts and messages are plain text. The sizes are those of the model's vision
     encoder, None without one; `open_assistant` is that of `llama4_lab.prompt.chat.encode_chat`.
