@@ -147,8 +147,9 @@ def test_edited_words_and_parts_stand_beside_the_clean_ones(moment, model):
     wrote = number(extra, "+.4f")
     assert f"edits of the stream itself wrote {wrote} more" in view.board.summary
     view.colour = "change by the edits"
-    note = "colour: log-probability of the final answer, edited minus clean;"
+    note = "colour: log-probability of the clean run's final answer, edited minus clean;"
     assert panel(view, "words")["note"].startswith(note)
+    assert panel(view, "answer")["title"].startswith("How sure is the clean run's final answer")
     assert np.array_equal(shown(view, "words"), change)
 
 

@@ -27,8 +27,8 @@ class CounterfactualView(View):
     title = "Counterfactual"
     help = (
         "Each cell is a run of its own: the selected token was sent to that expert in that layer, "
-        "and the model went on. Cells near zero are choices that hardly mattered; strong ones "
-        "would have changed what comes next."
+        "with that expert's own score, and the model went on. Cells near zero are choices that "
+        "hardly mattered; strong ones would have changed what comes next."
     )
     follows = ("token",)
     effect = traitlets.Enum(EFFECTS, EFFECTS[0], help="what colours a cell")

@@ -17,6 +17,7 @@ from llama4_widgets.view import View, button, in_row
 from llama4_widgets.words import NO_NUMBERS
 
 _MOST = 256  # tokens of one branch
+_TOP_P = 0.95  # of what is drawn
 _TOLD = 120  # characters of one that was left, from its end
 
 
@@ -39,8 +40,9 @@ class GenerateView(View):
     title = "Generate"
     help = (
         "A model writes one token after the other, each drawn from a distribution; its entropy "
-        "says how open the choice was. RoPE layers keep the keys and values of one chunk, NoPE "
-        "layers those of everything."
+        "says how open the choice was. Drawn is with the temperature, among the likeliest tokens "
+        f"that hold {_TOP_P:.0%}. RoPE layers keep the keys and values of one chunk, NoPE layers "
+        "those of everything."
     )
     kept = traitlets.Tuple(help="the new tokens that are to be looked at in all views")
 
@@ -111,7 +113,7 @@ class GenerateView(View):
             raise ValueError(f"{NO_NUMBERS}: there is no next token")
         logprob = logits.float().log_softmax(-1)
         self.following = logprob.exp()
-        token = int(sample(logits[None], self._temperature.value, 0.95, self._draws))
+        token = int(sample(logits[None], self._temperature.value, _TOP_P, self._draws))
         bits = float(-(self.following * logprob).nan_to_num(0.0).sum() / np.log(2))
         read = tuple(int(seen[name][0, -1, 0]) for name in names)
         self.written.append(Written(token, float(self.following[token]), bits, read))

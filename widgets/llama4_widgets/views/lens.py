@@ -33,11 +33,12 @@ class LensView(View):
     title = "Lens"
     help = (
         "Every half layer adds to the residual stream; read early through the final norm and the "
-        "read-out, the stream shows what the model would say if it stopped there (logit lens). A "
-        "logit is a sum over the parts that wrote to the stream: the bars are its addends."
+        "read-out, the stream shows what the model would say if it stopped there (logit lens). "
+        "With the norm's scale held as it is, a logit is a sum over the parts that wrote to the "
+        "stream: the bars are its addends."
     )
     follows = ("token", "layer")
-    word = traitlets.Unicode(help="the next word to follow; empty: the model's own answer")
+    word = traitlets.Unicode(help="the next word to follow; empty: the clean run's answer")
     colour = traitlets.Enum(COLOURS, COLOURS[0], help="whose log-probability colours a word")
     against_runner_up = traitlets.Bool(help="explain the lead over the runner-up, not the logit")
 
@@ -68,7 +69,8 @@ class LensView(View):
             "token", high - low, "token", self.moment.words[low:high], list(range(low, high))
         )
         part = "" if high - low == count else f"; tokens {low} to {high - 1} of {count}"
-        goal = f"‘{visible(self.word)}’" if self.word else "the final answer"
+        whose = "the clean run's" if self.moment.edits else "the"
+        goal = f"‘{visible(self.word)}’" if self.word else f"{whose} final answer"
         sure, change = sequential(-8, 0, "nats", "(sure)"), diverging(2, "nats", "or more")
         before, after = clean.target_logprob, edited.target_logprob
         colours = {
