@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import ImageColor
 
 from llama4_widgets import heatmap, parts
 
@@ -52,7 +53,11 @@ def test_bars_show_the_strongest_parts_and_keep_the_sum():
     assert drawn.layout.yaxis.ticktext == ("b", "d", "2 others together")
     assert sum(drawn.data[0].x) == pytest.approx(values.sum())
     assert drawn.layout.title.text == "Logit: -1.25 logits in all"
-    assert drawn.data[0].marker.color[0] != drawn.data[0].marker.color[1]
+    against, is_for, _ = drawn.data[0].marker.color
+    signed = dict(a_heatmap(values[None], is_signed=True).data[0].colorscale)
+    for bar, end in ((against, signed[0.0]), (is_for, signed[1.0])):  # red or blue in both
+        sides = [red > blue for red, _, blue in map(ImageColor.getrgb, (bar, end))]
+        assert sides[0] == sides[1]
 
 
 def test_values_that_do_not_fit_their_names_are_refused():

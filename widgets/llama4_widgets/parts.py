@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-_FOR, _AGAINST = "#0072b2", "#d55e00"  # blue and vermillion: apart for colour-blind eyes, too
+_FOR, _AGAINST = "#d55e00", "#0072b2"  # as in signed maps, and apart for colour-blind eyes
 
 
 def figure(
