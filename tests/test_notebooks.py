@@ -58,6 +58,16 @@ def test_notebook_runs_from_top_to_bottom_in_a_minute(name, notebooks):
 
 
 @pytest.mark.notebook
+def test_the_instruments_find_the_heads_that_look_at_the_object(capsys):
+    cells = nbformat.read(FOLDER / "01_instruments.ipynb", as_version=4).cells
+    wanted = ("model = ", "scene = ", "grounding(")
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    exec("\n".join(source for source in code if any(each in source for each in wanted)), {})
+    (line,) = re.findall("ROC curve (.*)", capsys.readouterr().out)
+    assert max(map(float, line.split())) > 0.9
+
+
+@pytest.mark.notebook
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs_with_a_folder_of_another_shape(name, notebooks):
     like_maverick = {"interleave_moe_layer_step": 2, "num_local_experts": 12, "use_qk_norm": False}

@@ -219,9 +219,10 @@ def sinks(
 ) -> Bool[np.ndarray, "*maps tiles rows cols"]:
     """Say which patches get more than `factor` times the median patch's share from every query.
 
-    Such patches are looked at whatever is asked (Kang et al. 2025, "See what you are told").
-    Queries that see less than half of the picture have no say. Registers (Darcet et al. 2024) are
-    found in the same way from the norms of ``projector.out``, handed in as one query.
+    Such patches are looked at whatever is asked (Kang et al. 2025, "See what you are told"): give
+    several queries, for of one alone they are also what it looks for. Queries that see less than
+    half of the picture have no say. Registers (Darcet et al. 2024) are found in the same way from
+    the norms of ``projector.out``, handed in as one query.
     """
     flat = rearrange(shares, "... tiles rows cols -> ... (tiles rows cols)")
     median = np.median(flat, axis=-1, keepdims=True)
