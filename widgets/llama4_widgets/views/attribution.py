@@ -36,9 +36,10 @@ class AttributionView(View):
     title = "Attribution"
     help = (
         "The answer's log-probability changes from its value with all parts off to that with all "
-        "on, and a method divides this change among the parts. Integrated gradients and Shapley "
-        "values give all of it away, which the completeness error measures; ablation promises "
-        "nothing of the kind."
+        "on, and a method divides this change among the parts. Off, a token reads as padding, a "
+        "patch is grey, an expert adds nothing. Integrated gradients, which leave each token its "
+        "experts, and Shapley values give all of the change away, as the completeness error "
+        "measures; ablation promises nothing of the kind."
     )
     follows = ("token",)
     method = traitlets.Enum(METHODS, METHODS[0], help="of captum")

@@ -161,7 +161,8 @@ def add_load(
         clean="clean load" if clean is not None else None,
         chosen=chosen,
         reference=even,
-        note=f"dashed: all alike, {even:.3g} %" + "; marks: clean" * (clean is not None),
+        note=f"of all choices; dashed: all alike, {even:.3g} %"
+        + "; marks: clean" * (clean is not None),
     )
 
 
