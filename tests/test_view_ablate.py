@@ -1,5 +1,6 @@
 """The ablate view: controls are edits, edits are shown, and what they did is the library's."""
 
+import re
 import time
 
 import ipywidgets
@@ -152,6 +153,13 @@ def test_a_dragged_slider_makes_no_widgets(view, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ipywidgets.Widget, "open", lambda widget: pytest.fail(f"made {widget}"))
         control(view, "attention ×").value = 0.2
+
+
+def test_the_code_that_is_shown_runs(view):
+    moment = view.moment
+    view.edits = (E.AblateHead(1, 0, how="mean"), E.SkipLayer(2))
+    code = re.sub("<.*?>", "", view._code.value)
+    exec(code, {"l4": l4, "model": moment.model, "prompt": moment.prompt})
 
 
 def test_undo_clear_and_text(view):

@@ -325,9 +325,10 @@ class AblateView(View):
                 self._written = self.edits
                 self._text.value = E.dumps(self.edits)
                 code = ", ".join(f"l4.edits.{edit!r}" for edit in self.edits)
+                sources = ", {'clean': prompt}" * any(edit.reads(config) for edit in self.edits)
                 self._code.value = (
                     "<pre style='white-space: pre-wrap'>"
-                    f"with l4.edits.edited(model, [{code}]):\n    model(**prompt)</pre>"
+                    f"with l4.edits.edited(model, [{code}]{sources}):\n    model(**prompt)</pre>"
                 )
         finally:
             self._is_showing = False
