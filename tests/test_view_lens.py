@@ -1,5 +1,6 @@
 """The lens view: words at each half layer, and the parts that wrote a logit."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -145,12 +146,25 @@ def test_edited_words_and_parts_stand_beside_the_clean_ones(moment, model):
     )
     extra = parts.total - parts.values.sum()
     wrote = number(extra, "+.4f")
-    assert f"edits of the stream itself wrote {wrote} more" in view.board.summary
+    assert f"edits of the stream or behind it wrote {wrote} more" in view.board.summary
     view.colour = "change by the edits"
     note = "colour: log-probability of the clean run's final answer, edited minus clean;"
     assert panel(view, "words")["note"].startswith(note)
     assert panel(view, "answer")["title"].startswith("How sure is the clean run's final answer")
     assert np.array_equal(shown(view, "words"), change)
+
+
+def test_the_rounding_of_bfloat16_is_not_an_edits_doing(model):
+    coarse = copy.deepcopy(model).bfloat16()
+    moment = Moment(coarse, coarse.prompt(TEXT)).with_edits([E.AblateHead(1, 0)])
+    assert moment.edited(decompose_logit, 7).residual > 1e-3
+    view = LensView(moment)
+    view.selection.token = 7
+    assert "edits of the stream" not in view.board.summary
+    assert panel(view, "parts")["rows"][-2][0].endswith("others together")
+    view.moment = moment.with_edits([E.RouterBias(0, 3, 2.0)])
+    assert "edits of the stream or behind it wrote" in view.board.summary.split("Router")[1]
+    assert "edits of the stream" not in view.board.summary.split("Router")[0]
 
 
 def test_a_dense_layer_has_no_router_to_explain():
@@ -187,4 +201,4 @@ def test_edits_behind_the_last_layer_are_told_and_counted(moment, edit):
     own = edited.edited_run.logits[7]
     (parts,) = view._of_word(view._lenses(edited)[1])[1][-1:]
     assert parts.total == pytest.approx(float(own[parts.target]), abs=1e-4)
-    assert parts.residual > 0.1 and "edits of the stream itself wrote" in view.board.summary
+    assert parts.residual > 0.1 and "edits of the stream or behind it wrote" in view.board.summary

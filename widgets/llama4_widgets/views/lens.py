@@ -1,6 +1,6 @@
 """What would the model say if it stopped early, and which of its parts wrote what it says?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,37 +103,43 @@ class LensView(View):
     def summary(self) -> str:
         _, edited = self._lenses(self.moment)
         token, column = self.selection.token, self._column(edited)
-        _, (*_, mine) = self._of_word(edited)
+        _, (*_, mine), behind = self._of_word(edited)
         answer = self.moment.word(int(edited.top_token[-1, column, 0]))
         same = edited.top_token[:, column, 0] == edited.top_token[-1, column, 0]
         since = len(same) - int(np.argmin(same[::-1])) if not same.all() else 0
-        behind = any(
-            point in ("final_norm", "logits")
-            for edit in self.moment.edits
-            for point in edit.changes(self.moment.model.config)
-        )
-        says = "the last layer, before edits behind it, says" if behind else "the model says"
+        is_behind = not self._changed().isdisjoint(behind)
+        says = "the last layer, before edits behind it, says" if is_behind else "the model says"
         text = (
             f"After token {token} ‘{self.moment.words[token]}’ {says} ‘{answer}’ "
             f"({np.exp(edited.top_logprob[-1, column, 0]):.0%}), without a break since "
-            f"‘{self._names(edited)[since]}’. {self._sum(mine, self._quoted)}"
+            f"‘{self._names(edited)[since]}’. {self._sum(mine, self._quoted, behind)}"
         )
         layer = self.selection.layer
         if not self._is_moe():
             return f"{text} Layer {layer} is dense: it has no router."
-        _, (*_, router) = self._of_expert()
-        return f"{text} Router of layer {layer}: {self._sum(router, _expert)}"
+        _, (*_, router), behind = self._of_expert()
+        return f"{text} Router of layer {layer}: {self._sum(router, _expert, behind)}"
 
-    def _sum(self, parts: Decomposition, name: Callable[[int], str]) -> str:
+    def _changed(self) -> set[str]:
+        """Return the points that edits change."""
+        config = self.moment.model.config
+        return {point for edit in self.moment.edits for point in edit.changes(config)}
+
+    def _wrote_more(self, parts: Decomposition, behind: Sequence[str]) -> bool:
+        """Whether edits wrote what is in no part: to the stream itself, or `behind` it."""
+        is_there = any(".resid_" in point or point in behind for point in self._changed())
+        return is_there and parts.residual > _ROUNDING
+
+    def _sum(self, parts: Decomposition, name: Callable[[int], str], behind: Sequence[str]) -> str:
         """State of what a sum is, and how complete."""
         over = "" if parts.versus is None else f" over {name(parts.versus)}"
         text = (
             f"{len(parts.values)} parts of the {'lead' if over else 'logit'} of "
             f"{name(parts.target)}{over} add up to {number(parts.values.sum(), '.4f')} logits"
         )
-        if self.moment.edits and parts.residual > _ROUNDING:
+        if self._wrote_more(parts, behind):
             more = number(_by_edits(parts), "+.4f")
-            return f"{text}, edits of the stream itself wrote {more} more."
+            return f"{text}, edits of the stream or behind it wrote {more} more."
         if parts.residual == 0:
             return f"{text}, exactly the model's own number."
         return f"{text}, the model's own number is {number(parts.residual, '.1e')} away."
@@ -189,20 +195,21 @@ class LensView(View):
     def _is_moe(self) -> bool:
         return self.moment.model.config.is_moe(self.selection.layer)
 
-    def _of_word(self, edited: Lens) -> tuple[str, list[Decomposition]]:
-        """Return the parts of the word's logit, and what they are: clean, then edited if it is."""
+    def _of_word(self, edited: Lens) -> tuple[str, list[Decomposition], Sequence[str]]:
+        """Return what the parts of the word's logit are, them (clean, then edited if it is), and
+        the points between the stream and the logit."""
         goal = self._goal()
         column = self._column(edited)
         target = int(edited.top_token[-1, column, 0]) if goal is None else goal
         found = self._both(decompose_logit, self.selection.token, target)
         title = f"What wrote the logit of {self._quoted(target)}?"
-        return self._titled(title, found, self._quoted), found
+        return self._titled(title, found, self._quoted), found, ("final_norm", "logits")
 
-    def _of_expert(self) -> tuple[str, list[Decomposition]]:
+    def _of_expert(self) -> tuple[str, list[Decomposition], Sequence[str]]:
         layer, token = self.selection.layer, self.selection.token
         found = self._both(decompose_router, layer, token)
         title = f"Why expert {found[-1].target} in layer {layer}?"
-        return self._titled(title, found, _expert), found
+        return self._titled(title, found, _expert), found, (f"layers.{layer}.router.logits",)
 
     def _both(self, compute: Any, *question: Any) -> list[Decomposition]:
         """Return the clean and the edited sum of one number; without edits, the clean one."""
@@ -218,7 +225,12 @@ class LensView(View):
         return title if versus is None else f"{title} Its lead over {name(versus)}:"
 
     def _add_parts(
-        self, content: Content, name: str, title: str, found: list[Decomposition]
+        self,
+        content: Content,
+        name: str,
+        title: str,
+        found: list[Decomposition],
+        behind: Sequence[str],
     ) -> None:
         """Add the strongest parts, and all others as one."""
         each = [_parts(one) for one in found]
@@ -233,8 +245,8 @@ class LensView(View):
             together = values[:, rest].sum(axis=1)
             rows.append([f"{len(rest)} others together", *map(float, together)])
             bound = max(bound, float(np.abs(together).max()))
-        if self.moment.edits and found[-1].residual > _ROUNDING:
-            rows.append(["edits of the stream itself", *map(_by_edits, found)])
+        if self._wrote_more(found[-1], behind):
+            rows.append(["edits of the stream or behind it", *map(_by_edits, found)])
         totals = [number(one.total, ".4f") for one in found]
         rows.append(["all: the model's own number", *totals])
         choices += [None] * (len(rows) - len(choices))
