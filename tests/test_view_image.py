@@ -228,6 +228,8 @@ def test_a_tile_that_is_out_of_sight_says_so_by_itself(model):
     shown = panels(view)
     assert shown["attention 0"]["note"] == "of the selected head"
     assert shown["attention 0 global"]["note"].startswith("none of it is in sight")
+    view.work.begin.click()
+    assert "the patch, in the global tile too, is" in panels(view)["effect 0"]["note"]
 
 
 def test_without_a_tokenizer_the_answer_is_a_number(model):

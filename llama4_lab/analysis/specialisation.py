@@ -47,7 +47,7 @@ class Specialisation:
 
     @property
     def mutual_information(self) -> Float[np.ndarray, " l"]:
-        """Bits that an expert tells about the domain of its token, by layer."""
+        """Bits that an expert tells about the domain of its token, by layer; all weigh alike."""
         return _bits(self.share)
 
     def share_band(

@@ -148,9 +148,8 @@ class ImageView(View):
         for one, found in zip(pictures, self._maps, strict=True):
             values[np.searchsorted(tokens, one.stitch(one.position))] = found
         content.array("effect", values, ("patch",))
-        note = (
-            f"log-probability of ‘{self._answer}’ lost when the patch is replaced by the mean one"
-        )
+        where = ", in the global tile too," * any(one.layout.num_tiles > 1 for one in pictures)
+        note = f"log-probability of ‘{self._answer}’ lost when the patch{where} is the mean one"
         scale = diverging(float(np.nanmax(abs(values))), "nats")
         yield "effect", "effect on the answer", scale, note
 
