@@ -47,7 +47,7 @@ class Specialisation:
 
     @property
     def mutual_information(self) -> Float[np.ndarray, " l"]:
-        """Bits that an expert tells about the domain of its token, by layer; all weigh alike."""
+        """Bits that an expert tells about its token's domain, by layer; all domains weigh alike."""
         return _bits(self.share)
 
     def share_band(

@@ -50,6 +50,8 @@ class RouterView(View):
         here, before = (_cut(each, self._near) for each in (edited, clean))
         scale = experts(edited.num_experts)
         chosen = _add_choices(content, here, before if is_edited else None)
+        topk = here.expert.shape[-1]
+        strongest = f"; the strongest of {topk}" * (topk > 1)
         content.add(
             "strip", "The text, by expert of the layer", None, _BOTH, scale,
             kind="strip", shown=("token",), array="chosen", chosen=chosen, walk="moe layer",
@@ -63,7 +65,7 @@ class RouterView(View):
             note=(
                 f"rings: {counted(int(changed.sum()), 'flip')}, where the clean run chose others"
                 if is_edited else "by layer (down) and token (across)"
-            ) + part,
+            ) + strongest + part,
         )  # fmt: skip
         each = (*_BOTH, "expert")
         if is_edited:
@@ -77,7 +79,7 @@ class RouterView(View):
         add_load(content, edited, clean if is_edited else None, "the layer", chosen)
         content.add(
             "score", "Score", here.score[..., 0], _BOTH, sequential(0, 1), wide=False,
-            note=_told_of_scores(edited),
+            note=_told_of_scores(edited) + strongest,
         )  # fmt: skip
         content.add(
             "margin", "Margin", here.margin, _BOTH, sequential(0, 4, "logits", "or more"),
