@@ -333,7 +333,7 @@ class Effect:
             f"routing flip{'s' * (flips != 1)}"
         )
         if len(loss):
-            text += f"; loss {loss.mean():+z.4f} nats"
+            text += f"; loss {loss.mean():+z.4f} nats a token"
         return text + (f"; NOT SEEN by the model: {', '.join(self.unseen)}" if self.unseen else "")
 
 

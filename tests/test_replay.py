@@ -276,7 +276,7 @@ def test_a_text_tells_the_effect_in_units(replay):
     text, last = str(effect), int(effect.positions[-1])
     assert f"KL from the clean run: mean {effect.kl.mean():.4f} over tokens 0 to {last}, " in text
     assert "routing flips; loss" in text
-    assert text.endswith("nats")
+    assert text.endswith("nats a token")
 
 
 def test_nothing_stays_behind_after_an_interrupt(model, prompt, replay, monkeypatch):
