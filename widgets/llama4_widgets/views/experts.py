@@ -171,7 +171,7 @@ class ExpertsView(View):
             sequential(0, max(1.0, float(high.max())), "bits"),
             kind="lines",
             series=series,
-            note="of the clean model",
+            note="of the clean model; band: of other passages of these texts",
         )
 
     def summary(self) -> str:
