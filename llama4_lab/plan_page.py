@@ -38,9 +38,10 @@ doing the products, with {read:.0%} of the data sheet's bandwidth and {matrix:.0
 rate. These shares were measured on an H200 (4.3 TB/s, 788 TFLOP/s) and are assumed for the others.
 A step of decoding is taken at the end of a chunk, where RoPE layers read the most, and no program
 is faster there. Right behind a chunk's border they have next to nothing to read, of Scout's cache
-{chunk:.1f} GB a row less. Published programs reach 25 to 70% when they decode one row. Several GPUs
-spend time on all-reduces, two a layer: counted are {latency:.0f} µs each and the time on the link,
-which is an estimate, and too little for GPUs that are joined by PCIe only.
+{chunk:.1f} GB a row less. Rows are taken to choose experts evenly, each by itself, so that some
+read the same ones. Published programs reach 25 to 70% when they decode one row. Several GPUs spend
+time on all-reduces, two a layer: counted are {latency:.0f} µs each and the time on the link, which
+is an estimate, and too little for GPUs that are joined by PCIe only.
 
 {tables}"""
 
@@ -70,7 +71,7 @@ def table(weights: str) -> str:
         "GPUs",
         "longest context",
         "decode, tokens/s",
-        "of 8 rows",
+        "of 8 rows together",
         "prefill, tokens/s",
         "first token after",
     )
