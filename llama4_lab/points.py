@@ -51,7 +51,9 @@ _MOE = {
     "router.scores": Point(
         "b t topk", "sigmoid of the chosen logits; they multiply the expert's input"
     ),
-    "experts.in": Point("b t topk d", "what each chosen expert reads: the score times the token"),
+    "experts.in": Point(
+        "b t topk d", "what each chosen expert reads: the score times the normalised stream"
+    ),
     "experts.hidden": Point("b t topk f", "neurons of each chosen expert"),
     "experts.out": Point("b t topk d", "what each chosen expert adds to the residual stream"),
     "shared.out": Point("b t d", "what the shared expert adds to the residual stream"),
@@ -84,7 +86,7 @@ def described(config: Llama4Config) -> Mapping[str, Point]:
         for layer in range(config.vision_config.num_hidden_layers):
             names |= _block(f"vision.layers.{layer}.", _MLP)
         names["vision.out"] = Point(
-            "b p d", "image tokens, a block of patches each, in the vision width"
+            "b p d", "image tokens, a block of patches each, as the projector reads them"
         )
         names["projector.out"] = Point("b p d", "image tokens as they are put among the text's")
     names["embed"] = Point("b t d", "token embeddings, image tokens in their places")
