@@ -21,9 +21,10 @@ expert or MLP width, v vocabulary. In the vision encoder b counts tiles, t and s
 (the class token last), and p are the image tokens of a tile.
 
 Watching or changing `attn.scores` or `attn.pattern` makes that layer attend explicitly, which takes
-memory for b·h·t·s numbers and equals the usual path to rounding. Everything else leaves logits the
-same to the bit while it is only watched, or changed into what it was. Changing `experts.*` makes
-that layer run its experts the readable way.
+memory for b·h·t·s numbers and equals the usual path to rounding. Everything else leaves a prompt's
+logits the same to the bit while it is only watched, or changed into what it was; a token that is
+decoded on the CPU is rounded otherwise where more than routers are watched. Changing `experts.*`
+makes that layer run its experts the readable way.
 
 {text}
 {vision}## TransformerLens
