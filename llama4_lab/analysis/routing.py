@@ -120,8 +120,8 @@ class Choices:
 def choices(model: Llama4, batch: Batch) -> Choices:
     """Run a batch and keep what the routers decided about its tokens.
 
-    A batch is token ids ``[b, t]``, a prompt, whose padding does not count, or a prompt and a mask
-    ``[b, t]`` of the tokens that count.
+    A batch is token ids ``[b, t]``, a prompt, whose padding does not count (but moves long rows'
+    choices a little, see `Llama4.forward`), or a prompt and a mask ``[b, t]`` of those that count.
 
     Raises:
         ValueError: a model without MoE layers, or whose layers choose different numbers of experts.

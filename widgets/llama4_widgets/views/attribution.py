@@ -135,7 +135,7 @@ class AttributionView(View):
     def _add_pictures(
         self, content: Content, one: Attribution, name: str, title: str, scale: Any
     ) -> None:
-        """Lay the values over the pictures; what a global tile shows is added to its parts."""
+        """Lay the values over the pictures; a global tile is drawn by itself."""
         prompt = self.moment.prompt
         assert prompt.spans.tiling is not None  # a prompt with pictures
         grid = prompt.spans.tiling.grid
