@@ -1,7 +1,6 @@
 """Edits: each does what its formula says, is refused where it cannot be, and survives a file."""
 
 import dataclasses
-import re
 import subprocess
 import sys
 
@@ -438,7 +437,7 @@ def test_rules_are_as_before_after_an_exception(model, prompt):
         (E.SkipLayer(1, tokens=(29,)), r"no token 29: the prompt has 29 \(0 to 28\)"),
         (E.Route(3, -1, 1), r"there is no token -1"),
         (E.TopK(3, 6), r"k must be 1 to 5, all experts"),
-        (E.AttentionTemperature(2), r"layer 2 is a RoPE layer; NoPE layers are 3"),
+        (E.AttentionTemperature(2), r"layer 2 is a RoPE layer in this run; NoPE layers are 3$"),
         (E.Scale("layers.2.attn.y", 0.0), r"unknown point 'layers.2.attn.y'"),
         (E.Scale("layers.2.mlp.out", 0.0, head=1), r"mlp.out has no axis of query heads"),
         (E.Scale("vision.out", 0.0, tokens=(1,)), r"vision.out has no axis of text tokens"),
@@ -510,12 +509,15 @@ def test_experts_dropped_for_different_tokens_are_counted_token_by_token(replay)
     assert all(e not in chosen[7 + e] for e in range(5))
 
 
-def test_a_temperature_where_another_edit_rotates_is_refused(model, prompt):
-    edits = [E.AttentionTemperature(3, 0.0), E.Rope(3, on=True)]
-    sentence = re.escape("beside Rope(layer=3, on=True) there is no temperature")
-    with pytest.raises(ValueError, match=sentence):
+def test_a_layer_has_a_temperature_to_change_where_it_does_not_rotate_in_this_run(model, prompt):
+    edits = [E.AttentionTemperature(3, 0.0), E.Rope(3, on=True), E.Rope(1, on=False)]
+    with pytest.raises(ValueError, match=r"layer 3 is a RoPE layer in this run; .* layers are 1$"):
         in_full(model, prompt, {}, edits)
     in_full(model, prompt, {}, [edits[0], E.Rope(3, on=False)])
+    names = ["layers.1.attn.q", "layers.1.attn.rot_q"]
+    q, tempered = rows_of(model, names, prompt, [E.AttentionTemperature(1, 0.0), edits[2]]).values()
+    torch.testing.assert_close(tempered, q)
+    assert not torch.allclose(rows_of(model, names[1:], prompt, edits[2:])[names[1]], q)
 
 
 def test_edits_that_contradict_themselves_are_refused():

@@ -144,11 +144,15 @@ def check(edits: Sequence[Edit], config: Llama4Config, length: int | None = None
     _check_kinds(edits)
     dropped: dict[int, list[DropExpert]] = {}
     topk = {edit.layer: edit.k for edit in edits if isinstance(edit, TopK)}
-    rotates = {edit.layer: edit.on for edit in edits if isinstance(edit, Rope)}
+    rotates = {layer: config.uses_rope(layer) for layer in range(config.num_hidden_layers)}
+    rotates |= {edit.layer: edit.on for edit in edits if isinstance(edit, Rope)}
     for edit in edits:
         edit.check(config, length)
-        if isinstance(edit, AttentionTemperature) and rotates.get(edit.layer):
-            raise ValueError(f"{edit}: beside {Rope(edit.layer, True)} there is no temperature")
+        if isinstance(edit, AttentionTemperature) and rotates[edit.layer]:
+            fit = ", ".join(str(layer) for layer, on in rotates.items() if not on) or "none"
+            raise ValueError(
+                f"{edit}: layer {edit.layer} is a RoPE layer in this run; NoPE layers are {fit}"
+            )
         if isinstance(edit, DropExpert):
             dropped.setdefault(edit.layer, []).append(edit)
     for layer, drops in dropped.items():

@@ -155,7 +155,8 @@ class AttentionTemperature(Edit):
 
     A scale of 0 switches it off; None keeps the model's value, which is 0 where the model has no
     temperature. The edit multiplies by this and divides by the model's own temperature, so that
-    several of one layer do not replace each other but multiply.
+    several of one layer do not replace each other but multiply. A layer that `Rope` switches to
+    NoPE has one, too.
     """
 
     layer: int
@@ -166,10 +167,6 @@ class AttentionTemperature(Edit):
         super().check(config, length)
         if self.floor_scale is not None and self.floor_scale < 1:
             raise ValueError(f"{self}: floor_scale counts tokens, so it must be 1 or more")
-        if config.uses_rope(self.layer):
-            layers = range(config.num_hidden_layers)
-            fit = ", ".join(str(i) for i in layers if not config.uses_rope(i)) or "none"
-            raise ValueError(f"{self}: layer {self.layer} is a RoPE layer; NoPE layers are {fit}")
 
     def changes(self, config: Llama4Config) -> dict[str, Change]:
         own = config.attn_scale if config.attn_temperature_tuning else 0.0
