@@ -305,6 +305,21 @@ def test_what_follows_from_a_changed_value_is_computed_anew(point):
 
 
 @torch.no_grad()
+def test_who_only_watches_experts_beside_a_change_is_shown_the_kernels_values(monkeypatch):
+    model, ids, names = tiny(), torch.tensor([[5, 7, 11, 13]]), "layers.1.experts.*"
+    change = {"layers.1.router.scores": lambda value: value / 2}
+    for model.backend in ("loop", "numba"):
+        with intervene(model, change), trace(model, names) as found:
+            model(ids)
+        if model.backend == "loop":
+            expected = found
+            monkeypatch.setattr(experts.loop, "apply", None)
+    assert len(found) == 3
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_an_expert_that_does_not_exist_is_refused():
     class Wrong(Tap):
         def __call__(self, name, value):

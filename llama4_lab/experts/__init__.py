@@ -136,8 +136,8 @@ def moe(
 ) -> Float[Tensor, "n d"]:
     """Send each token through its experts and the shared expert, and add the two.
 
-    Values inside the experts come from `loop` (to a mere trace, `numba` shows its own). The result
-    is `loop`'s if one of them was changed, if the experts are in a file, or if gradients are
+    Values inside the experts come from `loop` (who only watches them is shown `numba`'s own). The
+    result is `loop`'s if one of them was changed, if the experts are in a file, or if gradients are
     recorded, so that what is shown is part of the graph; else it is that of `backend`.
 
     Args:

@@ -468,7 +468,7 @@ def moe(
     show(1, "router.logits", logits)
     show(2, "router.indices", indices)
     show(3, "router.scores", scores)
-    if slots and record.records() is not None:
+    if slots and not any(map(record.alters, INSIDE)):
         inside = (
             x[:, None] * scores[..., None],
             *(y.unflatten(0, (n, topk)) for y in (hidden, each)),

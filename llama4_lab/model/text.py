@@ -378,7 +378,7 @@ class _PerToken(Tap):
     def __init__(self, tap: Tap, shape: torch.Size):
         self.tap = tap
         self.shape = shape
-        self.watches, self.records = tap.watches, tap.records
+        self.watches, self.records, self.alters = tap.watches, tap.records, tap.alters
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         shown = value.unflatten(0, self.shape)
