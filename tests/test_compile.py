@@ -172,6 +172,21 @@ def test_an_emptied_static_cache_begins_at_the_first_position():
     torch.testing.assert_close(decoder.step(ids[:, 0]), expected, atol=2e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_static_decoder_goes_on_from_what_the_model_put_into_its_cache():
+    model, ids = tiny(), torch.randint(90, (2, 12))
+    decoder, mask = StaticDecoder(model, 2, max_len=12), torch.ones(2, 5, dtype=torch.long)
+    mask[1, :3] = 0
+    model(ids[:, :5], attention_mask=mask, cache=decoder.cache)
+    decoder.step(ids[:, 5])
+    model(ids[:, 6:9], cache=decoder.cache)
+    cache = model.new_cache(2)
+    model(ids[:, :5], attention_mask=mask, cache=cache)
+    for logits in model(ids[:, 5:], cache=cache)[:, 4:].unbind(1):
+        step = decoder.step(ids[:, decoder.cache.slots])
+        torch.testing.assert_close(step, logits, atol=2e-5, rtol=1e-4)
+
+
 def test_a_static_step_inside_a_trace_or_a_change_is_refused():
     model, ids = tiny(), torch.zeros(1, 2, dtype=torch.long)
     decoder = StaticDecoder(model, 1, max_len=8)

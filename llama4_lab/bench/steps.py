@@ -125,7 +125,7 @@ class Ways:
     def replayed(self) -> Tensor:
         """The decoder's step as it is used."""
         self.cache.slots = self.last
-        self.decoder.slot.fill_(self.last)
+        self.decoder.told = -1, self.cache.pad  # the slot stands where the last step left it
         return self.decoder.step(self.ids[:, 0])
 
     def check(self) -> None:

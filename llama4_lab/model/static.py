@@ -97,6 +97,7 @@ class StaticDecoder:
         self.ids = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.slot = torch.zeros((), dtype=torch.long, device=device)
         self.pad = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.told = 0, [0] * batch_size  # the cache's slots and padding, as the device has them
         self.frequencies = rope_frequencies(config).to(device)
         routers = sum(isinstance(layer.feed_forward, MoEBlock) for layer in _layers(model))
         shape = (routers, batch_size, config.num_local_experts)
@@ -134,18 +135,13 @@ class StaticDecoder:
                 f"this decoder is for {self.cache.batch_size} rows, not {batch_size}: make another"
             )
         self.cache.slots, self.cache.pad = 0, [0] * batch_size
-        self.slot.zero_()
-        self.pad.zero_()
         return self.cache
 
     @torch.no_grad()
     def prefill(self, input_ids: Int[Tensor, "b t"], **given: Any) -> Float[Tensor, "b v"]:
         """Run a prompt, or more of it, through the plain model; return the last logits."""
         self._make_room(input_ids.shape[1])
-        logits = self.model(input_ids, cache=self.cache, keep_last=1, **given)
-        self.slot.fill_(self.cache.slots)
-        self.pad.copy_(torch.tensor(self.cache.pad))
-        return logits[:, 0]
+        return self.model(input_ids, cache=self.cache, keep_last=1, **given)[:, 0]
 
     @torch.no_grad()
     def step(self, ids: Int[Tensor, " b"]) -> Float[Tensor, "b v"]:
@@ -170,11 +166,17 @@ class StaticDecoder:
                 )
         self._make_room(1)
         self.ids.copy_(ids)
+        slots, pad = self.told
+        if slots != self.cache.slots:  # a prompt came, or a new text begins
+            self.slot.fill_(self.cache.slots)
+        if pad != self.cache.pad:
+            self.pad.copy_(torch.tensor(self.cache.pad))
         if self.graph is None:
             self.logits = self.run()
         else:
             self.graph.replay()
         self.cache.slots += 1
+        self.told = self.cache.slots, self.cache.pad
         return self.logits
 
     def _make_room(self, t: int) -> None:
