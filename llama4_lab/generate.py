@@ -1,5 +1,6 @@
 """Decoding: one token after the other from a cache, sampled, streamed, interruptible."""
 
+import warnings
 from collections.abc import Collection, Iterator
 from numbers import Real
 from operator import index
@@ -34,7 +35,8 @@ def generate(
     config's, unless `stop` names others) or after `max_new_tokens`. Ctrl-C ends it early and keeps
     the text so far. A progress bar shows when it takes more than half a second.
 
-    A `StaticDecoder` stands in for its model, one prompt at a time.
+    A `StaticDecoder` stands in for its model, one prompt at a time; where its `max_len` ends the
+    text, a UserWarning says so.
 
     Args:
         temperature: 0 always takes the likeliest token.
@@ -154,6 +156,13 @@ def _tokens(
         yield chosen
         ended |= torch.isin(chosen, ends)
         if ended.all() or count == max_new_tokens:
+            return
+        if cache.slots == getattr(model, "max_len", None):  # of a StaticDecoder
+            warnings.warn(
+                f"the text ends after {count} tokens, for max_len {cache.slots} of the decoder is "
+                "reached: make it with a larger one",
+                stacklevel=2,
+            )
             return
         logits = model(chosen[:, None], cache=cache, keep_last=1)
 

@@ -187,6 +187,15 @@ def test_a_static_decoder_goes_on_from_what_the_model_put_into_its_cache():
         torch.testing.assert_close(step, logits, atol=2e-5, rtol=1e-4)
 
 
+def test_a_text_that_fills_a_static_decoder_is_kept():
+    model, ids = tiny(vision_config=None), torch.randint(90, (1, 6))
+    decoder, options = StaticDecoder(model, 1, max_len=8), {"temperature": 0, "stop": ()}
+    with pytest.warns(UserWarning, match=r"ends after 3 tokens, for max_len 8 .* a larger one"):
+        made = [int(step) for step in tokens(decoder, ids, 20, **options)]
+    assert made == [int(step) for step in tokens(model, ids, 3, **options)]
+    assert made == [int(step) for step in tokens(decoder, ids, 3, **options)]
+
+
 def test_a_static_step_inside_a_trace_or_a_change_is_refused():
     model, ids = tiny(), torch.zeros(1, 2, dtype=torch.long)
     decoder = StaticDecoder(model, 1, max_len=8)
