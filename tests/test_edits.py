@@ -406,6 +406,26 @@ def test_edits_of_nested_blocks_are_those_of_one_and_end_with_their_own(model, p
         assert torch.equal(model(**prompt), plain)
 
 
+@pytest.mark.parametrize(
+    ("inner", "outer", "what"),
+    [
+        (E.AblateExpert(MOE, 1), E.Route(MOE, 13, 1), "indices"),
+        (E.Route(MOE, 13, 4, "one"), E.Route(MOE, 13, 2), "indices"),
+        (E.RouterBias(MOE, 1, 20.0), E.Route(MOE, 13, 4), "indices"),
+        (E.RouterBias(MOE, 1, 20.0), E.RouterTemperature(MOE, 4.0), "logits"),
+    ],
+)
+def test_edits_that_look_at_what_a_block_around_changes_are_refused(
+    model, prompt, inner, outer, what
+):
+    sentence = rf"around this one changes layers\.3\.router\.{what} behind .* in one list, or put"
+    with E.edited(model, [outer]), pytest.raises(ValueError, match=sentence):
+        in_full(model, prompt, {}, [inner])
+    expected = in_full(model, prompt, {}, [outer, inner])
+    with E.edited(model, [inner]):  # which looks at what came of the other
+        assert same(in_full(model, prompt, {}, [outer]), expected)
+
+
 def test_edits_hold_while_text_is_generated(model):
     ids = torch.randint(4, 89, (1, 21), generator=torch.Generator().manual_seed(3))
     edits = [E.Chunk(1, 16), E.DropExpert(3, 1), E.AblateHead(0, 2), E.RemoveTokens((4, 5))]

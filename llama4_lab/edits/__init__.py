@@ -22,6 +22,7 @@ from llama4_lab.config import Llama4Config
 from llama4_lab.edits.base import (
     IDS,
     Again,
+    Bias,
     Change,
     Edit,
     Gate,
@@ -125,12 +126,21 @@ def edited(
     ids ``[1, t]``. All rows of a batch are edited alike.
 
     Raises:
-        ValueError: an edit that this model cannot have.
+        ValueError: an edit that this model cannot have, or that needs to know what a block around
+            this one changes.
         KeyError: a source that was not given.
     """
     check(edits, model.config)
+    changes = changes_of(edits, model.config)
+    for point, along in changes.items():
+        looks = any(isinstance(each, Bias | Gate | See) for each in along)
+        if looks and model.tap.alters(at := point.replace("scores", "indices")):
+            raise ValueError(
+                f"a block around this one changes {at} behind edits that need to know it: give the "
+                "edits of a router in one list, or put that block inside this one"
+            )
     run = Run(model, read_sources(model, edits, sources or {}))
-    with ruled(model, edits), intervene(model, bound(changes_of(edits, model.config), run)):
+    with ruled(model, edits), intervene(model, bound(changes, run)):
         yield
 
 
