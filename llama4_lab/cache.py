@@ -18,8 +18,9 @@ class KVCache:
     """What a model needs to go on from where it stopped: ``model(new_ids, cache=cache)``.
 
     `slots` counts positions fed so far, padding included; `pad` is the left padding of each row.
-    After an interrupted forward pass the cache is stale: make a new one. `chunks` says for each
-    layer what it may see, where that is not as the config has it.
+    Set back, `slots` forgets the last positions, but not those before the chunk under way, which is
+    all that RoPE layers keep. After an interrupted forward pass the cache is stale: make a new one.
+    `chunks` says for each layer what it may see, where that is not as the config has it.
     """
 
     def __init__(

@@ -30,6 +30,17 @@ def test_decoding_equals_one_full_pass(pieces):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("slots", [16, 18, 21])  # in the chunk of 8 that is under way
+def test_a_cache_that_is_set_back_has_forgotten_what_came_last(slots):
+    model, ids = tiny(), some_ids()
+    cache = model.new_cache(2)
+    for part in (*ids[:, :slots].split(5, dim=1), some_ids(seed=1)[:, slots:23]):
+        model(part, cache=cache)
+    cache.slots = slots
+    found = model(ids[:, slots:], cache=cache)
+    torch.testing.assert_close(found, model(ids)[:, slots:], atol=1e-5, rtol=0)
+
+
 def test_decoding_with_ragged_left_padding_equals_each_row_alone():
     # Without temperature: with it, transformers counts padding slots, and so do we.
     model, ids = tiny(attn_temperature_tuning=False), some_ids(3)
