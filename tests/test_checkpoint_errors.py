@@ -341,6 +341,14 @@ KINDS = {
         ValueError,
         "{at}/consolidated.03.pth is truncated or not a file of torch.save: fetch the file again",
     ),
+    "a .pth file with a broken name": (
+        "meta",
+        lambda at: (at / "consolidated.03.pth").write_bytes(
+            (at / "consolidated.03.pth").read_bytes().replace(b"tok_emb", b"\xfftok_em")
+        ),
+        ValueError,
+        "{at}/consolidated.03.pth is truncated or not a file of torch.save: fetch the file again",
+    ),
     "a pickle that is no file of torch.save": (
         "meta",
         lambda at: (at / "consolidated.00.pth").write_bytes(pickle.dumps({"a": 1})),
