@@ -323,8 +323,9 @@ class Llama4Config:
         text = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name not in _TOP_LEVEL_FIELDS
+            if f.name not in (*_OF_PICTURES, "vision_config", "is_estimate")
         }
+        pictures = {name: getattr(self, name) for name in _OF_PICTURES}
         layers = range(self.num_hidden_layers)
         text |= {
             "model_type": "llama4_text",
@@ -336,14 +337,12 @@ class Llama4Config:
         if self.rope_scaling is not None:
             text["rope_scaling"] = dataclasses.asdict(self.rope_scaling) | {"rope_type": "llama3"}
         if self.vision_config is None:
-            return {"architectures": ["Llama4ForCausalLM"]} | text
+            return {"architectures": ["Llama4ForCausalLM"]} | text | pictures
         return {
             "architectures": ["Llama4ForConditionalGeneration"],
             "model_type": "llama4",
             "tie_word_embeddings": self.tie_word_embeddings,
-            "boi_token_index": self.boi_token_index,
-            "eoi_token_index": self.eoi_token_index,
-            "image_token_index": self.image_token_index,
+            **pictures,
             "text_config": text,
             "vision_config": dataclasses.asdict(self.vision_config)
             | {"model_type": "llama4_vision_model", "hidden_act": "gelu"},
@@ -383,13 +382,7 @@ class Llama4Config:
 
 
 _LISTS = ("moe_layers", "no_rope_layers", "eos_token_id")
-_TOP_LEVEL_FIELDS = (
-    "vision_config",
-    "boi_token_index",
-    "eoi_token_index",
-    "image_token_index",
-    "is_estimate",
-)
+_OF_PICTURES = ("boi_token_index", "eoi_token_index", "image_token_index")
 
 
 def _require(holds: bool, otherwise: str) -> None:
