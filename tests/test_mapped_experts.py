@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import os
 import shutil
 import subprocess
@@ -186,6 +187,20 @@ def test_decoding_and_copies_work(folder):
     parts = [model(part, cache=cache) for part in IDS.split(1, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(IDS), atol=2e-5, rtol=1e-4)
     assert torch.equal(copy.deepcopy(model)(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("kind", [None, "ours", "int8", "int4", "fp8"])
+@torch.no_grad()
+def test_a_model_can_be_sent_to_another_process(folders, kind):
+    model = l4.load(folders[kind], experts="mmap", memory_limit=LAYER)
+    before, sent = model(IDS), io.BytesIO()
+    torch.save(model, sent)
+    sent.seek(0)
+    again = torch.load(sent, weights_only=False)
+    assert (again.expert_memory.limit, again.expert_memory.bytes_read) == (LAYER, 0)
+    assert torch.equal(again(IDS), before)
+    assert 0 < again.expert_memory.bytes_held <= LAYER
+    assert len(sent.getvalue()) < sum(f.stat().st_size for f in folders[kind].iterdir())
 
 
 def test_what_cannot_be_done_is_explained(folder, folders, tmp_path):

@@ -10,7 +10,7 @@ import pickle
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +109,8 @@ def map_tensor(stored: Stored) -> Tensor:
         return file.get_tensor(stored.name)
 
 
-def part_reader(stored: Stored) -> Callable[[int], Tensor]:
-    """Return a function that reads one item of a tensor's first axis, and nothing else.
+class PartReader:
+    """Reads one item of a tensor's first axis, and nothing else.
 
     It reads into memory of its own: pages of a mapped file would count as ours while they live.
     The file stays open: one that takes its name later is another, whose parts are not these.
@@ -118,23 +118,26 @@ def part_reader(stored: Stored) -> Callable[[int], Tensor]:
     Raises:
         OSError: when a part is read, and the file has become shorter.
     """
-    file = _Held.of(stored.file)
-    start = bytearray(8)
-    file.fill(memoryview(start), 0)
-    header_size = int.from_bytes(start, "little")
-    header = bytearray(header_size)
-    file.fill(memoryview(header), 8)
-    entry = json.loads(header)[stored.name]
-    begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
-    dtype = (DTYPES | CODES)[entry["dtype"]]
-    size = (end - begin) // stored.shape[0]
 
-    def read(index: int) -> Tensor:
-        part = pages((size,), torch.uint8)
-        file.fill(memoryview(part.numpy().data), begin + index * size)
-        return part.view(dtype).view(stored.shape[1:])
+    def __init__(self, stored: Stored):
+        self.stored, self.file = stored, _Held.of(stored.file)
+        start = bytearray(8)
+        self.file.fill(memoryview(start), 0)
+        header_size = int.from_bytes(start, "little")
+        header = bytearray(header_size)
+        self.file.fill(memoryview(header), 8)
+        entry = json.loads(header)[stored.name]
+        self.begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
+        self.dtype = (DTYPES | CODES)[entry["dtype"]]
+        self.size = (end - self.begin) // stored.shape[0]
 
-    return read
+    def __call__(self, index: int) -> Tensor:
+        part = pages((self.size,), torch.uint8)
+        self.file.fill(memoryview(part.numpy().data), self.begin + index * self.size)
+        return part.view(self.dtype).view(self.stored.shape[1:])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PartReader, (self.stored,)  # other processes open the file again
 
 
 class _Held:

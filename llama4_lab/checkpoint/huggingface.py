@@ -8,6 +8,7 @@ writes, and `llama4_lab.checkpoint.meta` for Meta's format.
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llama4_lab.checkpoint.files import (
+    PartReader,
     Stored,
     check,
     check_one_dtype,
@@ -24,7 +26,6 @@ from llama4_lab.checkpoint.files import (
     first_of,
     list_safetensors,
     map_tensor,
-    part_reader,
     read_json,
 )
 from llama4_lab.checkpoint.quantised import OF_PACKED, Quantisation
@@ -223,25 +224,27 @@ class HuggingFaceFolder:
     ) -> Mapped:
         """Return a stack of experts that stays in its file, as it lies there or packed."""
         if self.quantisation is None:
-            read = part_reader(self.tensors[name])
-
-            def expert(index: int) -> tuple[Tensor | Packed, int]:
-                part = read(index)
-                return self.as_ours(name, part), part.nbytes
+            expert = partial(_plain, PartReader(self.tensors[name]), self.is_transposed(name))
         else:
-            kind = self.quantisation.kind
-            codes, scales = (part_reader(self.tensors[name + part]) for part in OF_PACKED)
-
-            def expert(index: int) -> tuple[Tensor | Packed, int]:
-                packed = Packed(kind, codes(index), scales(index))
-                return packed, packed.nbytes
-
+            parts = [PartReader(self.tensors[name + part]) for part in OF_PACKED]
+            expert = partial(_packed, self.quantisation.kind, *parts)
         packed_size = None
         if self.quantisation is not None:
             packed_size = self.quantisation.empty(shape[1:], "meta").nbytes
         like = torch.empty(0, dtype=dtype or self.dtype, device=device)
         every = range(shape[0])
         return Mapped(name, (shape[1], shape[2]), every, expert, memory, like, packed_size)
+
+
+def _plain(read: PartReader, is_transposed: bool, index: int) -> tuple[Tensor, int]:
+    """Return an expert in our layout, and the bytes that were read."""
+    part = read(index)
+    return part.mT if is_transposed else part, part.nbytes
+
+
+def _packed(kind: str, codes: PartReader, scales: PartReader, index: int) -> tuple[Packed, int]:
+    packed = Packed(kind, codes(index), scales(index))
+    return packed, packed.nbytes
 
 
 def _has_own_head(tensors: Mapping[str, Stored]) -> bool:

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -62,6 +62,9 @@ class ExpertMemory:
     def __deepcopy__(self, _: object) -> "ExpertMemory":
         return self  # copies of a model share the limit
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExpertMemory, (self.limit,)  # other processes read for themselves
+
 
 def pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return an empty tensor whose memory goes back to the system when it goes.
@@ -95,6 +98,9 @@ class Mapped:
 
     def __len__(self) -> int:
         return len(self.experts)
+
+    def __deepcopy__(self, _: object) -> "Mapped":
+        return self  # nothing in it changes, and the files stay those that are open
 
     @overload
     def __getitem__(self, index: int) -> Tensor | Packed: ...
