@@ -7,6 +7,7 @@ import torch
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
+from llama4_lab.cache import KVCache
 from llama4_lab.model.attention import attend
 from llama4_lab.model.static import StaticDecoder
 
@@ -39,6 +40,14 @@ def test_a_cache_that_is_set_back_has_forgotten_what_came_last(slots):
     cache.slots = slots
     found = model(ids[:, slots:], cache=cache)
     torch.testing.assert_close(found, model(ids)[:, slots:], atol=1e-5, rtol=0)
+
+
+def test_a_cache_of_wider_numbers_changes_nothing():
+    model, ids = tiny().bfloat16(), some_ids(1)
+    cache, wide = model.new_cache(), KVCache(CONFIG)
+    assert wide.layers[0].buffer.dtype == torch.float32
+    for part in ids.split([11, 1, 25], dim=1):
+        assert torch.equal(model(part, cache=wide), model(part, cache=cache))
 
 
 def test_decoding_with_ragged_left_padding_equals_each_row_alone():

@@ -246,7 +246,8 @@ class Attention(nn.Module):
     def past(self, k: Tensor, v: Tensor, step: Step, group: Group) -> tuple[Tensor, Tensor]:
         if step.cache is None:
             return k[group.rows, :, :0], v[group.rows, :, :0]
-        return step.cache.layers[self.layer].live(group.rows, group.start)
+        keys, values = step.cache.layers[self.layer].live(group.rows, group.start)
+        return keys.to(k.dtype), values.to(v.dtype)  # a cache may have another dtype
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         if step.attend is not None:
