@@ -1,6 +1,7 @@
 """Hugging Face folders, read and written."""
 
 import json
+import pickle
 import shutil
 import warnings
 
@@ -330,6 +331,16 @@ def test_a_saved_model_carries_its_tokenizer_and_what_lies_beside_it(tmp_path):
     save(load(tmp_path / "first"), tmp_path / "second")
     for name in ("tokenizer.json", "generation_config.json"):
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    assert load(tmp_path / "second").tokenizer.encode("Hello") != []
+
+
+def test_a_model_finds_its_folder_wherever_its_process_goes(tmp_path, monkeypatch):
+    save(small(), tmp_path / "first")
+    small_tokenizer(tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    model = load("first")
+    monkeypatch.chdir("/")
+    save(pickle.loads(pickle.dumps(model)), tmp_path / "second")
     assert load(tmp_path / "second").tokenizer.encode("Hello") != []
 
 

@@ -85,7 +85,7 @@ def test_plan_reads_a_folders_config(tmp_path, capsys):
             "unknown point 'rooter'",
         ),
         (["trace", "nano", "hi", "--image", "no.png"], "No such file or directory: 'no.png'"),
-        (["plan", ""], ". is not a checkpoint: it needs config.json (Hugging Face) or params.json"),
+        (["plan", ""], f"{Path.cwd()} is not a checkpoint: it needs config.json (Hugging Face) or"),
         (["points", "--model", str(LAB.parent)], f"{LAB.parent} is not a checkpoint: it needs"),
         (
             ["card", "nano", "--corpus", "no_such_corpus"],

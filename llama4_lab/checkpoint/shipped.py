@@ -26,7 +26,7 @@ def find(name_or_folder: str | Path) -> Path:
         return MODELS / name_or_folder
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
-        return folder
+        return folder.absolute()  # what stays in files is there wherever the process goes
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file: give the folder of the checkpoint")
     shipped = ", ".join(known) or "none"
