@@ -68,7 +68,7 @@ class Packed:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def __getitem__(self, index: int | slice) -> "Packed":
+    def __getitem__(self, index: int | slice | None) -> "Packed":
         return Packed(self.kind, self.codes[index], self.scales[index])
 
     def to(self, device: torch.device | str) -> "Packed":
@@ -86,6 +86,24 @@ class Packed:
         codes = unpack_nibbles(self.codes, self.group) if self.kind == "int4" else self.codes
         grouped = codes.float().unflatten(-1, (-1, self.group))
         return (grouped * self.scales.float()[..., None]).flatten(-2).to(dtype)
+
+
+def cat(weights: "Sequence[Tensor | Packed]") -> "Tensor | Packed":
+    """Return weights behind each other along their first axis, as one.
+
+    Raises:
+        ValueError: they are not packed alike.
+    """
+    kinds = {weight.kind if isinstance(weight, Packed) else "unpacked" for weight in weights}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"weights that one kernel reads need one packing, not {', '.join(sorted(kinds))}: pack "
+            "them alike"
+        )
+    if plain := [weight.detach() for weight in weights if isinstance(weight, Tensor)]:
+        return torch.cat(plain)
+    parts = zip(*((w.codes, w.scales) for w in weights if isinstance(w, Packed)), strict=True)
+    return Packed(kinds.pop(), *map(torch.cat, parts))
 
 
 @cache

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import llama4_lab.packed
 from llama4_lab import compiled
-from llama4_lab.packed import KINDS, Packed, linear, pack, pack_nibbles, unpack_nibbles
+from llama4_lab.packed import KINDS, Packed, cat, linear, pack, pack_nibbles, unpack_nibbles
 
 
 def weight(*shape, seed=0):
@@ -67,6 +67,16 @@ def test_sizes_are_as_announced(kind, bytes_per_weight):
     packed = pack(weight(8, 2048), kind)
     scales_of_fp8 = 8 * 4 if kind == "fp8" else 0
     assert packed.nbytes == 8 * 2048 * bytes_per_weight + scales_of_fp8
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_weights_behind_each_other_are_those_of_each(kind):
+    plain = [weight(3, 40, 256), weight(1, 40, 256)]
+    parts = [pack(each, kind) if kind else each for each in plain]
+    whole = cat([parts[0], parts[1][0][None]])
+    assert torch.equal(whole.float(), torch.cat([part.float() for part in parts]))
+    with pytest.raises(ValueError, match=r"one packing, not int8, unpacked: pack them alike"):
+        cat([plain[0], pack(plain[1], "int8")])
 
 
 def test_what_cannot_be_packed_is_explained():

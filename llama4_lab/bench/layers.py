@@ -14,7 +14,7 @@ from llama4_lab import experts
 from llama4_lab.bench.base import Bench, Row, counted
 from llama4_lab.bench.weights import seeded, seeded_packed
 from llama4_lab.config import Llama4Config
-from llama4_lab.packed import Packed
+from llama4_lab.packed import cat
 from llama4_lab.plan import moe_layer_bytes, moe_layer_flops
 
 _LAYERS = 2  # sets of weights that take turns, so that no cache holds them,
@@ -211,19 +211,11 @@ def _block(bench: Bench, layers: list[Layer]) -> Path:
     for layer in layers:
         gate, up, down = layer.shared
         stacks[id(layer)] = (
-            triton.stack_shared(layer.gate_up, _joined(gate, up)),
+            triton.stack_shared(layer.gate_up, cat([gate, up])),
             triton.stack_shared(layer.down, down),
         )
     topk = bench.config.num_experts_per_tok
     return lambda layer, x: triton.moe(x, layer.router, *stacks[id(layer)], topk=topk)
-
-
-def _joined(first: Any, second: Any) -> Any:
-    """Return the rows of two weights behind each other."""
-    if isinstance(first, Tensor):
-        return torch.cat([first, second])
-    codes = torch.cat([first.codes, second.codes])
-    return Packed(first.kind, codes, torch.cat([first.scales, second.scales]))
 
 
 def _transformers(bench: Bench, layers: list[Layer]) -> Path:

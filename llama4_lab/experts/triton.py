@@ -32,7 +32,7 @@ from torch import Tensor
 
 from llama4_lab.experts import grouped
 from llama4_lab.experts import triton_kernels as kernels
-from llama4_lab.packed import Packed
+from llama4_lab.packed import Packed, cat
 
 FEW = 8  # tokens that tensor cores take at the least; so many meet an expert in one go
 _NARROW = 128  # output rows up to which a program owns a single one: routers
@@ -222,11 +222,7 @@ def stack_shared(
     routed: "Float[Tensor, 'e out k'] | Packed", shared: "Float[Tensor, 'out k'] | Packed"
 ) -> "Tensor | Packed":
     """Return the routed experts' weights with the shared expert's behind them."""
-    if isinstance(routed, Packed) and isinstance(shared, Packed):
-        codes = torch.cat([routed.codes, shared.codes[None]])
-        return Packed(routed.kind, codes, torch.cat([routed.scales, shared.scales[None]]))
-    assert isinstance(routed, Tensor) and isinstance(shared, Tensor)
-    return torch.cat([routed, shared[None]])
+    return cat([routed, shared[None]])
 
 
 def sort_logits(

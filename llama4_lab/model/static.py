@@ -34,7 +34,7 @@ from llama4_lab.model.text import (
     rope_frequencies,
     temperature,
 )
-from llama4_lab.packed import Packed
+from llama4_lab.packed import Packed, cat
 from llama4_lab.points import Tap
 
 KERNELS = ("torch", "triton")
@@ -343,7 +343,7 @@ Place = tuple[nn.Module, str]
 def _join(places: list[Place]) -> Tensor | Packed:
     """Put weights of one width below each other."""
     weights = [getattr(module, name) for module, name in places]
-    whole = _cat(weights)
+    whole = cat(weights)
     end = 0
     for place, weight in zip(places, weights, strict=True):
         _put(place, whole[end : end + weight.shape[0]])
@@ -353,26 +353,10 @@ def _join(places: list[Place]) -> Tensor | Packed:
 
 def _stack(routed: Place, shared: Tensor | Packed) -> Tensor | Packed:
     """Put a shared expert's weight behind the routed ones."""
-    last = shared[None] if isinstance(shared, Tensor) else Packed(
-        shared.kind, shared.codes[None], shared.scales[None]
-    )  # fmt: skip
-    whole = _cat([getattr(*routed), last])
+    whole = cat([getattr(*routed), shared[None]])
     _put(routed, whole[:-1])
     torch.cuda.empty_cache()  # what is freed is too small for the next layer's, and would be kept
     return whole
-
-
-def _cat(weights: list[Any]) -> Tensor | Packed:
-    if all(isinstance(weight, Tensor) for weight in weights):
-        return torch.cat([weight.detach() for weight in weights])
-    kinds = {getattr(weight, "kind", "unpacked") for weight in weights}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"Triton's kernels need one packing in all matrices of a layer, not "
-            f'{", ".join(sorted(kinds))}: pack them alike, or choose kernels="torch"'
-        )
-    codes, scales = ([getattr(weight, name) for weight in weights] for name in ("codes", "scales"))
-    return Packed(kinds.pop(), torch.cat(codes), torch.cat(scales))
 
 
 def _put(place: Place, weight: Tensor | Packed) -> None:
