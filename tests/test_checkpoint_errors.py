@@ -531,6 +531,28 @@ def test_an_interruption_leaves_the_earlier_checkpoint_intact(model, tmp_path, m
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("moved", [1, 3, 1000])
+@pytest.mark.parametrize("size", [650_000, 5_000_000])  # in several files and in one
+def test_files_of_two_checkpoints_are_never_taken_for_one(
+    model, good, tmp_path, monkeypatch, moved, size
+):
+    save(pair(text_config(**TEXT), seed=1)[1], tmp_path, max_shard_bytes=size)
+    replace, left = Path.replace, iter(range(moved))
+
+    def moving(file, to):
+        if file.name == "config.json" or next(left, None) is None:
+            raise KeyboardInterrupt
+        return replace(file, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", moving)
+        save(model, tmp_path, max_shard_bytes=650_000)
+    with pytest.raises(FileNotFoundError, match=r"is not a checkpoint: it needs config\.json"):
+        load(tmp_path)
+    save(model, tmp_path)
+    assert content(tmp_path) == content(good / "single")
+
+
 def test_what_others_wrote_meanwhile_stays_after_an_interruption(model, tmp_path, monkeypatch):
     def interrupt(*_):
         (tmp_path / "new" / "notes.txt").write_text("mine")

@@ -56,8 +56,7 @@ def convert_folder(
     """
     new = target / f"{UNFINISHED}conversion"
     is_moving = (new / CONFIG).is_file()  # it was interrupted while its files were moved
-    if not is_moving:
-        check_vacant(target)
+    check_vacant(target)
     origin = _origin(source)
     _check_made_from(origin, target, new)
     with torch.device("meta"):

@@ -41,8 +41,9 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
 
     Weights keep their dtype; packed ones stay packed, and only `load` opens such a folder.
     Everything is written under another name first, so that a full disk or an interruption leaves
-    what was there; an earlier checkpoint in the folder is replaced, with its tokenizer, what a
-    killed `save` left there is removed, and other files of the folder stay.
+    what was there, or no config.json if it falls between the renames at the end; an earlier
+    checkpoint in the folder is replaced, with its tokenizer, what a killed `save` left there is
+    removed, and other files of the folder stay.
 
     Args:
         max_shard_bytes: more than that goes into several files with an index. Experts are
@@ -142,10 +143,12 @@ def _check_state(
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    try:
-        return read_json(folder / CONFIG).get("model_type") in ("llama4", "llama4_text")
-    except (OSError, ValueError):
-        return False
+    """Whether there is a config of Llama 4, or one that waits to be moved there."""
+    for config in (folder / CONFIG, *folder.glob(f"{UNFINISHED}*/{CONFIG}")):
+        with suppress(OSError, ValueError):
+            if read_json(config).get("model_type") in ("llama4", "llama4_text"):
+                return True
+    return False
 
 
 @contextmanager
@@ -193,20 +196,23 @@ def locked(folder: Path) -> Iterator[bool | None]:
 
 
 def publish(new: Path, folder: Path, moved: Iterable[str] = ()) -> None:
-    """Move files to where they belong, config.json last, and remove those that they replace.
+    """Move files to where they belong, and remove those that they replace.
 
-    What killed saves into the folder have left goes too; an unfinished conversion stays.
+    There is no config.json meanwhile: whoever is killed leaves no mixture of two checkpoints. What
+    killed saves into the folder have left goes too; an unfinished conversion stays.
 
     Args:
         moved: files that may be there already, and belong to the new ones.
     """
     written = {file.name for file in new.iterdir()}
-    for name in sorted(written, key=lambda name: name == CONFIG):
+    (folder / CONFIG).unlink(missing_ok=True)
+    for name in written - {CONFIG}:
         (new / name).replace(folder / name)
-    new.rmdir()
     shards = (file.name for file in folder.glob("model-*-of-*.safetensors"))
     for old in {SINGLE, INDEX, *_COMPANIONS, *shards} - written - set(moved):
         (folder / old).unlink(missing_ok=True)
+    (new / CONFIG).replace(folder / CONFIG)
+    new.rmdir()
     for left in folder.glob(f"{UNFINISHED}*"):
         if _LEFT_BY_SAVE.fullmatch(left.name) and not left.is_symlink():
             with suppress(OSError), locked(left) as is_dead:
