@@ -81,6 +81,8 @@ def convert_folder(
             raise OSError(
                 f"{target} is being written by another conversion: wait for it, or stop it"
             )
+        for part in new.glob("*.part"):  # of an interrupted one, which would count as taken room
+            part.unlink()
         weight_map: dict[str, str] = {}
         with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="written") as bar:
             for file, names in in_shards(sizes, max_shard_bytes).items():
