@@ -334,6 +334,8 @@ class Llama4Config:
             "moe_layers": [*self.routed_layers],
             "rope_scaling": None,
         }
+        if (self.pad_token_id or 0) >= self.vocab_size:  # transformers looks for its embedding
+            text["pad_token_id"] = None
         if self.rope_scaling is not None:
             text["rope_scaling"] = dataclasses.asdict(self.rope_scaling) | {"rope_type": "llama3"}
         if self.vision_config is None:

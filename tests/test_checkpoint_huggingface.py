@@ -93,6 +93,14 @@ def test_transformers_opens_what_we_save_and_gives_the_same_logits(saved, tmp_pa
     assert torch.equal(again(**inputs).logits, hf(**inputs).logits)
 
 
+def test_transformers_opens_a_model_whose_vocabulary_has_no_token_for_padding(tmp_path):
+    model = small()
+    assert model.config.pad_token_id >= model.config.vocab_size
+    save(model, tmp_path)
+    again = Llama4ForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_to_ours_to_transformers_keeps_every_byte(saved, tmp_path, dtype):
     hf, _, _ = saved
