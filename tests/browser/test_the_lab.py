@@ -264,6 +264,25 @@ def test_rules_are_fainter_than_numbers_in_high_contrast(browser: Browser, tmp_p
     page.close()
 
 
+def test_a_view_that_was_taken_away_follows_no_theme(browser: Browser, tmp_path):
+    content = Content({"expert": Axis("expert", 2)})
+    content.add("load", "Load", np.array([8.0, 11]), ("expert",), sequential(0, 60), kind="bars")
+    text = board_page([Board(Selection(), content=content)], "Bars")
+    taken = "const gone = new AbortController(); render({ model, el, signal: gone.signal })(); "
+    file = tmp_path / "bars.html"
+    file.write_text(text.replace("render({ model, el });", taken + "gone.abort();"))
+    page, wrong = browser.new_page(color_scheme="light"), []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(file.as_uri())
+    expect(page.locator(".l4-summary")).to_be_attached()
+    page.evaluate("() => { getComputedStyle = () => { throw new Error('it is drawn') } }")
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("() => matchMedia('(prefers-color-scheme: dark)').matches")
+    page.wait_for_timeout(100)
+    assert wrong == []
+    page.close()
+
+
 BRIGHTEST = """canvas => {
     const { data } = canvas.getContext("2d").getImageData(0, 0, 40, canvas.height); // of numbers
     return Math.max(...data.filter((_, i) => i % 4 === 0 && data[i + 3] > 200));

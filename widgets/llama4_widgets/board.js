@@ -80,7 +80,7 @@ class Values {
 
 // ---- the view
 
-function render({ model, el }) {
+function render({ model, el, signal }) {
   const root = make("section", el, { className: "l4-board" });
   const heading = make("details", root, { className: "l4-heading" }); // as view.py makes it
   const head = make("summary", heading, {}, OWN_KEYS);
@@ -650,7 +650,7 @@ function render({ model, el }) {
   const undress = () => ((theme = {}), redraw());
   const restyle = new MutationObserver(undress); // whoever changes a page's theme changes an attribute
   for (const node of [document.documentElement, document.body]) restyle.observe(node, { attributes: true });
-  for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"]) matchMedia(query).onchange = undress;
+  for (const query of ["(prefers-color-scheme: dark)", "(forced-colors: active)"]) matchMedia(query).addEventListener("change", undress, { signal });
 
   function redraw(which = drawn) {
     if (!theme.paper) {
