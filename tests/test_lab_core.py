@@ -60,6 +60,21 @@ def test_an_older_choice_does_not_undo_a_newer_one():
     assert selection.token == 7
 
 
+def test_boards_agree_after_choices_that_crossed_on_their_way():
+    selection = Selection()
+    boards = [Board(selection), Board(selection)]
+    start = selection.shared
+    selection.token = 7  # while a click is on its way
+    crossing = {**start, "token": 4, "seq": start["seq"] + 1}
+    boards[0].set_state({"selection": crossing})
+    assert selection.token == 4
+    assert selection.shared["seq"] > crossing["seq"]  # or browsers would not listen
+    selection.layer = 2
+    boards[0].set_state({"selection": {**crossing, "layer": 1}})
+    assert selection.layer == 2
+    assert [board.selection for board in boards] == [selection.shared] * 2
+
+
 def test_a_choice_outside_the_prompt_is_explained(moment):
     view = RouterView(moment)
     with pytest.raises(traitlets.TraitError, match=r"layer 9 is out of range: .* \(0 to 3\)"):
