@@ -747,6 +747,17 @@ def test_a_map_leaves_the_browser_its_keys(lab):
     assert canvas.evaluate(PREVENTED, {"key": "ArrowLeft"})
 
 
+def test_whatever_has_the_focus_of_a_keyboard_has_a_ring(lab):
+    lens, page = lab.show("ablate", "lens"), lab.on.page
+    slider = lab.view("Ablate").get_by_role("slider", name="top-k")
+    for control in (slider, lens.locator("input").first, lens.locator("select")):
+        control.press("Shift+Tab")
+        page.keyboard.press("Tab")
+        expect(control).to_be_focused()
+        expect(control).to_have_css("outline-style", "solid")
+        expect(control).to_have_css("outline-width", "2px")
+
+
 def test_buttons_keep_the_focus_of_who_presses_them(lab):
     run = lab.on.page.locator(".l4-prompt button").first
     field, text = lab.on.page.get_by_label("prompt").first, lab.kernel("print(app.bar.text.value)")
