@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -457,6 +458,29 @@ def test_threads_take_turns_with_the_model(model):
     for mine, expected in zip(found, alone, strict=True):
         assert torch.equal(mine, expected)
     assert torch.equal(Replay(model, moment.prompt).hidden, moment.replay.hidden)
+
+
+def test_a_cell_gives_no_other_prompt_to_what_is_drawn(model, monkeypatch):
+    app = LabApp(model, TEXT, shown=["router"])
+    view, first, seen = app.views["router"], app.moment, []
+    content = type(view).content
+
+    def draw_meanwhile(self):
+        if not seen:
+            running.append(pool.submit(app.run, "two"))
+            while app.moment is first:
+                time.sleep(0.001)
+            time.sleep(0.05)  # for what must not happen
+            seen.append(self.moment)
+        return content(self)
+
+    monkeypatch.setattr(type(view), "content", draw_meanwhile)
+    running: list[Any] = []
+    with ThreadPoolExecutor() as pool:
+        view.refresh()
+        running[0].result()
+    assert seen == [first]
+    assert view.moment is app.moment is not first
 
 
 def test_cells_do_not_see_the_edits_of_a_lab(model):

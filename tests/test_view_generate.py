@@ -1,6 +1,10 @@
 """Generating in a view: the tokens are those of decoding, edits included; branches differ."""
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,9 +13,11 @@ import torch
 import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_of
+from llama4_lab.generate import sample
 from llama4_widgets.app import LabApp
 from llama4_widgets.moment import Moment
 from llama4_widgets.still import unpack
+from llama4_widgets.views import generate
 from llama4_widgets.views.generate import GenerateView
 
 TEXT = "def add(a, b):"
@@ -51,6 +57,38 @@ def test_the_likeliest_tokens_are_those_of_generate(view, model):
     last = view.written[-1]
     said = f"{last.probability:.2f}; the model's distribution there has {last.entropy:.1f} bits"
     assert said in view.board.summary
+
+
+def test_after_a_run_that_failed_one_can_go_on(view, model, monkeypatch):
+    for count in (0, 1):  # of nothing, and with a cache
+        write(view, count)
+        with monkeypatch.context() as patched:
+            patched.setattr(l4.Llama4, "forward", Mock(side_effect=RuntimeError("no memory")))
+            view._write()
+        assert view.board.problem == "no memory" and len(view.written) == count
+    write(view, 5)
+    expected = l4.generate(model, model.prompt(TEXT), max_new_tokens=6, temperature=0)
+    assert view.text() == expected
+
+
+def test_no_token_is_written_behind_a_prompt_that_came_meanwhile(model, monkeypatch):
+    app = LabApp(model, TEXT, shown=["generate"])
+    view, first = app.views["generate"], app.moment
+    assert isinstance(view, GenerateView)
+
+    def draw_meanwhile(*args):
+        running.append(pool.submit(app.run, "two"))
+        while app.moment is first:
+            time.sleep(0.001)
+        time.sleep(0.05)  # for what must not happen
+        return sample(*args)
+
+    monkeypatch.setattr(generate, "sample", draw_meanwhile)
+    running: list[Any] = []
+    with ThreadPoolExecutor() as pool:
+        view.step()
+        running[0].result()
+    assert view.moment is app.moment and view.written == []
 
 
 def test_entropy_probability_and_experts_are_the_models(view, model):

@@ -138,7 +138,7 @@ class LabApp(ipywidgets.VBox):
 
     def _put_beside(self, other: Any, moment: Moment | None) -> None:
         self._other, self._compared = other, self.moment.prompt
-        with self._marking():
+        with self._marking(), (moment or self.moment).computing():
             self._show_difference(moment)
             for view in self.beside.values():
                 view.moment = moment or view.moment
@@ -317,7 +317,7 @@ class LabApp(ipywidgets.VBox):
         return True
 
     def _catch_up_next(self, loop: asyncio.AbstractEventLoop, steps: Iterator[float]) -> None:
-        with self._marking():
+        with self._marking(), self.moment.computing():
             pause = next(steps, None)
         if pause is not None:
             self._timer = loop.call_later(pause, self._catch_up_next, loop, steps)
@@ -339,7 +339,8 @@ class LabApp(ipywidgets.VBox):
             yield 0.0
 
     def _catch_up(self) -> None:
-        with self._marking():
+        # Alone, or a click, which has a thread of its own, finds another moment while it is drawn.
+        with self._marking(), self.moment.computing():
             for view in self.views.values():
                 view.moment = self.moment
 

@@ -12,6 +12,7 @@ import traitlets
 from llama4_lab.cache import KVCache
 from llama4_lab.generate import sample
 from llama4_lab.trace import trace
+from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, experts, sequential
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.words import NO_NUMBERS
@@ -89,12 +90,16 @@ class GenerateView(View):
         self._draws = torch.Generator(device=self.moment.model.device).manual_seed(0)
         self.refresh()
 
-    @torch.no_grad()
     def step(self) -> None:
         """Write one token."""
-        moment = self.moment
+        with self.moment.computing():  # alone: else another prompt could come meanwhile
+            self._step(self.moment)
+
+    @torch.no_grad()
+    def _step(self, moment: Moment) -> None:
         model, layers = moment.model, moment.model.config.routed_layers
-        if self._cache is None:
+        cache, self._cache = self._cache, None  # unless it has read all that it is given
+        if cache is None:
             ids = moment.prompt.input_ids.to(model.device)
             new = torch.tensor([[one.id for one in self.written]], device=model.device).to(ids)
             given: dict[str, Any] = {"input_ids": torch.cat([ids, new], dim=1)}
@@ -105,11 +110,10 @@ class GenerateView(View):
             given = {"input_ids": new}
         names = [f"layers.{i}.router.indices" for i in layers]
         with moment.running_edited(), trace(model, names) as seen:
-            if self._cache is None:
-                self._cache = model.new_cache()  # with the edits' chunks
-            logits = model(**given, cache=self._cache, keep_last=1)[0, -1]
+            if cache is None:
+                cache = model.new_cache()  # with the edits' chunks
+            logits = model(**given, cache=cache, keep_last=1)[0, -1]
         if not logits.isfinite().all():
-            self._cache = None  # it has read a token that stays without a next one
             raise ValueError(f"{NO_NUMBERS}: there is no next token")
         logprob = logits.float().log_softmax(-1)
         self.following = logprob.exp()
@@ -117,6 +121,7 @@ class GenerateView(View):
         bits = float(-(self.following * logprob).nan_to_num(0.0).sum() / np.log(2))
         read = tuple(int(seen[name][0, -1, 0]) for name in names)
         self.written.append(Written(token, float(self.following[token]), bits, read))
+        self._cache = cache
 
     def branch(self, at: int) -> None:
         """Forget the new tokens from number `at` on, and go on from there otherwise."""
