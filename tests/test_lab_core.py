@@ -75,6 +75,17 @@ def test_boards_agree_after_choices_that_crossed_on_their_way():
     assert [board.selection for board in boards] == [selection.shared] * 2
 
 
+def test_browsers_hear_that_a_prompt_does_not_have_what_they_chose():
+    selection = Selection()
+    selection.bounds = {"token": 5}  # of which a page has not heard
+    board = Board(selection)
+    chosen = {**selection.shared, "token": 9, "seq": selection.shared["seq"] + 1}
+    board.set_state({"selection": chosen})
+    assert board.selection == selection.shared
+    assert selection.token == selection.shared["token"] == 4
+    assert selection.shared["seq"] > chosen["seq"]  # or they would not listen
+
+
 def test_a_choice_outside_the_prompt_is_explained(moment):
     view = RouterView(moment)
     with pytest.raises(traitlets.TraitError, match=r"layer 9 is out of range: .* \(0 to 3\)"):

@@ -57,11 +57,8 @@ class Board(anywidget.AnyWidget):
 
     @traitlets.observe("selection")
     def _lead(self, change: Any) -> None:
-        chosen, known = change["new"], self._selection.shared
-        if chosen.get("seq") == known["seq"] and chosen != known:
-            chosen = chosen | {"seq": known["seq"] + 1}  # people chose it before they heard of ours
         try:
-            self._selection.follow(chosen)
+            self._selection.hear(change["new"])
         except traitlets.TraitError as error:
             self.problem = str(error)
         self.selection = self._selection.shared

@@ -72,6 +72,18 @@ class Selection(traitlets.HasTraits):
                 setattr(self, field, self._inside(field, value))
         self._share(chosen)
 
+    def hear(self, chosen: Mapping[str, int]) -> None:
+        """Follow a browser, and tell it as news where that is something else than it chose.
+
+        It listens to what has a higher count than its own: it may have chosen before it heard of
+        what was chosen here, or what there no longer is.
+        """
+        if chosen.get("seq") == self.shared["seq"] and chosen != self.shared:
+            chosen = {**chosen, "seq": chosen["seq"] + 1}
+        self.follow(chosen)
+        if chosen.get("seq") == self.shared["seq"] and chosen != self.shared:
+            self.follow(self.shared | {"seq": chosen["seq"] + 1})
+
     def _inside(self, field: str, value: int) -> int:
         return min(value, self.bounds.get(field, value + 1) - 1)
 
