@@ -460,6 +460,19 @@ def test_threads_take_turns_with_the_model(model):
     assert torch.equal(Replay(model, moment.prompt).hidden, moment.replay.hidden)
 
 
+def test_pictures_that_were_shown_leave_no_widgets_behind(mini):
+    app = LabApp(mini, TEXT, shown=[])
+    one, two = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    app.run("What is it?", [one, two])
+    count = len(ipywidgets.widgets.widget._instances)
+    app.run("What is it?", [two])
+    app.run("What is it?", [two, one])
+    shown = [each for each in app.bar.shown.children if isinstance(each, ipywidgets.Image)]
+    found = [Image.open(io.BytesIO(each.value)).getpixel((0, 0)) for each in shown]
+    assert found == [(0, 0, 255), (255, 0, 0)]
+    assert len(ipywidgets.widgets.widget._instances) == count
+
+
 def test_a_cell_gives_no_other_prompt_to_what_is_drawn(model, monkeypatch):
     app = LabApp(model, TEXT, shown=["router"])
     view, first, seen = app.views["router"], app.moment, []

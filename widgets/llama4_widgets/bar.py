@@ -64,29 +64,34 @@ class Bar(ipywidgets.VBox):
         self.sides.observe(self._choose_sides, "value")
         self.shown = ipywidgets.HBox()
         self.shown.add_class("l4-app-pictures")
+        self._images: list[ipywidgets.Image] = []
+        self._told, self._right = ipywidgets.Label(), ipywidgets.Label()
+        self._alone = button("No picture", "run the text alone", self._run_alone)
         self.problem = ipywidgets.HTML()
         tools = in_row(self.upload, self.scene, self.sides, self.shown)
         self.children = [in_row(self.text, self.beside), tools, self.problem]
 
     def show(self, prompt: Any, moment: Moment) -> None:
         """Show what was run: the text, or how many messages there were, and the pictures."""
-        shown: list[ipywidgets.Widget] = [
-            ipywidgets.Image(value=png(open_picture(picture))) for picture in moment.pictures
-        ]
         self._is_led = True
         is_text = isinstance(prompt, str)
         self.text.value, self._chat = (prompt, "") if is_text else ("", prompt)
-        if not is_text:
-            shown.insert(
-                0, ipywidgets.Label(f"a chat of {counted(len(prompt), 'message')} is shown")
-            )
         self._is_led = False
         self._pictures, self._boxes = moment.pictures, moment.boxes
-        if moment.pictures:
-            shown.append(button("No picture", "run the text alone", self._run_alone))
-        if answer := self._answer(prompt, moment.pictures):
-            shown.append(ipywidgets.Label(f"right answer: {answer}"))
-        self.shown.children = shown
+        self._told.value = (
+            "" if is_text else f"a chat of {counted(len(prompt), 'message')} is shown"
+        )
+        # The same widgets each time: a page and a kernel keep all that were ever made.
+        self._images += [ipywidgets.Image() for _ in moment.pictures[len(self._images) :]]
+        images = self._images[: len(moment.pictures)]
+        for image, picture in zip(images, moment.pictures, strict=True):
+            image.value = png(open_picture(picture))
+        answer = self._answer(prompt, moment.pictures)
+        self._right.value = f"right answer: {answer}"
+        told, alone, right = [self._told], [self._alone], [self._right]
+        self.shown.children = [
+            *told * (not is_text), *images, *alone * bool(images), *right * bool(answer)
+        ]  # fmt: skip
         self._count()
 
     def _count(self) -> None:
