@@ -11,6 +11,7 @@ from llama4_lab import edits as E
 from llama4_lab.analysis.counterfactual import counterfactual
 from llama4_widgets.app import LabApp
 from llama4_widgets.moment import Moment
+from llama4_widgets.selection import Selection
 from llama4_widgets.still import unpack
 from llama4_widgets.views.counterfactual import CounterfactualView
 
@@ -110,7 +111,7 @@ def test_in_the_lab_the_route_reaches_all_views(model):
 
 
 def test_many_runs_wait_for_the_button(model):
-    view = CounterfactualView(Moment(model, model.prompt("a b c d e f g h " * 80)))
+    view = CounterfactualView(Moment(model, model.prompt("a b c d e f g h " * 200)))
     assert view.board.summary.startswith("Not computed yet: ")
     assert view.board.summary.endswith("tokens in all take a while: press Run.")
     assert view.board.state()["summary"].endswith("tokens in all take a while.")
@@ -124,8 +125,22 @@ def test_many_runs_wait_for_the_button(model):
     assert view.board.summary.startswith("Of 32 ways to send token 100")
 
 
+def test_of_many_layers_a_few_tokens_wait_for_the_button(model):
+    deep = l4.random(
+        model.config.replace(
+            num_hidden_layers=48, num_local_experts=32, hidden_size=16, intermediate_size=8
+        )
+    )
+    deep.tokenizer = model.tokenizer
+    prompt = model.prompt("a b c d e f g h")
+    selection = Selection(token=len(prompt.tokens) - 3)
+    view = CounterfactualView(Moment(deep, prompt), selection)
+    told = "1,536 runs of 4,608 tokens in all take a while: press Run."
+    assert view.board.summary == f"Not computed yet: {told}"
+
+
 def test_many_runs_say_how_far_they_are_and_can_be_cancelled(model):
-    view = CounterfactualView(Moment(model, model.prompt("a b c d e f g h " * 80)))
+    view = CounterfactualView(Moment(model, model.prompt("a b c d e f g h " * 200)))
     view.selection.token = 100
     told: list[str] = []
     view.board.observe(lambda change: told.append(change["new"]), "busy")

@@ -18,7 +18,8 @@ from llama4_widgets.words import NO_NUMBERS
 
 EFFECTS = ("KL from the prediction", "change of its top word")
 READS = ("last token", "selected token")
-_AT_ONCE = 16_384  # tokens of all runs together; more waits for the button
+_AT_ONCE = 160_000  # tokens of all runs together, times layers; more waits for the button
+_KEYS = 2048  # that a token reads in the time of all else in its layer, more or less
 
 
 class CounterfactualView(View):
@@ -81,7 +82,8 @@ class CounterfactualView(View):
     def _found(self) -> Counterfactual | None:
         """Return the effects, or nothing while they wait for the button."""
         moment, (token, read) = self.moment, self._question()
-        is_long = self._runs() * (len(moment.words) - token) > _AT_ONCE
+        count, layers = len(moment.words), moment.model.config.num_hidden_layers
+        is_long = self._runs() * (count - token) * layers * (1 + count / _KEYS) > _AT_ONCE
         for each in (self.work.begin, self.work.stop):
             each.layout.display = "" if is_long else "none"
         question = counterfactual, token, read
@@ -148,7 +150,7 @@ class CounterfactualView(View):
         found = self._found()
         if found is None:
             tokens = self._runs() * (len(self.moment.words) - self.selection.token)
-            runs = f"{self._runs()} runs of {tokens} tokens in all"
+            runs = f"{self._runs():,} runs of {tokens:,} tokens in all"
             return f"Not computed yet: {runs} take a while: press Run."
         if not _has_answer(found):
             return f"{NO_NUMBERS.capitalize()}: there is no answer that a choice could change."
