@@ -125,11 +125,9 @@ KINDS = {
     ),
     "a quantised checkpoint": (
         "single",
-        lambda at: edit_json(
-            at / "config.json", quantization_config={"quant_method": "compressed-tensors"}
-        ),
+        lambda at: edit_json(at / "config.json", quantization_config={"quant_method": "gptq"}),
         ValueError,
-        "{at}/config.json: quant_method 'compressed-tensors': only files that llama4-lab "
+        "{at}/config.json: quant_method 'gptq': only files that llama4-lab or compressed-tensors "
         "quantised are read; convert the bfloat16 checkpoint with `llama4-lab convert --quantize`",
     ),
     "no weights": (
@@ -242,7 +240,7 @@ KINDS = {
         ValueError,
         "{at}/model.safetensors: model.norm.weight holds I64 where weights are float32, bfloat16, "
         "float16, float64; of quantised files only those of "
-        "llama4-lab are read",
+        "llama4-lab and of compressed-tensors are read",
     ),
     "two kinds of numbers": (
         "single",
@@ -392,7 +390,7 @@ KINDS = {
         ValueError,
         "{at}/consolidated.00.pth: layers.0.attention.wqkv.weight holds float8_e4m3fn where "
         "weights are float32, bfloat16, float16, float64; of quantised files only those of "
-        "llama4-lab are read",
+        "llama4-lab and of compressed-tensors are read",
     ),
 }
 

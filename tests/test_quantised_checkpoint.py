@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_folder import write_compressed
 from meta_folder import PARAMS, write_meta
+from parity import VISION, pair, text_config
 from peak_memory import peak_of_loading
 from safetensors.torch import load_file, save_file
 from tiny import CONFIG, tiny
@@ -21,6 +23,7 @@ from llama4_lab.packed import KINDS, Packed, pack
 from llama4_lab.prompt import Prompt, Spans
 
 IDS = torch.arange(5, 29)[None] % 89
+UP = "language_model.model.layers.1.feed_forward.experts.2.up_proj.weight"
 BITS = {"int8": 0.02, "int4": 0.35, "fp8": 0.08}  # how far logits may be off, of their spread
 
 
@@ -29,6 +32,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     l4.save(tiny(), folder, max_shard_bytes=150_000)
     return folder
+
+
+def stored(folder):
+    return load_file(folder / "model.safetensors")
 
 
 def put_back(model):
@@ -370,3 +377,108 @@ def test_quantising_takes_the_packed_weights_and_one_matrix(tmp_path):
     # 202 MB in float32. The codes and scales are 26 MB; a matrix of an expert is 2 MB, and rounding
     # it takes a few times as much.
     assert weights > 200e6 and peak < 26e6 + 24e6
+
+
+# --- of compressed-tensors
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A transformers model with dense layers and a vision encoder, and the folder that it wrote."""
+    folder = tmp_path_factory.mktemp("theirs") / "plain"
+    hf, _ = pair(text_config(interleave_moe_layer_step=2), VISION)
+    hf.save_pretrained(folder)
+    return hf, folder
+
+
+@pytest.mark.parametrize("also", [(), ("self_attn.q_proj", "shared_expert")])
+@pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+@torch.no_grad()
+def test_weights_of_compressed_tensors_are_those_of_its_codes(theirs, kind, also, tmp_path):
+    also = tuple(f"language_model.model.layers.1.{'feed_forward.' * ('expert' in part)}{part}"
+                 for part in also)  # fmt: skip
+    hf, plain = theirs
+    rounded = write_compressed(plain, tmp_path / "q", kind, also)
+    ids = torch.arange(5, 29)[None]
+    found, expected = l4.load(tmp_path / "q"), l4.load(rounded)
+    assert found.dtype == torch.float32 and found.config == expected.config
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+    again = type(hf).from_pretrained(rounded).eval()
+    torch.testing.assert_close(found(ids), again(ids).logits, atol=1e-5, rtol=0)
+    assert (found(ids) - hf(ids).logits).abs().max() > 0.01
+
+    found.backend, left = "loop", l4.load(tmp_path / "q", experts="mmap")
+    assert torch.equal(left(ids), found(ids))
+    experts = {name: t for name, t in stored(tmp_path / "q").items() if ".experts." in name}
+    assert (
+        0
+        < left.expert_memory.bytes_read
+        <= sum(t.nbytes for name, t in experts.items() if not name.endswith("_shape"))
+    )
+
+    l4.convert(tmp_path / "q", tmp_path / "ours")
+    assert torch.equal(l4.load(tmp_path / "ours")(ids), expected(ids))
+
+
+def test_fp8_codes_are_kept_by_our_own_format(theirs, tmp_path):
+    write_compressed(theirs[1], tmp_path / "q", "fp8")
+    codes = stored(tmp_path / "q")
+    for model in (
+        l4.load(tmp_path / "q", quantize="fp8"),
+        l4.convert(tmp_path / "q", tmp_path / "ours", quantize="fp8") or l4.load(tmp_path / "ours"),
+    ):
+        experts = model.layers[1].feed_forward.experts.down_proj
+        for e in range(len(experts)):
+            name = f"language_model.model.layers.1.feed_forward.experts.{e}.down_proj.weight"
+            assert torch.equal(experts[e].codes.float(), codes[name].float())
+            torch.testing.assert_close(experts[e].scales, codes[f"{name}_scale"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda state, layout: layout.update(format="nvfp4-pack-quantized"),
+            "weights of compressed-tensors in the format 'nvfp4-pack-quantized': only float-",
+        ),
+        (
+            lambda state, layout: layout["config_groups"]["group_0"]["weights"].update(num_bits=3),
+            "packed weights of [3] bits: only 4 or 8 are read",
+        ),
+        (
+            lambda state, layout: layout.update(config_groups=[]),
+            "config.json does not describe a Llama 4 (AttributeError",
+        ),
+        (
+            lambda state, layout: state.pop(f"{UP}_packed"),
+            f"lacks {UP[21:]}, which config.json asks for",
+        ),
+        (
+            lambda state, layout: state.update({f"{UP}_zero_point": torch.zeros(3)}),
+            f"holds {UP}_zero_point, for which config.json has no place",
+        ),
+        (
+            lambda state, layout: state.update({f"{UP}_scale": torch.zeros(3)}),
+            f"{UP}_scale is [3] where config.json asks for [40, 1]",
+        ),
+        (
+            lambda state, layout: state.update({f"{UP}_packed": torch.zeros(40, 7).int()}),
+            f"{UP}_packed is [40, 7] where config.json asks for [40, 6]",
+        ),
+        (
+            lambda state, layout: state.update({f"{UP}_packed": torch.zeros(40, 6).char()}),
+            f"{UP}_packed holds I8 where config.json asks for int32",
+        ),
+    ],
+)
+def test_codes_that_cannot_be_read_are_refused_in_one_sentence(folder, change, sentence, tmp_path):
+    l4.save(tiny(), tmp_path / "plain")
+    write_compressed(tmp_path / "plain", tmp_path / "q", "int4")
+    state = load_file(tmp_path / "q" / "model.safetensors")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    change(state, config["quantization_config"])
+    save_file(state, tmp_path / "q" / "model.safetensors")
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        l4.load(tmp_path / "q")

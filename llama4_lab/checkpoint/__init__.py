@@ -54,7 +54,7 @@ def load(
             memory at a time; `llama4_lab.packed` says how. Routers decide by small differences and
             norms are small, embeddings are looked up and not multiplied with, and the vision
             encoder has 1% of the weights: these stay. None takes the weights as the folder has
-            them, in few bits if they were saved so.
+            them, in few bits if they were saved so; those of compressed-tensors become plain.
         experts: "mmap" leaves the routed experts in the files, quantised or not. One is read when a
             token asks for it, once in a forward pass for all its tokens: a batch of prompts, or the
             variants that `Replay` runs together. The readable backend computes with them.

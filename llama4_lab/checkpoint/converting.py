@@ -176,9 +176,7 @@ class _Layout:
 
 def _origin(source: Folder) -> str:
     """Return what tells one source from another: sizes and times of its files."""
-    tensors = source.tensors if isinstance(source.tensors, list) else [source.tensors]
-    files = sorted({stored.file for held in tensors for stored in held.values()})
-    known = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    known = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(source.files)]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 

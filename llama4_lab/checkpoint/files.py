@@ -31,7 +31,12 @@ DTYPES = {
     "F64": torch.float64,
 }
 # And for what codes in few bits may be.
-CODES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
+CODES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True)
@@ -298,7 +303,7 @@ def check(
             raise ValueError(
                 f"{tensor.file}: {name} holds {tensor.dtype} where weights are "
                 f"{', '.join(str(dtype)[6:] for dtype in DTYPES.values())}; of quantised files "
-                "only those of llama4-lab are read"
+                "only those of llama4-lab and of compressed-tensors are read"
             )
 
 

@@ -2,7 +2,7 @@
 
 Parameters carry the same names in our model, up to a prefix; the routed experts' matrices are
 stored transposed. Read `llama4_lab.checkpoint.quantised` for our own layout, which `convert`
-writes, and `llama4_lab.checkpoint.meta` for Meta's format.
+writes, `.compressed` for published weights in eight bits, and `.meta` for Meta's format.
 """
 
 import warnings
@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from llama4_lab.checkpoint import compressed
 from llama4_lab.checkpoint.files import (
     PartReader,
     Stored,
@@ -92,6 +94,7 @@ class HuggingFaceFolder:
     tensors: dict[str, Stored]
     quantisation: Quantisation | None  # of packed weights
     is_ours: bool  # in our own layout: no tensor is transposed
+    parts: dict[str, list[compressed.Part]]  # what stands for weights that lie otherwise
 
     @classmethod
     def open(cls, folder: Path, text_only: bool = False) -> "HuggingFaceFolder":
@@ -103,7 +106,13 @@ class HuggingFaceFolder:
         Raises:
             FileNotFoundError, ValueError: files missing or broken, another model, or quantised.
         """
-        config, quantisation, is_ours = _read_config(folder / CONFIG)
+        config, layout = _read_config(folder / CONFIG)
+        is_compressed = layout.get("quant_method") == compressed.METHOD
+        is_ours, quantisation, bits = bool(layout) and not is_compressed, None, None
+        if is_compressed:
+            bits = compressed.packed_bits(layout, folder / CONFIG)
+        elif is_ours:
+            quantisation = Quantisation.from_dict(layout, folder / CONFIG)
         listing, files = _files(folder)
         tensors: dict[str, Stored] = {}
         for file, promised in files.items():
@@ -137,7 +146,8 @@ class HuggingFaceFolder:
                 config = config.replace(tie_word_embeddings=False)
             else:
                 del tensors["lm_head.weight"]  # the table of embeddings serves as both
-        return cls(config, listing, tensors, quantisation, is_ours)
+        parts = compressed.take_parts(tensors, config, bits, listing) if is_compressed else {}
+        return cls(config, listing, tensors, quantisation, is_ours, parts)
 
     def as_ours(self, name: str, stored: Tensor) -> Tensor:
         """Return a tensor of a file, or one of its experts, as a view in our layout."""
@@ -156,6 +166,9 @@ class HuggingFaceFolder:
         expected, dtypes = {}, {}
         for name, tensor in ours.items():
             shape = tuple(tensor.shape)
+            if parts := self.parts.get(name):
+                compressed.check_parts(parts, shape, listing=self.listing, config=CONFIG)
+                continue
             stored = self.tensors.get(name)
             theirs = stored.name if stored else their_name(name, multimodal)
             expected[theirs] = (shape[0], *shape[:0:-1]) if self.is_transposed(name) else shape
@@ -190,6 +203,18 @@ class HuggingFaceFolder:
                     target = torch.empty(shapes[name], dtype=dtype, device=device)
                     fill(target, self.as_ours(name, map_tensor(stored)))
                     yield name, target
+        for name in self.parts.keys() & shapes.keys():
+            target = torch.empty(shapes[name], dtype=dtype, device=device)
+            rows = target.flatten(0, -2).chunk(len(self.parts[name]))
+            for into, part in zip(rows, self.parts[name], strict=True):
+                fill(into, part.read())
+            yield name, target
+
+    @property
+    def files(self) -> set[Path]:
+        """The files that hold the weights."""
+        in_parts = {part.codes.file for parts in self.parts.values() for part in parts}
+        return {stored.file for stored in self.tensors.values()} | in_parts
 
     @property
     def dtype(self) -> torch.dtype:
@@ -205,6 +230,9 @@ class HuggingFaceFolder:
 
         Each piece has a mapping of its own, whose pages go when it goes.
         """
+        if name in self.parts:
+            yield from (part.read() for part in self.parts[name])
+            return
         stored, shape = self.tensors[name], shapes[name]
         if len(shape) == 3:
             for expert in range(shape[0]):
@@ -223,7 +251,9 @@ class HuggingFaceFolder:
         dtype: torch.dtype | None,
     ) -> Mapped:
         """Return a stack of experts that stays in its file, as it lies there or packed."""
-        if self.quantisation is None:
+        if parts := self.parts.get(name):
+            expert = partial(_joined, parts, len(parts) // shape[0])
+        elif self.quantisation is None:
             expert = partial(_plain, PartReader(self.tensors[name]), self.is_transposed(name))
         else:
             parts = [PartReader(self.tensors[name + part]) for part in OF_PACKED]
@@ -247,6 +277,11 @@ def _packed(kind: str, codes: PartReader, scales: PartReader, index: int) -> tup
     return packed, packed.nbytes
 
 
+def _joined(parts: list[compressed.Part], count: int, index: int) -> tuple[Tensor, int]:
+    own = parts[index * count : (index + 1) * count]
+    return torch.cat([part.read() for part in own]), sum(part.nbytes for part in own)
+
+
 def _has_own_head(tensors: Mapping[str, Stored]) -> bool:
     """Whether the read-out is stored with other numbers than the embeddings."""
     head, table = tensors["lm_head.weight"], tensors.get("embed_tokens.weight")
@@ -259,12 +294,14 @@ def _has_own_head(tensors: Mapping[str, Stored]) -> bool:
     )
 
 
-def _read_config(path: Path) -> tuple[Llama4Config, Quantisation | None, bool]:
+def _read_config(path: Path) -> tuple[Llama4Config, dict[str, Any]]:
+    """Return the config, and what it says of how weights are quantised."""
     raw = read_json(path)
-    layout = raw.get("quantization_config")
-    quantisation = Quantisation.from_dict(layout, path) if layout else None
+    layout = raw.get("quantization_config") or {}
     with describing(path):
-        return Llama4Config.from_dict(raw), quantisation, bool(layout)
+        return Llama4Config.from_dict(raw), layout if isinstance(layout, dict) else {
+            "method": layout
+        }
 
 
 def _files(folder: Path) -> tuple[Path, dict[Path, list[str]]]:

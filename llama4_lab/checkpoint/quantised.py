@@ -62,8 +62,9 @@ class Quantisation:
         method = raw.get("method", raw.get("quant_method")) if isinstance(raw, dict) else raw
         if not isinstance(raw, dict) or method != METHOD:
             raise ValueError(
-                f"{path}: quant_method {method!r}: only files that llama4-lab quantised are read; "
-                "convert the bfloat16 checkpoint with `llama4-lab convert --quantize`"
+                f"{path}: quant_method {method!r}: only files that llama4-lab or "
+                "compressed-tensors quantised are read; convert the bfloat16 checkpoint with "
+                "`llama4-lab convert --quantize`"
             )
         kind, group = raw.get("kind"), raw.get("group_size", GROUP)
         if kind == PLAIN["kind"]:
