@@ -135,7 +135,7 @@ def convert(
         FileExistsError, FileNotFoundError, NotADirectoryError, OSError: there is no such source, or
             the target cannot be written or holds something else, be it a checkpoint, whole or
             unfinished, of another source.
-        ValueError: as for `load`; a source that is quantised; or a target that is the source.
+        ValueError: as for `load`; a source that is packed already; or a target that is the source.
     """
     _check_dtype(dtype)
     check_shard_bytes(max_shard_bytes)

@@ -2,7 +2,7 @@
 
 Parameters carry the same names in our model, up to a prefix; the routed experts' matrices are
 stored transposed. Read `llama4_lab.checkpoint.quantised` for our own layout, which `convert`
-writes, `.compressed` for published weights in eight bits, and `.meta` for Meta's format.
+writes, `.compressed` for published weights in few bits, and `.meta` for Meta's format.
 """
 
 import warnings
@@ -108,11 +108,9 @@ class HuggingFaceFolder:
         """
         config, layout = _read_config(folder / CONFIG)
         is_compressed = layout.get("quant_method") == compressed.METHOD
-        is_ours, quantisation, bits = bool(layout) and not is_compressed, None, None
-        if is_compressed:
-            bits = compressed.packed_bits(layout, folder / CONFIG)
-        elif is_ours:
-            quantisation = Quantisation.from_dict(layout, folder / CONFIG)
+        is_ours = bool(layout) and not is_compressed
+        bits = compressed.packed_bits(layout, folder / CONFIG) if is_compressed else None
+        quantisation = Quantisation.from_dict(layout, folder / CONFIG) if is_ours else None
         listing, files = _files(folder)
         tensors: dict[str, Stored] = {}
         for file, promised in files.items():
@@ -298,10 +296,10 @@ def _read_config(path: Path) -> tuple[Llama4Config, dict[str, Any]]:
     """Return the config, and what it says of how weights are quantised."""
     raw = read_json(path)
     layout = raw.get("quantization_config") or {}
+    if not isinstance(layout, dict):
+        layout = {"method": layout}
     with describing(path):
-        return Llama4Config.from_dict(raw), layout if isinstance(layout, dict) else {
-            "method": layout
-        }
+        return Llama4Config.from_dict(raw), layout
 
 
 def _files(folder: Path) -> tuple[Path, dict[Path, list[str]]]:
