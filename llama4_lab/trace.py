@@ -339,15 +339,19 @@ class _Editor(Tap):
     def __init__(self, outer: Tap, changes: dict[str, list[Change]]):
         self.outer = outer
         self.changes = changes
-        self.made: set[str] = set()
+        # Some changes are only made to values that others ask for.
+        waits = {n for n, each in changes.items() if all(getattr(c, "waits", False) for c in each)}
+        self._asks = changes.keys() - waits
+        self.made = waits
         self.is_complete = False  # whether a forward pass came to its end
 
     def watches(self, name: str) -> bool:
-        return name in self.changes or self.outer.watches(name)
+        return name in self._asks or self.outer.watches(name)
 
     def alters(self, name: str) -> bool:
-        changes = (not getattr(each, "only_sees", False) for each in self.changes.get(name, ()))
-        return any(changes) or self.outer.alters(name)
+        changes = self.changes[name] if name in self._asks else ()
+        only_sees = all(getattr(each, "only_sees", False) for each in changes)
+        return not only_sees or self.outer.alters(name)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         self.is_complete |= name == "final_norm"

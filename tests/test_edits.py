@@ -11,6 +11,7 @@ from tiny import CONFIG, tiny
 import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.edits.base import HOW, See, has_tokens, layer_of
+from llama4_lab.points import INSIDE
 from llama4_lab.replay import Replay
 
 MOE, DENSE, NOPE = 3, 2, 3
@@ -760,7 +761,19 @@ def test_a_score_that_is_set_behind_a_skip_does_not_bring_the_layer_back(
         assert torch.equal(in_full(model, prompt, sources, edits), expected)
 
 
+@pytest.mark.parametrize("point", INSIDE)
+def test_a_skipped_layer_adds_nothing_whatever_a_block_inside_changes(model, prompt, point):
+    expected = in_full(model, prompt, {}, [E.SkipLayer(MOE)])
+    with (
+        E.edited(model, [E.SkipLayer(MOE)]),
+        l4.intervene(model, {f"layers.{MOE}.{point}": lambda value: value + 1}),
+    ):
+        assert torch.equal(model(**prompt)[0], expected)
+
+
 def test_experts_of_a_skipped_layer_are_not_opened(model):
+    with E.edited(model, [E.SkipLayer(MOE)]):
+        assert not any(model.tap.watches(f"layers.{MOE}.{point}") for point in INSIDE)
     before = [E.AblateExpert(MOE, 1), E.SkipLayer(MOE)]
     assert f"layers.{MOE}.experts.out" not in E.changes_of(before, CONFIG)
     assert f"layers.{MOE}.experts.out" not in E.changes_of([E.SkipLayer(MOE)], CONFIG)

@@ -140,7 +140,8 @@ def edited(
                 "edits of a router in one list, or put that block inside this one"
             )
     run = Run(model, read_sources(model, edits, sources or {}))
-    with ruled(model, edits), intervene(model, bound(changes, run)):
+    waiting = bound(_left_out(edits, changes, model.config), run, waits=True)
+    with ruled(model, edits), intervene(model, bound(changes, run) | waiting):
         yield
 
 
@@ -189,10 +190,7 @@ def _check_kinds(edits: Sequence[Edit]) -> None:
 
 def changes_of(edits: Sequence[Edit], config: Llama4Config) -> dict[str, list[Change]]:
     """Return what happens at which points, in the order given."""
-    found: dict[str, list[Change]] = {}
-    for edit in edits:
-        for point, change in edit.changes(config).items():
-            found.setdefault(point, []).append(change)
+    found = _all_changes(edits, config)
     for layer in {edit.layer for edit in edits if isinstance(edit, SkipLayer)}:
         inside = [f"layers.{layer}.{name}" for name in INSIDE]
         along = [change for point in inside for change in found.get(point, [])]
@@ -204,10 +202,29 @@ def changes_of(edits: Sequence[Edit], config: Llama4Config) -> dict[str, list[Ch
     return {point: in_order(along) for point, along in found.items()}
 
 
-def bound(changes: Mapping[str, list[Change]], run: Run) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return one function of a value for each point."""
+def _all_changes(edits: Sequence[Edit], config: Llama4Config) -> dict[str, list[Change]]:
+    found: dict[str, list[Change]] = {}
+    for edit in edits:
+        for point, change in edit.changes(config).items():
+            found.setdefault(point, []).append(change)
+    return found
 
-    return {point: _Bound(along, run) for point, along in changes.items()}
+
+def _left_out(
+    edits: Sequence[Edit], changes: Mapping[str, list[Change]], config: Llama4Config
+) -> dict[str, list[Change]]:
+    """Return what `changes_of` spares, which is needed where a block inside changes the same."""
+    return {
+        point: along for point, along in _all_changes(edits, config).items() if point not in changes
+    }
+
+
+def bound(
+    changes: Mapping[str, list[Change]], run: Run, waits: bool = False
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return one function of a value for each point; one that `waits` asks for no value itself."""
+
+    return {point: _Bound(along, run, waits) for point, along in changes.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +233,7 @@ class _Bound:
 
     along: Sequence[Change]
     run: Run
+    waits: bool = False
 
     def __call__(self, value: Tensor) -> Tensor:
         for each in self.along:
