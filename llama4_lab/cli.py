@@ -11,7 +11,7 @@ from llama4_lab.packed import KINDS
 from llama4_lab.plan import PRECISIONS
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_CONFIGS = "scout, maverick, behemoth, a shipped model's name, or a folder"
+_CONFIGS = "scout, maverick, behemoth, a shipped model's name, a folder, or a file of GGUF"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         # `head` has read enough; what Python still flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, ArithmeticError, OSError, RuntimeError) as error:
+    except (ValueError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
         print(f"llama4-lab: {error}", file=sys.stderr)
         return 1
     return 0
@@ -102,7 +102,7 @@ def _train(sub: argparse.ArgumentParser) -> None:
 
 
 def _card(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="a shipped model's name, or a folder")
+    sub.add_argument("model", help="a shipped model's name, a folder, or a file of GGUF")
     sub.add_argument("--corpus", type=Path, help="held-out texts of a corpus, not the shipped ones")
     sub.add_argument("--json", type=_new_file, help="also write the figures to this file")
     sub.add_argument(
@@ -113,7 +113,9 @@ def _card(sub: argparse.ArgumentParser) -> None:
 
 
 def _convert(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", help="a shipped model's name, or a folder of either format")
+    sub.add_argument(
+        "source", help="a shipped model's name, a folder of either format, or a file of GGUF"
+    )
     sub.add_argument("target", type=Path, help="the folder to write")
     sub.add_argument(
         "--quantize",
@@ -165,7 +167,7 @@ def _bench(sub: argparse.ArgumentParser) -> None:
 
 
 def _trace(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="a shipped model's name, or a folder")
+    sub.add_argument("model", help="a shipped model's name, a folder, or a file of GGUF")
     sub.add_argument("text", help="what the model reads; - takes it from the standard input")
     about = "a picture that the text is a question about; may be given several times"
     sub.add_argument("--image", type=Path, action="append", default=[], help=about)

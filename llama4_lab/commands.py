@@ -309,10 +309,11 @@ def _config(name: str) -> l4.Llama4Config:
 def _described(name: str) -> tuple[l4.Llama4Config, str | None]:
     """Return the config of a preset, a shipped model or a folder, and how it is packed."""
     from llama4_lab.checkpoint.files import describing, read_json
+    from llama4_lab.checkpoint.gguf import GgufFile
     from llama4_lab.checkpoint.huggingface import CONFIG
     from llama4_lab.checkpoint.meta import PARAMS
     from llama4_lab.checkpoint.params import config_from_params
-    from llama4_lab.checkpoint.shipped import find
+    from llama4_lab.checkpoint.shipped import GGUF, find
 
     presets = {"scout": l4.SCOUT, "maverick": l4.MAVERICK, "behemoth": l4.BEHEMOTH_ESTIMATE}
     if name.lower() in presets:
@@ -321,6 +322,8 @@ def _described(name: str) -> tuple[l4.Llama4Config, str | None]:
         folder = find(name)
     except ValueError as error:
         raise ValueError(f"{error}; or {', '.join(presets)}") from None
+    if folder.suffix == GGUF and folder.is_file():
+        return GgufFile.open(folder).config, None
     file, read = folder / CONFIG, l4.Llama4Config.from_dict
     if not file.is_file():
         file, read = folder / PARAMS, config_from_params

@@ -436,7 +436,9 @@ def test_an_unknown_name_is_answered_with_the_closest_shipped_one(monkeypatch):
 def test_a_file_is_no_folder(good):
     with pytest.raises(NotADirectoryError) as caught:
         load(good / "single/config.json")
-    sentence = f"{good}/single/config.json is a file: give the folder of the checkpoint"
+    sentence = (
+        f"{good}/single/config.json is a file: give the folder of the checkpoint, or a file of GGUF"
+    )
     assert str(caught.value) == sentence
 
 

@@ -129,10 +129,13 @@ def test_a_notebook_without_ipyparallel_is_told_what_it_needs(monkeypatch):
     )
 
 
-def test_a_checkpoint_of_metas_format_is_sent_to_convert(tmp_path):
+@pytest.mark.parametrize("name", ["folder", "model.gguf"])
+def test_a_checkpoint_of_another_format_is_sent_to_convert(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model.gguf").touch()
     with pytest.raises(ValueError) as error:
-        parallel.load(tmp_path, DeviceMesh.__new__(DeviceMesh))
+        parallel.load(tmp_path / name, DeviceMesh.__new__(DeviceMesh))
     assert str(error.value) == (
-        f"{tmp_path} lacks config.json: ranks read Hugging Face's format only; a checkpoint of "
-        "Meta's is converted with `llama4-lab convert`"
+        f"{tmp_path / name} lacks config.json: ranks read Hugging Face's format only; a checkpoint "
+        "of Meta's or a file of GGUF is converted with `llama4-lab convert`"
     )

@@ -1,6 +1,7 @@
 """Files in and out: `load`, `save` and `convert`.
 
-Read `llama4_lab.checkpoint.huggingface` and `.meta` for the formats, `.files` for the checks.
+Read `llama4_lab.checkpoint.huggingface`, `.meta` and `.gguf` for the formats, `.files` for the
+checks.
 """
 
 import shlex
@@ -11,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama4_lab.checkpoint.converting import convert_folder
+from llama4_lab.checkpoint.converting import Folder, convert_folder
 from llama4_lab.checkpoint.files import DTYPES
+from llama4_lab.checkpoint.gguf import GgufFile
 from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder
 from llama4_lab.checkpoint.mapping import leave_experts
 from llama4_lab.checkpoint.meta import PARAMS, MetaFolder
 from llama4_lab.checkpoint.quantised import Quantisation, declare, packable, read_packed
 from llama4_lab.checkpoint.saving import check_shard_bytes, save
-from llama4_lab.checkpoint.shipped import MODELS, find
-from llama4_lab.config import Llama4Config
+from llama4_lab.checkpoint.shipped import GGUF, MODELS, find
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Tokenizer, build_prompt
 from llama4_lab.prompt.images import check_max_tiles
@@ -38,7 +39,7 @@ def load(
     text_only: bool = False,
     max_tiles: int = 16,
 ) -> Llama4:
-    """Load a shipped model by name, or a checkpoint from a Hugging Face or Meta folder.
+    """Load a shipped model by name, or a checkpoint: a Hugging Face or Meta folder, a file of GGUF.
 
     Config, tokenizer, and the names, shapes and dtypes of all tensors are checked before memory is
     taken. Files are mapped, and a tensor is copied at most once, so that the peak is the weights
@@ -47,14 +48,16 @@ def load(
     (`save` does not; it replaces them). Of a folder that `convert` wrote these are all.
 
     Args:
-        dtype: None keeps the files' dtype, and means float32 for a shipped model: they are small,
-            and most CPUs are faster and exacter in it than in the bfloat16 of their files.
+        dtype: None keeps the files' dtype, which is bfloat16 where GGUF has few bits, and means
+            float32 for a shipped model: they are small, and most CPUs are faster and exacter in it
+            than in the bfloat16 of their files.
         quantize: "int8", "int4" or "fp8" packs the weights of the text decoder's linear layers
             (attention, experts, MLPs, lm_head unless it is tied) while they are read, one matrix in
             memory at a time; `llama4_lab.packed` says how. Routers decide by small differences and
             norms are small, embeddings are looked up and not multiplied with, and the vision
             encoder has 1% of the weights: these stay. None takes the weights as the folder has
-            them, in few bits if they were saved so; those of compressed-tensors become plain.
+            them, in few bits if they were saved so; those of compressed-tensors and GGUF become
+            plain.
         experts: "mmap" leaves the routed experts in the files, quantised or not. One is read when a
             token asks for it, once in a forward pass for all its tokens: a batch of prompts, or the
             variants that `Replay` runs together. The readable backend computes with them.
@@ -65,6 +68,7 @@ def load(
 
     Raises:
         FileNotFoundError, NotADirectoryError: no such folder, or a file that it needs is missing.
+        ImportError: GGUF needs the package ``gguf``.
         TypeError: neither a name nor a folder.
         ValueError: unknown model, or a file that is broken, foreign or contradicts the config; a
             `quantize` that does not exist, or not the one of a quantised folder; a `max_tiles`
@@ -76,7 +80,7 @@ def load(
     if dtype is None and folder.parent == MODELS:
         dtype = torch.float32
     source = _open(folder, text_only)
-    tokenizer = _tokenizer(folder, source.config)
+    tokenizer = _tokenizer(source, folder)
     with torch.device("meta"):
         model = Llama4(source.config)
     if source.quantisation is not None:
@@ -87,7 +91,7 @@ def load(
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if experts is not None or memory_limit is not None:
         _check_experts(source, folder, experts, quantize, memory_limit)
-        assert isinstance(source, HuggingFaceFolder)
+        assert not isinstance(source, MetaFolder)
         left = leave_experts(model, source, memory_limit, device, dtype)
         stored = {name: tensor for name, tensor in stored.items() if name not in left}
     state: dict[str, Tensor] = {}
@@ -144,11 +148,11 @@ def convert(
         raise ValueError(f"{target} is what is converted: give another folder to write to")
     source = open_plain(folder, text_only)
     quantisation = None if quantize is None else Quantisation(quantize)
-    tokenizer = _tokenizer(folder, source.config)
+    tokenizer = _tokenizer(source, folder)
     convert_folder(source, tokenizer, target, quantisation, max_shard_bytes, dtype)
 
 
-def open_plain(folder: Path, text_only: bool = False) -> HuggingFaceFolder | MetaFolder:
+def open_plain(folder: Path, text_only: bool = False) -> Folder:
     """Open a folder whose weights can be written anew.
 
     Raises:
@@ -169,11 +173,15 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype {dtype} is not one for weights: give {allowed}, or None")
 
 
-def _open(folder: Path, text_only: bool) -> HuggingFaceFolder | MetaFolder:
+def _open(folder: Path, text_only: bool) -> Folder:
+    if folder.suffix == GGUF and folder.is_file():
+        return GgufFile.open(folder)
     if (folder / CONFIG).is_file():
         return HuggingFaceFolder.open(folder, text_only)
     if (folder / PARAMS).is_file():
         return MetaFolder.open(folder, text_only)
+    if found := sorted(folder.glob(f"*{GGUF}")):
+        raise FileNotFoundError(f"{folder} is a folder of GGUF files: give one, {found[0]}")
     raise FileNotFoundError(
         f"{folder} is not a checkpoint: it needs {CONFIG} (Hugging Face) or {PARAMS} (Meta)"
     )
@@ -188,7 +196,7 @@ def _check_kind(folder: Path, stored: str, asked: str | None) -> None:
 
 
 def _check_experts(
-    source: HuggingFaceFolder | MetaFolder,
+    source: Folder,
     folder: Path,
     experts: str | None,
     quantize: str | None,
@@ -214,12 +222,16 @@ def _check_experts(
         )
 
 
-def _tokenizer(folder: Path, config: Llama4Config) -> Tokenizer | None:
-    """Read the folder's tokenizer, if it has one, and check that its ids are the model's."""
+def _tokenizer(source: Folder, folder: Path) -> Tokenizer | None:
+    """Read the checkpoint's tokenizer, if it has one, and check that its ids are the model's."""
     try:
-        tokenizer = Tokenizer.from_folder(folder)
+        is_gguf = isinstance(source, GgufFile)
+        tokenizer = source.tokenizer if is_gguf else Tokenizer.from_folder(folder)
     except FileNotFoundError:
         return None
+    if tokenizer is None:
+        return None
+    config = source.config
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{tokenizer.file} has {tokenizer.vocab_size} tokens, but the model's vocab_size is "

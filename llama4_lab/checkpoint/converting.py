@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama4_lab.checkpoint.files import CODES, DTYPES
+from llama4_lab.checkpoint.gguf import GgufFile
 from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder, their_name
 from llama4_lab.checkpoint.meta import MetaFolder
 from llama4_lab.checkpoint.quantised import PLAIN, Quantisation, check_rows, of_packed, packable
@@ -34,7 +35,7 @@ from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Tokenizer
 
-Folder = HuggingFaceFolder | MetaFolder
+Folder = HuggingFaceFolder | MetaFolder | GgufFile
 _NAMES = {dtype: name for name, dtype in (DTYPES | CODES).items()}  # what safetensors calls them
 
 

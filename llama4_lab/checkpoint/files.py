@@ -10,12 +10,12 @@ import pickle
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,7 +125,7 @@ class PartReader:
     """
 
     def __init__(self, stored: Stored):
-        self.stored, self.file = stored, _Held.of(stored.file)
+        self.stored, self.file = stored, Held.of(stored.file)
         start = bytearray(8)
         self.file.fill(memoryview(start), 0)
         header_size = int.from_bytes(start, "little")
@@ -145,24 +145,28 @@ class PartReader:
         return PartReader, (self.stored,)  # other processes open the file again
 
 
-class _Held:
+class Held:
     """A file that is open as long as somebody reads from it, once for all of them."""
 
-    def __init__(self, file: io.FileIO):
+    def __init__(self, path: Path, file: io.FileIO):
+        self.path = path
         self.file = file
         self.lock = threading.Lock()
         weakref.finalize(self, file.close)
 
     @classmethod
-    def of(cls, path: Path) -> "_Held":
+    def of(cls, path: Path) -> "Held":
         file = io.FileIO(path)
         found = os.fstat(file.fileno())
         key = found.st_dev, found.st_ino  # no other file gets these while this one is open
         if (known := _HELD.get(key)) is not None:
             file.close()
             return known
-        held = _HELD[key] = cls(file)
+        held = _HELD[key] = cls(path, file)
         return held
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Held.of, (self.path,)  # other processes open the file again
 
     def fill(self, room: memoryview, start: int) -> None:
         """Read as many bytes as there is room for.
@@ -183,7 +187,7 @@ class _Held:
         return self.file.readinto(room) or 0
 
 
-_HELD: weakref.WeakValueDictionary[tuple[int, int], _Held] = weakref.WeakValueDictionary()
+_HELD: weakref.WeakValueDictionary[tuple[int, int], Held] = weakref.WeakValueDictionary()
 
 
 def _why_unreadable(path: Path, error: SafetensorError) -> str:
@@ -334,3 +338,32 @@ def fill(target: Tensor, source: Tensor) -> None:
             fill(to, matrix)
     else:
         target.copy_(source.to(target.device))  # moved as it lies, transposed where it arrives
+
+
+# ---- weights that are made from several pieces
+
+
+@runtime_checkable
+class Part(Protocol):
+    """Some rows of a weight, which are made when they are read."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        ...
+
+    def read(self) -> Tensor: ...
+
+
+def fill_rows(target: Tensor, pieces: Iterable[Tensor]) -> None:
+    """Copy pieces that follow each other along the rows of a weight, or of a stack."""
+    rows, start = target.view(-1, target.shape[-1]), 0
+    for piece in pieces:
+        fill(rows[start : start + len(piece)], piece)
+        start += len(piece)
+
+
+def joined(parts: Sequence[Part], count: int, index: int) -> tuple[Tensor, int]:
+    """Return an expert that is made from `count` parts, and the bytes that were read."""
+    own = parts[index * count : (index + 1) * count]
+    return torch.cat([part.read() for part in own]), sum(part.nbytes for part in own)

@@ -25,7 +25,9 @@ from llama4_lab.checkpoint.files import (
     check_one_dtype,
     describing,
     fill,
+    fill_rows,
     first_of,
+    joined,
     list_safetensors,
     map_tensor,
     read_json,
@@ -203,9 +205,7 @@ class HuggingFaceFolder:
                     yield name, target
         for name in self.parts.keys() & shapes.keys():
             target = torch.empty(shapes[name], dtype=dtype, device=device)
-            rows = target.flatten(0, -2).chunk(len(self.parts[name]))
-            for into, part in zip(rows, self.parts[name], strict=True):
-                fill(into, part.read())
+            fill_rows(target, self.pieces(name, shapes))
             yield name, target
 
     @property
@@ -250,7 +250,7 @@ class HuggingFaceFolder:
     ) -> Mapped:
         """Return a stack of experts that stays in its file, as it lies there or packed."""
         if parts := self.parts.get(name):
-            expert = partial(_joined, parts, len(parts) // shape[0])
+            expert = partial(joined, parts, len(parts) // shape[0])
         elif self.quantisation is None:
             expert = partial(_plain, PartReader(self.tensors[name]), self.is_transposed(name))
         else:
@@ -273,11 +273,6 @@ def _plain(read: PartReader, is_transposed: bool, index: int) -> tuple[Tensor, i
 def _packed(kind: str, codes: PartReader, scales: PartReader, index: int) -> tuple[Packed, int]:
     packed = Packed(kind, codes(index), scales(index))
     return packed, packed.nbytes
-
-
-def _joined(parts: list[compressed.Part], count: int, index: int) -> tuple[Tensor, int]:
-    own = parts[index * count : (index + 1) * count]
-    return torch.cat([part.read() for part in own]), sum(part.nbytes for part in own)
 
 
 def _has_own_head(tensors: Mapping[str, Stored]) -> bool:

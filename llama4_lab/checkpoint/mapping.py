@@ -2,6 +2,7 @@
 
 import torch
 
+from llama4_lab.checkpoint.gguf import GgufFile
 from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
 from llama4_lab.checkpoint.quantised import OF_PACKED
 from llama4_lab.experts.mapped import ExpertMemory
@@ -11,7 +12,7 @@ from llama4_lab.model.text import Experts
 
 def leave_experts(
     model: Llama4,
-    source: HuggingFaceFolder,
+    source: HuggingFaceFolder | GgufFile,
     memory_limit: int | None,
     device: torch.device,
     dtype: torch.dtype | None,

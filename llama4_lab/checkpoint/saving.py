@@ -273,6 +273,9 @@ def copy_companions(tokenizer: Tokenizer | None, folder: Path) -> None:
     """Copy the tokenizer's file and what lies beside it for other programs."""
     if tokenizer is None:
         return
+    if tokenizer.text is not None:
+        (folder / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
+        return
     file = tokenizer.file
     beside = [file.with_name(name) for name in _COMPANIONS if name != file.name]
     for companion in (file, *(path for path in beside if path.is_file())):

@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 
 MODELS = Path(__file__).parents[1] / "models"
+GGUF = ".gguf"
 
 
 def names() -> list[str]:
@@ -14,6 +15,8 @@ def names() -> list[str]:
 
 def find(name_or_folder: str | Path) -> Path:
     """Return a shipped model's folder, or else the folder itself; ``./mini`` is never shipped.
+
+    A file of GGUF stands for itself.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: there is no such folder or model.
@@ -25,10 +28,12 @@ def find(name_or_folder: str | Path) -> Path:
     if name_or_folder in known:
         return MODELS / name_or_folder
     folder = Path(name_or_folder).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == GGUF):
         return folder.absolute()  # what stays in files is there wherever the process goes
     if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file: give the folder of the checkpoint")
+        raise NotADirectoryError(
+            f"{folder} is a file: give the folder of the checkpoint, or a file of GGUF"
+        )
     shipped = ", ".join(known) or "none"
     if isinstance(name_or_folder, Path) or len(folder.parts) > 1:
         raise FileNotFoundError(

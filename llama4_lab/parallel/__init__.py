@@ -124,14 +124,15 @@ def load(
     that of `parallelise`, the other options are those of `llama4_lab.load`.
 
     Raises:
-        ValueError: as `parallelise`; or a checkpoint of Meta's format, whose files are cut already.
+        ValueError: as `parallelise`; or a checkpoint of Meta's format, whose files are cut
+            already, or of GGUF.
         FileNotFoundError, NotADirectoryError, ValueError: as `llama4_lab.load`.
     """
     folder = find(name_or_folder)
-    if folder.is_dir() and not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file():
         raise ValueError(
             f"{folder} lacks {CONFIG}: ranks read Hugging Face's format only; a checkpoint of "
-            "Meta's is converted with `llama4-lab convert`"
+            "Meta's or a file of GGUF is converted with `llama4-lab convert`"
         )
     model = checkpoint.load(
         name_or_folder, device="meta", dtype=dtype, text_only=text_only, max_tiles=max_tiles

@@ -54,12 +54,13 @@ class Tokenizer:
         ValueError: Llama 4's text tokens are not among the special ones.
     """
 
-    file: Path  # that it was read from; a saved model carries a copy
+    file: Path  # that it was read from
     vocab_size: int
     special: dict[str, int] = field(repr=False)
     encode_plain: Callable[[str], list[int]] = field(repr=False)
     plain_bytes: Callable[[int], bytes] = field(repr=False)
     unused: range = range(0)  # ids behind the last one, of embeddings that no text has
+    text: str | None = field(default=None, repr=False)  # tokenizer.json, if that is no file yet
 
     def __post_init__(self) -> None:
         if missing := [name for name in REQUIRED if self._name_here(name) is None]:
@@ -70,6 +71,8 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let other processes read the file again."""
+        if self.text is not None:
+            return Tokenizer.from_text, (self.text, self.file), {"unused": self.unused}
         if self.file.suffix == ".json":
             return Tokenizer.from_json, (self.file,), {"unused": self.unused}
         ranks = self.vocab_size - len(self.special)
@@ -97,12 +100,20 @@ class Tokenizer:
     @classmethod
     def from_json(cls, path: str | Path) -> "Tokenizer":
         """Read a ``tokenizer.json`` of the tokenizers library."""
+        return cls._from_json(Path(path), None)
+
+    @classmethod
+    def from_text(cls, text: str, path: Path) -> "Tokenizer":
+        """Take the text of a ``tokenizer.json`` that was made from another file."""
+        return cls._from_json(path, text)
+
+    @classmethod
+    def _from_json(cls, path: Path, text: str | None) -> "Tokenizer":
         from tokenizers import AddedToken, models
         from tokenizers import Tokenizer as Engine
 
-        path = Path(path)
         try:
-            engine = Engine.from_file(str(path))
+            engine = Engine.from_file(str(path)) if text is None else Engine.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise _unreadable(path, str(error)) from error
         engine.no_padding()
@@ -130,7 +141,7 @@ class Tokenizer:
             return token.encode() if idx in added else bytes(byte_of[char] for char in token)
 
         vocab_size = max([engine.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
-        return cls(path, vocab_size, special, encode_plain, plain_bytes)
+        return cls(path, vocab_size, special, encode_plain, plain_bytes, text=text)
 
     @classmethod
     def from_ranks(cls, path: str | Path, num_ranks: int = NUM_RANKS) -> "Tokenizer":
@@ -158,6 +169,11 @@ class Tokenizer:
 
         vocab_size = num_ranks + len(special)
         return cls(path, vocab_size, special, encode_plain, encoding.decode_single_token_bytes)
+
+    @property
+    def content(self) -> bytes:
+        """What tells it from others: the bytes of its file."""
+        return self.file.read_bytes() if self.text is None else self.text.encode()
 
     @property
     def bos_id(self) -> int:
