@@ -1,7 +1,7 @@
 """Write a transformers model as llama.cpp's converter does, and give the model it then is.
 
-Spelled out from ``conversion/llama.py`` of llama.cpp, so that it shares nothing with the reader
-that it tests.
+Spelled out from ``conversion/llama.py`` and ``conversion/llama4.py`` of llama.cpp, so that it
+shares nothing with the reader that it tests.
 """
 
 import json
@@ -33,6 +33,23 @@ NAMES = {
     "feed_forward.experts.gate_proj": "ffn_gate_exps",
     "feed_forward.experts.up_proj": "ffn_up_exps",
     "feed_forward.experts.down_proj": "ffn_down_exps",
+}
+VISION = {
+    "vision_model.class_embedding": "v.class_embd",
+    "vision_model.positional_embedding_vlm": "v.position_embd.weight",
+    "vision_model.patch_embedding.linear": "v.patch_embd",
+    "vision_model.layernorm_pre": "v.pre_ln",
+    "vision_model.layernorm_post": "v.post_ln",
+    "vision_model.vision_adapter.mlp.fc1": "mm.model.mlp.1",
+    "vision_model.vision_adapter.mlp.fc2": "mm.model.mlp.2",
+    "multi_modal_projector.linear_1": "mm.model.fc",
+    "input_layernorm": "ln1",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_out",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
 }
 
 
@@ -74,6 +91,44 @@ def write_gguf(
     model.load_state_dict(state)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+    _finish(writer)
+
+
+def write_mmproj(model: torch.nn.Module, path: Path, norm: str = "ln2") -> None:
+    """Write the vision encoder and projector of a ``Llama4ForConditionalGeneration`` in float32.
+
+    Converters have called the norm before the MLP ``ln2`` and ``attn_post_norm``.
+    """
+    config = model.config.vision_config
+    writer = GGUFWriter(path, "clip")
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("llama4")
+    writer.add_vision_projection_dim(model.config.text_config.hidden_size)
+    writer.add_vision_image_size(config.image_size)
+    writer.add_vision_patch_size(config.patch_size)
+    writer.add_vision_embedding_length(config.hidden_size)
+    writer.add_vision_feed_forward_length(config.intermediate_size)
+    writer.add_vision_block_count(config.num_hidden_layers)
+    writer.add_vision_head_count(config.num_attention_heads)
+    writer.add_vision_projector_scale_factor(int(1 / config.pixel_shuffle_ratio))
+    names = VISION | {"post_attention_layernorm": norm}
+    for name, weight in model.state_dict().items():
+        name = name.removeprefix("model.")
+        if not name.startswith(("vision_model", "multi_modal_projector")):
+            continue
+        base, _, kind = name.rpartition(".")
+        if name in names:
+            theirs = names[name]
+        elif base in names:
+            theirs = f"{names[base]}.{kind}"
+        else:
+            _, _, _, layer, part = base.split(".", 4)
+            theirs = f"v.blk.{layer}.{names[part]}.{kind}"
+        writer.add_tensor(theirs, weight.numpy())
+    _finish(writer)
+
+
+def _finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 from gguf import GGUFWriter
-from gguf_file import write_gguf
-from parity import pair, text_config
+from gguf_file import write_gguf, write_mmproj
+from parity import VISION, pair, text_config
 from small_tokenizer import small_tokenizer
 
 import llama4_lab as l4
@@ -174,6 +174,55 @@ def test_parts_of_a_model_are_one(tmp_path):
     parts[1].unlink()
     with pytest.raises(FileNotFoundError, match=rf"is one of {len(parts)} parts: {parts[1].name}"):
         l4.load(parts[0])
+
+
+@pytest.fixture
+def with_vision(tmp_path):
+    """Return transformers' model and the file of its text, beside which its encoder lies."""
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}  # as in llama.cpp
+    theirs, _ = pair(TEXT, VISION | rope)
+    theirs.eval()
+    small_tokenizer(tmp_path)
+    path = tmp_path / "m.gguf"
+    text = pair(TEXT)[0]
+    text.load_state_dict(theirs.language_model.state_dict())
+    write_gguf(text, path, "F32", tokenizer=tmp_path / "tokenizer.json")
+    write_mmproj(theirs, tmp_path / "mmproj-F32.gguf")
+    return theirs, path
+
+
+@torch.no_grad()
+def test_pictures_are_read_by_the_encoder_beside(with_vision):
+    theirs, path = with_vision
+    model, image = l4.load(path), torch.randint(0, 255, (30, 24, 3), dtype=torch.uint8).numpy()
+    theirs.config.image_token_id = theirs.config.image_token_index = model.config.image_token_index
+    content = [{"type": "image"}, {"type": "text", "text": "the colour"}]
+    prompt = model.prompt([{"role": "user", "content": content}], images=[image])
+    assert model.config.image_token_index == model.tokenizer.patch_id
+    expected = theirs(input_ids=prompt.input_ids, pixel_values=prompt.pixel_values).logits
+    torch.testing.assert_close(model(**prompt), expected, atol=1e-5, rtol=0)
+    moved = model(input_ids=prompt.input_ids, pixel_values=prompt.pixel_values + 1)
+    assert not torch.allclose(moved, expected, atol=1e-2)
+    l4.convert(path, path.with_name("ours"))
+    torch.testing.assert_close(
+        l4.load(path.with_name("ours"))(**prompt), expected, atol=1e-5, rtol=0
+    )
+
+
+@torch.no_grad()
+def test_which_encoder_is_read_is_clear(with_vision):
+    theirs, path = with_vision
+    vision = l4.load(path).config.vision_config
+    assert vision is not None and l4.load(path, text_only=True).config.vision_config is None
+    # One of another width, as of another model in the folder, is none of this one.
+    other, _ = pair(TEXT | {"hidden_size": 32}, VISION)
+    write_mmproj(other, path.with_name("mmproj-other.gguf"))
+    assert l4.load(path).config.vision_config == vision
+    write_mmproj(theirs, path.with_name("mmproj-F16.gguf"), norm="attn_post_norm")
+    with pytest.warns(UserWarning, match=r"mmproj-F16.gguf, mmproj-F32.gguf beside .*m.gguf hold"):
+        assert l4.load(path).config.vision_config is None
+    path.with_name("mmproj-F32.gguf").unlink()
+    assert l4.load(path).config.vision_config == vision
 
 
 def test_the_tokenizer_is_that_of_the_file(file, folder):

@@ -175,7 +175,7 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 
 def _open(folder: Path, text_only: bool) -> Folder:
     if folder.suffix == GGUF and folder.is_file():
-        return GgufFile.open(folder)
+        return GgufFile.open(folder, text_only)
     if (folder / CONFIG).is_file():
         return HuggingFaceFolder.open(folder, text_only)
     if (folder / PARAMS).is_file():

@@ -1,13 +1,14 @@
 """GGUF files of llama.cpp, whose numbers of few bits are read as plain weights.
 
-The text decoder is read, from one file or from its parts (``…-00001-of-00002.gguf``); llama.cpp
-keeps the vision encoder in a file of its own, which is not. The package ``gguf`` of that project
-reads the headers and turns the codes back into numbers; names and rules follow its
-``conversion/llama.py`` and ``src/models/llama4.cpp``.
+The text decoder is in one file or in parts (``…-00001-of-00002.gguf``), the vision encoder in
+another, ``mmproj….gguf``, that lies beside. The package ``gguf`` of that project reads the headers
+and turns the codes back into numbers; names and rules follow its ``conversion/llama.py``,
+``conversion/llama4.py`` and ``src/models/llama4.cpp``.
 """
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,7 +29,7 @@ from llama4_lab.checkpoint.files import (
     fill_rows,
     joined,
 )
-from llama4_lab.config import Llama4Config, RopeScaling
+from llama4_lab.config import Llama4Config, RopeScaling, VisionConfig
 from llama4_lab.experts.mapped import ExpertMemory, Mapped
 from llama4_lab.model.text import rope_frequencies
 from llama4_lab.prompt.tokenizer import PATTERN, Tokenizer
@@ -61,6 +62,27 @@ _OF_LAYER = {
     "feed_forward.shared_expert.up_proj.weight": ("ffn_up_shexp",),
     "feed_forward.shared_expert.down_proj.weight": ("ffn_down_shexp",),
 }
+_VISION = {
+    "vision_model.class_embedding": "v.class_embd",
+    "vision_model.positional_embedding_vlm": "v.position_embd.weight",
+    "vision_model.patch_embedding.linear": "v.patch_embd",
+    "vision_model.layernorm_pre": "v.pre_ln",
+    "vision_model.layernorm_post": "v.post_ln",
+    "vision_model.vision_adapter.mlp.fc1": "mm.model.mlp.1",
+    "vision_model.vision_adapter.mlp.fc2": "mm.model.mlp.2",
+    "multi_modal_projector.linear_1": "mm.model.fc",
+}
+_OF_VISION_LAYER = {
+    "input_layernorm": "ln1",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_out",
+    "post_attention_layernorm": "ln2",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+_OF_PICTURES = ("v.", "mm.")
 
 
 def their_names(name: str) -> tuple[str, ...]:
@@ -71,6 +93,14 @@ def their_names(name: str) -> tuple[str, ...]:
     """
     if name in _WHOLE:
         return tuple(f"{theirs}.weight" for theirs in _WHOLE[name])
+    if name in _VISION:
+        return (_VISION[name],)
+    base, kind = name.rsplit(".", 1)
+    if base in _VISION:
+        return (f"{_VISION[base]}.{kind}",)
+    if base.startswith("vision_model.model.layers."):
+        _, _, _, layer, part = base.split(".", 4)
+        return (f"v.blk.{layer}.{_OF_VISION_LAYER[part]}.{kind}",)
     _, layer, part = name.split(".", 2)
     return tuple(f"blk.{layer}.{theirs}.weight" for theirs in _OF_LAYER[part])
 
@@ -125,16 +155,43 @@ class GgufFile:
     quantisation: None = None  # all weights are plain when they are read
 
     @classmethod
-    def open(cls, path: Path) -> "GgufFile":
-        """Read the headers.
+    def open(cls, path: Path, text_only: bool = False) -> "GgufFile":
+        """Read the headers, also those of a vision encoder beside it, unless `text_only`.
+
+        Warns where there is more than one: none is read then.
 
         Raises:
             FileNotFoundError: a part is missing.
             ImportError: the package gguf is.
             ValueError: no GGUF file of a Llama 4, or one whose numbers that package cannot read.
         """
-        files = _parts(path)
-        return _opened(path, tuple((file, file.stat().st_mtime_ns) for file in files))
+        fields: dict[str, Any] = {}
+        tensors: dict[str, GgufTensor] = {}
+        for file in _parts(path):
+            said, held = _header(file)
+            fields = said | fields  # the first part describes the model
+            tensors |= held
+        if (found := fields.get("general.architecture")) != _ARCHITECTURE:
+            raise ValueError(f"{path} holds a model of the kind {found!r}, and only llama4 is read")
+        fitting = [] if text_only else _beside(path, fields.get("llama4.embedding_length"))
+        if len(fitting) == 1:
+            said, held = _header(fitting[0])
+            fields, tensors = said | fields, tensors | held
+        elif fitting:
+            warnings.warn(
+                f"{', '.join(file.name for file in fitting)} beside {path} hold vision encoders: "
+                "only the text model is read; leave one of them there, or say text_only=True",
+                stacklevel=4,  # where `load` or `convert` was called
+            )
+        for kind in {tensor.kind for tensor in tensors.values()}:
+            _check_readable(path, kind)
+        factors = tensors.pop("rope_freqs.weight", None)
+        with describing(path):
+            config = _config(fields, tensors, factors)
+            tokenizer = _tokenizer(path, fields)
+        if tokenizer is not None:
+            config = config.replace(**_special(tokenizer, config.vision_config is not None))
+        return cls(config, path, MappingProxyType(tensors), tokenizer)
 
     def check(self, ours: Mapping[str, Tensor]) -> None:
         """Compare the headers with our tensors' shapes.
@@ -202,7 +259,7 @@ class GgufFile:
         kinds = {
             tensor.kind
             for name, tensor in self.tensors.items()
-            if len(tensor.shape) > 1 and "ffn_gate_inp" not in name
+            if len(tensor.shape) > 1 and not ("ffn_gate_inp" in name or _is_of_pictures(name))
         }
         return _PLAIN.get(kinds.pop(), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16
 
@@ -220,37 +277,24 @@ def _parts(path: Path) -> list[Path]:
     return files
 
 
-@lru_cache(maxsize=1)  # the package takes seconds to read a vocabulary
-def _opened(path: Path, files: tuple[tuple[Path, int], ...]) -> GgufFile:
-    tensors: dict[str, GgufTensor] = {}
-    fields: dict[str, Any] = {}
-    for file, _ in files:
-        reader = _reader(file)
-        # The first part comes first; only it has what describes the model.
-        fields = {name: field.contents for name, field in reader.fields.items()} | fields
-        held = Held.of(file)
-        for each in reader.tensors:
-            shape = tuple(reversed(each.shape.tolist()))
-            found = GgufTensor(held, each.data_offset, each.n_bytes, shape, each.tensor_type.name)
-            tensors[each.name] = found
-    if (found := fields["general.architecture"]()) != _ARCHITECTURE:
-        raise ValueError(f"{path} holds a model of the kind {found!r}, and only llama4 is read")
-    for kind in {tensor.kind for tensor in tensors.values()}:
-        _check_readable(path, kind)
-    factors = tensors.pop("rope_freqs.weight", None)
-    with describing(path):
-        config = _config(fields, tensors, factors)
-        tokenizer = _tokenizer(path, fields)
-    if tokenizer is not None:
-        config = config.replace(
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tuple(sorted({*tokenizer.stop_ids})),
-            pad_token_id=tokenizer.pad_id,
-        )
-    return GgufFile(config, path, MappingProxyType(tensors), tokenizer)
+def _beside(path: Path, width: int | None) -> list[Path]:
+    """Return the files in the same folder that hold a vision encoder for a text of this width."""
+    wanted = {"clip.projector_type": _ARCHITECTURE, "clip.vision.projection_dim": width}
+    found = sorted(file for file in path.parent.glob("*mmproj*.gguf") if file != path)
+    return [file for file in found if wanted.items() <= _header(file)[0].items()]
 
 
-def _reader(file: Path) -> Any:
+def _is_of_pictures(name: str) -> bool:
+    return name.startswith(_OF_PICTURES)
+
+
+def _header(file: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """Return what a file says, and the tensors that it holds."""
+    return _read_header(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)  # the package takes seconds to read a vocabulary
+def _read_header(file: Path, _changed: int) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -265,7 +309,14 @@ def _reader(file: Path) -> Any:
         ) from error
     if reader.byte_order != "I":
         raise ValueError(f"{file} was written for machines of another byte order")
-    return reader
+    held, tensors = Held.of(file), {}
+    for each in reader.tensors:
+        # Newer converters give the norm before the MLP of a vision encoder another name.
+        name = each.name.replace(".attn_post_norm.", ".ln2.")
+        shape = tuple(reversed(each.shape.tolist()))
+        kind = each.tensor_type.name
+        tensors[name] = GgufTensor(held, int(each.data_offset), int(each.n_bytes), shape, kind)
+    return {name: field.contents() for name, field in reader.fields.items()}, tensors
 
 
 def _check_readable(path: Path, kind: str) -> None:
@@ -289,9 +340,9 @@ def _config(
     """Return what the metadata say, and what llama.cpp's code knows of all Llama 4."""
 
     def given(name: str) -> Any:
-        return fields[f"{_ARCHITECTURE}.{name}"]()
+        return fields[f"{_ARCHITECTURE}.{name}"]
 
-    num_experts = given("expert_count") if f"{_ARCHITECTURE}.expert_count" in fields else 0
+    num_experts = fields.get(f"{_ARCHITECTURE}.expert_count", 0)
     if not num_experts:
         raise ValueError("it has no experts: of dense models Hugging Face's folders are read")
     heads, hidden_size = given("attention.head_count"), given("embedding_length")
@@ -312,8 +363,47 @@ def _config(
         rope_theta=_short(given("rope.freq_base")),
         max_position_embeddings=given("context_length"),
         tie_word_embeddings="output.weight" not in tensors,
+        vision_config=_vision_config(fields, tensors),
     )
     return config if factors is None else config.replace(rope_scaling=_scaling(config, factors))
+
+
+def _vision_config(
+    fields: Mapping[str, Any], tensors: Mapping[str, GgufTensor]
+) -> VisionConfig | None:
+    if "clip.projector_type" not in fields:
+        return None
+
+    def given(name: str) -> Any:
+        return fields[f"clip.vision.{name}"]
+
+    width = tensors["mm.model.fc.weight"].shape[1]
+    return VisionConfig(
+        hidden_size=given("embedding_length"),
+        num_hidden_layers=given("block_count"),
+        num_attention_heads=given("attention.head_count"),
+        intermediate_size=given("feed_forward_length"),
+        image_size=given("image_size"),
+        patch_size=given("patch_size"),
+        pixel_shuffle_ratio=1 / given("projector.scale_factor"),
+        projector_input_dim=width,
+        projector_output_dim=width,
+        vision_output_dim=width,
+    )
+
+
+def _special(tokenizer: Tokenizer, has_vision: bool) -> dict[str, Any]:
+    """Return the ids that a config names."""
+    found: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tuple(sorted({*tokenizer.stop_ids})),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    if has_vision:
+        found["boi_token_index"] = tokenizer.id_of("<|image_start|>")
+        found["eoi_token_index"] = tokenizer.id_of("<|image_end|>")
+        found["image_token_index"] = tokenizer.patch_id
+    return found
 
 
 def _short(number: float) -> float:
@@ -350,15 +440,15 @@ def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer | None:
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Engine
 
-    splitter = fields["tokenizer.ggml.pre"]()
+    splitter = fields["tokenizer.ggml.pre"]
     if splitter not in _SPLITTERS:
         raise ValueError(f"its tokenizer cuts texts as {splitter!r} does, and not as Llama 4")
-    names = fields["tokenizer.ggml.tokens"]()
-    kinds = fields["tokenizer.ggml.token_type"]()
+    names = fields["tokenizer.ggml.tokens"]
+    kinds = fields["tokenizer.ggml.token_type"]
     vocabulary = {
         n: i for i, (n, kind) in enumerate(zip(names, kinds, strict=True)) if kind != _UNUSED
     }
-    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]()]
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
     # Like tiktoken, it takes a word that is a token as it is.
     engine = Engine(models.BPE(vocabulary, merges, ignore_merges=True))
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
