@@ -17,6 +17,8 @@ from small_tokenizer import small_tokenizer
 import llama4_lab as l4
 from llama4_lab import cli
 from llama4_lab.checkpoint.gguf import GgufFile
+from llama4_lab.checkpoint.quantised import packable
+from llama4_lab.packed import Packed
 
 # What llama.cpp has no numbers for is as in its code: the chunk, NoPE layers and temperature.
 FIXED = {
@@ -142,6 +144,22 @@ def test_experts_stay_in_the_file(file, theirs):
     read = pickle.loads(pickle.dumps(model.layers[1].feed_forward.experts.gate_up_proj))
     assert torch.equal(read[3], model.layers[1].feed_forward.experts.gate_up_proj[3])
     same(copy.deepcopy(model)(IDS), theirs)
+
+
+@torch.no_grad()
+def test_the_rest_can_be_packed_while_experts_stay_in_the_file(file):
+    model = l4.load(file, experts="mmap", quantize="int8", dtype=torch.float32)
+    plain = l4.load(file, dtype=torch.float32)
+    experts = [name for name, _ in plain.named_parameters() if ".experts." in name]
+    for name, (module, part) in packable(plain).items():
+        mine = model.get_submodule(name.rpartition(".")[0])
+        weight, old = getattr(mine, part), getattr(module, part)
+        if name in experts:
+            assert torch.equal(torch.stack([weight[e] for e in range(5)]), old)
+        else:
+            assert isinstance(weight, Packed)
+            old.copy_(weight.unpack())
+    torch.testing.assert_close(model(IDS), plain(IDS), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])

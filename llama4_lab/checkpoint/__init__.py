@@ -18,7 +18,7 @@ from llama4_lab.checkpoint.gguf import GgufFile
 from llama4_lab.checkpoint.huggingface import CONFIG, HuggingFaceFolder
 from llama4_lab.checkpoint.mapping import leave_experts
 from llama4_lab.checkpoint.meta import PARAMS, MetaFolder
-from llama4_lab.checkpoint.quantised import Quantisation, declare, packable, read_packed
+from llama4_lab.checkpoint.quantised import Quantisation, declare, read_packed
 from llama4_lab.checkpoint.saving import check_shard_bytes, save
 from llama4_lab.checkpoint.shipped import GGUF, MODELS, find
 from llama4_lab.model import Llama4
@@ -60,7 +60,8 @@ def load(
             plain.
         experts: "mmap" leaves the routed experts in the files, quantised or not. One is read when a
             token asks for it, once in a forward pass for all its tokens: a batch of prompts, or the
-            variants that `Replay` runs together. The readable backend computes with them.
+            variants that `Replay` runs together. The readable backend computes with them. Those of
+            GGUF stay in its kinds of numbers whatever `quantize` says.
         memory_limit: bytes of such experts that stay in memory, those read last; None stands for
             those of two layers. ``model.expert_memory`` counts ``bytes_read`` and ``bytes_held``.
         text_only: leave the vision encoder out.
@@ -96,8 +97,8 @@ def load(
         stored = {name: tensor for name, tensor in stored.items() if name not in left}
     state: dict[str, Tensor] = {}
     if quantize is not None and source.quantisation is None:
-        chosen, packed = Quantisation(quantize), list(packable(model))
-        declare(model, chosen)
+        chosen = Quantisation(quantize)
+        packed = declare(model, chosen)
         state |= read_packed(source, shapes, packed, chosen, device)
         stored = {name: tensor for name, tensor in stored.items() if name not in packed}
     state |= source.read({name: shapes[name] for name in stored}, device, dtype)
@@ -210,7 +211,7 @@ def _check_experts(
     if memory_limit is not None and not (isinstance(memory_limit, int) and memory_limit >= 0):
         raise ValueError(f"memory_limit={memory_limit!r}: give bytes, a whole number from 0 up")
     command = f"llama4-lab convert {shlex.quote(str(folder))} TARGET"
-    if quantize is not None and source.quantisation is None:
+    if quantize is not None and source.quantisation is None and not isinstance(source, GgufFile):
         raise ValueError(
             f"{folder} is not quantised, and its experts cannot be both packed and left there: "
             f"run `{command} --quantize {quantize}`, and load TARGET"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llama4_lab.experts.mapped import Mapped
 from llama4_lab.model import Llama4
 from llama4_lab.model.text import Experts, Linear, Packable
 from llama4_lab.packed import GROUP, KINDS, Packed, empty, pack
@@ -106,15 +107,21 @@ def packable(model: Llama4) -> dict[str, tuple[Packable, str]]:
     return found
 
 
-def declare(model: Llama4, quantisation: Quantisation) -> None:
-    """Turn the weights of a model on the meta device into packed ones.
+def declare(model: Llama4, quantisation: Quantisation) -> list[str]:
+    """Turn the weights of a model on the meta device into packed ones; return their names.
+
+    Experts that stay in a file are left as they are.
 
     Raises:
         ValueError: rows that cannot be packed so.
     """
     check_rows(model, quantisation)
-    for module, name in packable(model).values():
-        module.put(name, quantisation.empty(tuple(getattr(module, name).shape), "meta"))
+    names = []
+    for name, (module, part) in packable(model).items():
+        if not isinstance(weight := getattr(module, part), Mapped):
+            module.put(part, quantisation.empty(tuple(weight.shape), "meta"))
+            names.append(name)
+    return names
 
 
 def check_rows(model: Llama4, quantisation: Quantisation) -> None:
