@@ -2,8 +2,8 @@
 
 The text decoder is in one file or in parts (``…-00001-of-00002.gguf``), the vision encoder in
 another, ``mmproj….gguf``, that lies beside. The package ``gguf`` of that project reads the headers
-and turns the codes back into numbers; names and rules follow its ``conversion/llama.py``,
-``conversion/llama4.py`` and ``src/models/llama4.cpp``.
+and turns the codes back into numbers; names follow its ``conversion/llama.py`` and
+``conversion/llama4.py``. Read `llama4_lab.checkpoint.metadata` for the config.
 """
 
 import math
@@ -29,40 +29,22 @@ from llama4_lab.checkpoint.files import (
     fill_rows,
     joined,
 )
-from llama4_lab.config import Llama4Config, RopeScaling, VisionConfig
+from llama4_lab.checkpoint.metadata import (
+    ARCHITECTURE,
+    config_from_metadata,
+    tokenizer_from_metadata,
+)
+from llama4_lab.config import Llama4Config
 from llama4_lab.experts.mapped import ExpertMemory, Mapped
-from llama4_lab.model.text import rope_frequencies
-from llama4_lab.prompt.tokenizer import PATTERN, Tokenizer
+from llama4_lab.prompt.tokenizer import Tokenizer
 
-_ARCHITECTURE = "llama4"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 _PIECE = 1 << 26  # numbers that are made at a time
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SPLITTERS = ("llama4", "gpt-4o")  # llama.cpp's names for what cuts a text as `PATTERN` does
-_NORMAL, _UNUSED = 1, 5  # kinds of tokens
 _WHOLE = {
-    "embed_tokens.weight": ("token_embd",),
-    "norm.weight": ("output_norm",),
-    "lm_head.weight": ("output",),
-}
-_OF_LAYER = {
-    "input_layernorm.weight": ("attn_norm",),
-    "self_attn.q_proj.weight": ("attn_q",),
-    "self_attn.k_proj.weight": ("attn_k",),
-    "self_attn.v_proj.weight": ("attn_v",),
-    "self_attn.o_proj.weight": ("attn_output",),
-    "post_attention_layernorm.weight": ("ffn_norm",),
-    "feed_forward.gate_proj.weight": ("ffn_gate",),
-    "feed_forward.up_proj.weight": ("ffn_up",),
-    "feed_forward.down_proj.weight": ("ffn_down",),
-    "feed_forward.router.weight": ("ffn_gate_inp",),
-    "feed_forward.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    "feed_forward.experts.down_proj": ("ffn_down_exps",),
-    "feed_forward.shared_expert.gate_proj.weight": ("ffn_gate_shexp",),
-    "feed_forward.shared_expert.up_proj.weight": ("ffn_up_shexp",),
-    "feed_forward.shared_expert.down_proj.weight": ("ffn_down_shexp",),
-}
-_VISION = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
     "vision_model.class_embedding": "v.class_embd",
     "vision_model.positional_embedding_vlm": "v.position_embd.weight",
     "vision_model.patch_embedding.linear": "v.patch_embd",
@@ -72,6 +54,23 @@ _VISION = {
     "vision_model.vision_adapter.mlp.fc2": "mm.model.mlp.2",
     "multi_modal_projector.linear_1": "mm.model.fc",
 }
+_OF_PICTURES = ("v.", "mm.")  # begin the names of the vision encoder and the projector
+_OF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "feed_forward.gate_proj": "ffn_gate",
+    "feed_forward.up_proj": "ffn_up",
+    "feed_forward.down_proj": "ffn_down",
+    "feed_forward.router": "ffn_gate_inp",
+    "feed_forward.shared_expert.gate_proj": "ffn_gate_shexp",
+    "feed_forward.shared_expert.up_proj": "ffn_up_shexp",
+    "feed_forward.shared_expert.down_proj": "ffn_down_shexp",
+}
+_OF_EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
 _OF_VISION_LAYER = {
     "input_layernorm": "ln1",
     "self_attn.q_proj": "attn_q",
@@ -82,7 +81,6 @@ _OF_VISION_LAYER = {
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
 }
-_OF_PICTURES = ("v.", "mm.")
 
 
 def their_names(name: str) -> tuple[str, ...]:
@@ -91,57 +89,43 @@ def their_names(name: str) -> tuple[str, ...]:
     >>> their_names("layers.3.feed_forward.experts.gate_up_proj")
     ('blk.3.ffn_gate_exps.weight', 'blk.3.ffn_up_exps.weight')
     """
-    if name in _WHOLE:
-        return tuple(f"{theirs}.weight" for theirs in _WHOLE[name])
-    if name in _VISION:
-        return (_VISION[name],)
     base, kind = name.rsplit(".", 1)
-    if base in _VISION:
-        return (f"{_VISION[base]}.{kind}",)
-    if base.startswith("vision_model.model.layers."):
-        _, _, _, layer, part = base.split(".", 4)
-        return (f"v.blk.{layer}.{_OF_VISION_LAYER[part]}.{kind}",)
-    _, layer, part = name.split(".", 2)
-    return tuple(f"blk.{layer}.{theirs}.weight" for theirs in _OF_LAYER[part])
+    if found := re.fullmatch(r"layers\.(\d+)\.feed_forward\.experts", base):
+        return tuple(f"blk.{found[1]}.{theirs}.weight" for theirs in _OF_EXPERTS[kind])
+    if found := re.fullmatch(r"layers\.(\d+)\.(.+)", base):
+        return (f"blk.{found[1]}.{_OF_LAYER[found[2]]}.{kind}",)
+    if found := re.fullmatch(r"vision_model\.model\.layers\.(\d+)\.(.+)", base):
+        return (f"v.blk.{found[1]}.{_OF_VISION_LAYER[found[2]]}.{kind}",)
+    return (_WHOLE.get(name) or f"{_WHOLE[base]}.{kind}",)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Some rows of a tensor, which are made from their codes when they are read."""
-
-    file: Held
-    begin: int
-    nbytes: int
-    rows: int
-    kind: str  # ggml's name for how numbers are stored
-
-    def read(self) -> Float[Tensor, "rows k"]:
-        from gguf import GGMLQuantizationType, dequantize
-
-        raw = np.empty(self.nbytes, dtype=np.uint8)
-        self.file.fill(raw.data, self.begin)
-        kind = GGMLQuantizationType[self.kind]
-        return torch.from_numpy(dequantize(raw.reshape(self.rows, -1), kind))
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """A tensor of a file: where it lies, and what its header says."""
+class Coded:
+    """A tensor of a file, or some of its rows: where the codes lie, and what they stand for."""
 
     file: Held
     begin: int
     nbytes: int
     shape: tuple[int, ...]
-    kind: str
+    kind: str  # ggml's name for how numbers are stored
 
     @property
     def num_rows(self) -> int:
         return math.prod(self.shape[:-1])
 
-    def part(self, start: int, count: int) -> Rows:
+    def part(self, start: int, count: int) -> "Coded":
         """Return up to `count` rows, counted through all matrices."""
         size, count = self.nbytes // self.num_rows, min(count, self.num_rows - start)
-        return Rows(self.file, self.begin + start * size, count * size, count, self.kind)
+        shape = (count, self.shape[-1])
+        return Coded(self.file, self.begin + start * size, count * size, shape, self.kind)
+
+    def read(self) -> Float[Tensor, "rows k"]:
+        """Return the numbers."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        codes = np.empty((self.num_rows, self.nbytes // self.num_rows), dtype=np.uint8)
+        self.file.fill(codes.reshape(-1).data, self.begin)
+        return torch.from_numpy(dequantize(codes, GGMLQuantizationType[self.kind]))
 
 
 @dataclass(frozen=True)
@@ -150,7 +134,7 @@ class GgufFile:
 
     config: Llama4Config
     listing: Path  # the file that was named
-    tensors: Mapping[str, GgufTensor]
+    tensors: Mapping[str, Coded]
     tokenizer: Tokenizer | None
     quantisation: None = None  # all weights are plain when they are read
 
@@ -166,12 +150,12 @@ class GgufFile:
             ValueError: no GGUF file of a Llama 4, or one whose numbers that package cannot read.
         """
         fields: dict[str, Any] = {}
-        tensors: dict[str, GgufTensor] = {}
+        tensors: dict[str, Coded] = {}
         for file in _parts(path):
             said, held = _header(file)
             fields = said | fields  # the first part describes the model
             tensors |= held
-        if (found := fields.get("general.architecture")) != _ARCHITECTURE:
+        if (found := fields.get("general.architecture")) != ARCHITECTURE:
             raise ValueError(f"{path} holds a model of the kind {found!r}, and only llama4 is read")
         fitting = [] if text_only else _beside(path, fields.get("llama4.embedding_length"))
         if len(fitting) == 1:
@@ -185,12 +169,12 @@ class GgufFile:
             )
         for kind in {tensor.kind for tensor in tensors.values()}:
             _check_readable(path, kind)
-        factors = tensors.pop("rope_freqs.weight", None)
+        scaling = tensors.pop("rope_freqs.weight", None)
+        factors = None if scaling is None else scaling.read()
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         with describing(path):
-            config = _config(fields, tensors, factors)
-            tokenizer = _tokenizer(path, fields)
-        if tokenizer is not None:
-            config = config.replace(**_special(tokenizer, config.vision_config is not None))
+            tokenizer = tokenizer_from_metadata(fields, path)
+            config = config_from_metadata(fields, shapes, factors, tokenizer)
         return cls(config, path, MappingProxyType(tensors), tokenizer)
 
     def check(self, ours: Mapping[str, Tensor]) -> None:
@@ -239,7 +223,7 @@ class GgufFile:
         like = torch.empty(0, dtype=dtype or self.dtype, device=device)
         return Mapped(name, (shape[1], shape[2]), range(shape[0]), expert, memory, like, None)
 
-    def _parts_of(self, name: str, is_stack: bool) -> list[Rows]:
+    def _parts_of(self, name: str, is_stack: bool) -> list[Coded]:
         tensors = [self.tensors[theirs] for theirs in their_names(name)]
         if not is_stack:
             (tensor,) = tensors
@@ -259,7 +243,9 @@ class GgufFile:
         kinds = {
             tensor.kind
             for name, tensor in self.tensors.items()
-            if len(tensor.shape) > 1 and not ("ffn_gate_inp" in name or _is_of_pictures(name))
+            if len(tensor.shape) > 1
+            and "ffn_gate_inp" not in name
+            and not name.startswith(_OF_PICTURES)
         }
         return _PLAIN.get(kinds.pop(), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16
 
@@ -279,22 +265,18 @@ def _parts(path: Path) -> list[Path]:
 
 def _beside(path: Path, width: int | None) -> list[Path]:
     """Return the files in the same folder that hold a vision encoder for a text of this width."""
-    wanted = {"clip.projector_type": _ARCHITECTURE, "clip.vision.projection_dim": width}
+    wanted = {"clip.projector_type": ARCHITECTURE, "clip.vision.projection_dim": width}
     found = sorted(file for file in path.parent.glob("*mmproj*.gguf") if file != path)
     return [file for file in found if wanted.items() <= _header(file)[0].items()]
 
 
-def _is_of_pictures(name: str) -> bool:
-    return name.startswith(_OF_PICTURES)
-
-
-def _header(file: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+def _header(file: Path) -> tuple[dict[str, Any], dict[str, Coded]]:
     """Return what a file says, and the tensors that it holds."""
     return _read_header(file, file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=8)  # the package takes seconds to read a vocabulary
-def _read_header(file: Path, _changed: int) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+def _read_header(file: Path, _changed: int) -> tuple[dict[str, Any], dict[str, Coded]]:
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -315,7 +297,7 @@ def _read_header(file: Path, _changed: int) -> tuple[dict[str, Any], dict[str, G
         name = each.name.replace(".attn_post_norm.", ".ln2.")
         shape = tuple(reversed(each.shape.tolist()))
         kind = each.tensor_type.name
-        tensors[name] = GgufTensor(held, int(each.data_offset), int(each.n_bytes), shape, kind)
+        tensors[name] = Coded(held, int(each.data_offset), int(each.n_bytes), shape, kind)
     return {name: field.contents() for name, field in reader.fields.items()}, tensors
 
 
@@ -332,130 +314,3 @@ def _check_readable(path: Path, kind: str) -> None:
             f"{path} holds numbers of the kind {kind} (blocks of {block}), which the package gguf "
             "cannot turn back: give a file of another kind, such as Q4_K_M or Q8_0"
         ) from error
-
-
-def _config(
-    fields: Mapping[str, Any], tensors: Mapping[str, GgufTensor], factors: GgufTensor | None
-) -> Llama4Config:
-    """Return what the metadata say, and what llama.cpp's code knows of all Llama 4."""
-
-    def given(name: str) -> Any:
-        return fields[f"{_ARCHITECTURE}.{name}"]
-
-    num_experts = fields.get(f"{_ARCHITECTURE}.expert_count", 0)
-    if not num_experts:
-        raise ValueError("it has no experts: of dense models Hugging Face's folders are read")
-    heads, hidden_size = given("attention.head_count"), given("embedding_length")
-    config = Llama4Config(
-        vocab_size=tensors["token_embd.weight"].shape[0],
-        hidden_size=hidden_size,
-        num_hidden_layers=given("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=given("attention.head_count_kv"),
-        head_dim=given("rope.dimension_count"),
-        intermediate_size=given("expert_feed_forward_length"),
-        intermediate_size_mlp=given("feed_forward_length"),
-        num_local_experts=num_experts,
-        num_experts_per_tok=given("expert_used_count"),
-        interleave_moe_layer_step=given("interleave_moe_layer_step"),
-        use_qk_norm=num_experts != 128,  # which tells Maverick
-        rms_norm_eps=_short(given("attention.layer_norm_rms_epsilon")),
-        rope_theta=_short(given("rope.freq_base")),
-        max_position_embeddings=given("context_length"),
-        tie_word_embeddings="output.weight" not in tensors,
-        vision_config=_vision_config(fields, tensors),
-    )
-    return config if factors is None else config.replace(rope_scaling=_scaling(config, factors))
-
-
-def _vision_config(
-    fields: Mapping[str, Any], tensors: Mapping[str, GgufTensor]
-) -> VisionConfig | None:
-    if "clip.projector_type" not in fields:
-        return None
-
-    def given(name: str) -> Any:
-        return fields[f"clip.vision.{name}"]
-
-    width = tensors["mm.model.fc.weight"].shape[1]
-    return VisionConfig(
-        hidden_size=given("embedding_length"),
-        num_hidden_layers=given("block_count"),
-        num_attention_heads=given("attention.head_count"),
-        intermediate_size=given("feed_forward_length"),
-        image_size=given("image_size"),
-        patch_size=given("patch_size"),
-        pixel_shuffle_ratio=1 / given("projector.scale_factor"),
-        projector_input_dim=width,
-        projector_output_dim=width,
-        vision_output_dim=width,
-    )
-
-
-def _special(tokenizer: Tokenizer, has_vision: bool) -> dict[str, Any]:
-    """Return the ids that a config names."""
-    found: dict[str, Any] = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tuple(sorted({*tokenizer.stop_ids})),
-        "pad_token_id": tokenizer.pad_id,
-    }
-    if has_vision:
-        found["boi_token_index"] = tokenizer.id_of("<|image_start|>")
-        found["eoi_token_index"] = tokenizer.id_of("<|image_end|>")
-        found["image_token_index"] = tokenizer.patch_id
-    return found
-
-
-def _short(number: float) -> float:
-    """Return the shortest number that has this value in float32."""
-    return float(str(np.float32(number)))
-
-
-def _scaling(config: Llama4Config, factors: GgufTensor) -> RopeScaling | None:
-    """Return the scaling that divides the frequencies by these factors.
-
-    Raises:
-        ValueError: it is none of Llama 3's with the original context of Llama 4.
-    """
-    divisors = factors.part(0, 1).read().flatten()
-    plain, largest = rope_frequencies(config), float(divisors.max())
-    if largest == 1:
-        return None
-    for high in (1.0, 4.0):
-        scaling = RopeScaling(factor=largest, high_freq_factor=high)
-        found = plain / rope_frequencies(config.replace(rope_scaling=scaling))
-        if torch.allclose(found, divisors, rtol=1e-4):
-            return scaling
-    raise ValueError("rope_freqs.weight scales RoPE in another way than Llama 4")
-
-
-def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer, if the file has one.
-
-    Raises:
-        ValueError: one of another model.
-    """
-    if "tokenizer.ggml.tokens" not in fields:
-        return None
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Engine
-
-    splitter = fields["tokenizer.ggml.pre"]
-    if splitter not in _SPLITTERS:
-        raise ValueError(f"its tokenizer cuts texts as {splitter!r} does, and not as Llama 4")
-    names = fields["tokenizer.ggml.tokens"]
-    kinds = fields["tokenizer.ggml.token_type"]
-    vocabulary = {
-        n: i for i, (n, kind) in enumerate(zip(names, kinds, strict=True)) if kind != _UNUSED
-    }
-    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
-    # Like tiktoken, it takes a word that is a token as it is.
-    engine = Engine(models.BPE(vocabulary, merges, ignore_merges=True))
-    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    cut = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    engine.pre_tokenizer = pre_tokenizers.Sequence([cut, by_bytes])
-    engine.decoder = decoders.ByteLevel()
-    engine.add_special_tokens(
-        [n for n, kind in zip(names, kinds, strict=True) if kind not in (_NORMAL, _UNUSED)]
-    )
-    return Tokenizer.from_text(engine.to_str(), path)
