@@ -70,6 +70,15 @@ def _open(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("notebook", nargs="?", type=Path, help="(default with --app: the lab)")
     sub.add_argument("--app", action="store_true", help="show what the cells show, by Voila")
     sub.add_argument("--port", type=_port, help="of this machine (default: one that is free)")
+    about = "of the lab's page: a shipped model's name, a folder, or a file of GGUF (default mini)"
+    sub.add_argument("--model", help=about)
+    _add_loading(sub)
+
+
+def _add_loading(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--quantize", choices=KINDS, help="(default: the weights as they are)")
+    about = "leave the routed experts in their files"
+    sub.add_argument("--experts", choices=("mmap",), help=about)
 
 
 def _corpus(sub: argparse.ArgumentParser) -> None:
@@ -178,9 +187,7 @@ def _trace(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--edits", type=Path, help=about)
     about = "a new folder for the values, which l4.load_trace opens, and what they are of"
     sub.add_argument("--out", type=_folder, help=about)
-    sub.add_argument("--quantize", choices=KINDS, help="(default: the weights as they are)")
-    about = "leave the routed experts in their files"
-    sub.add_argument("--experts", choices=("mmap",), help=about)
+    _add_loading(sub)
     sub.add_argument("--device", default="cpu", help="cpu (the default), cuda, ...")
 
 

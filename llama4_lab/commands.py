@@ -18,9 +18,21 @@ from llama4_lab.points import described
 
 
 def open_lab(options: argparse.Namespace) -> None:
+    from llama4_lab.checkpoint.shipped import find
     from llama4_lab.opening import open_notebook, open_page
 
-    (open_page if options.app else open_notebook)(options.notebook, options.port)
+    loading = {"quantize": options.quantize, "experts": options.experts}
+    if options.model is None and any(loading.values()):
+        raise ValueError("--quantize and --experts say how --model is loaded: give it, too")
+    if options.model is not None and (options.notebook or not options.app):
+        raise ValueError("--model is that of the lab's page: give --app and no notebook")
+    if not options.app:
+        open_notebook(options.notebook, options.port)
+    elif options.model is None:
+        open_page(options.notebook, options.port)
+    else:
+        _config(options.model)  # what can be refused is, before the page is there
+        open_page(None, options.port, {"name_or_folder": str(find(options.model)), **loading})
 
 
 def build_corpus(options: argparse.Namespace) -> None:

@@ -1,15 +1,21 @@
 """Notebooks on screen: in JupyterLab, or by Voila as a page of its own."""
 
+import json
 import logging
 import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama4_lab.model import Llama4
 
 STANDALONE = Path(__file__).parent / "standalone"  # the lab's page, and Voila's template for it
 _HERE = "127.0.0.1"
 _OF_NOTEBOOK = "@jupyter-notebook/lab-extension"
+_MODEL = "LLAMA4_LAB_MODEL"  # tells the lab's page what to load
 _FOR_KERNELS = {  # as `./lab` has it
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning pools of torch and numba slow each other down
     # glibc gives large blocks back to the system at once, and every value that a trace keeps has to
@@ -37,8 +43,12 @@ def open_notebook(notebook: Path | None = None, port: int | None = None) -> None
     os.execv(sys.executable, command)  # JupyterLab itself hears Ctrl-C
 
 
-def open_page(notebook: Path | None = None, port: int | None = None) -> None:
+def open_page(
+    notebook: Path | None = None, port: int | None = None, model: dict[str, Any] | None = None
+) -> None:
     """Serve what a notebook shows, without its code, until Ctrl-C; None is the lab.
+
+    `model` has the arguments of `llama4_lab.load` for the lab's model; None is ``mini``.
 
     Whoever opens the page has a kernel of their own. It is served to this machine alone, with a
     token, and asks nothing of other hosts.
@@ -51,6 +61,8 @@ def open_page(notebook: Path | None = None, port: int | None = None) -> None:
     paths = [str(STANDALONE), os.environ.get("JUPYTER_PATH", "")]
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, paths))
     _set_for_kernels()
+    if model is not None:
+        os.environ[_MODEL] = json.dumps(model)
 
     class Page(import_module("voila.app").Voila):
         def launch_browser(self) -> None:
@@ -63,6 +75,13 @@ def open_page(notebook: Path | None = None, port: int | None = None) -> None:
     options += [f"--VoilaConfiguration.extension_denylist={_OF_NOTEBOOK}"]
     page.initialize([str(notebook), *options, *([f"--port={port}"] if port else [])])
     page.start()
+
+
+def chosen_model() -> "Llama4":
+    """Load the model that `open_page` was given, in a kernel that it started."""
+    from llama4_lab.checkpoint import load
+
+    return load(**json.loads(os.environ.get(_MODEL, '{"name_or_folder": "mini"}')))
 
 
 def _set_for_kernels() -> None:

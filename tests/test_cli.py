@@ -23,6 +23,8 @@ from llama4_lab.analysis.routing import routing_of
 from llama4_lab.checkpoint import convert
 from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
 from llama4_lab.checkpoint.params import config_from_params
+from llama4_lab.checkpoint.quantised import Quantisation, quantisation_of
+from llama4_lab.opening import chosen_model
 from llama4_lab.points import described
 from llama4_lab.prompt.chat import question
 from llama4_lab.train import loop
@@ -288,6 +290,42 @@ def test_what_opens_a_page_is_named_where_it_is_missing(monkeypatch, capsys):
     assert cli.main(["open", "--app"]) == 1
     sentence = "Voila is not installed: pip install 'llama4-lab[app]'"
     assert capsys.readouterr().err == f"llama4-lab: {sentence}\n"
+
+
+def test_the_page_opens_a_model_of_ones_own(monkeypatch, tmp_path):
+    folder, opened = tmp_path / "ours", []
+    l4.save(l4.load("nano"), folder)
+    monkeypatch.setattr("llama4_lab.opening.open_page", lambda *given: opened.append(given))
+    assert cli.main(["open", "--app", "--model", str(folder), "--quantize", "int8"]) == 0
+    assert cli.main(["open", "--app"]) == 0
+    (mine, usual) = opened
+    assert mine[:2] == (None, None) and usual == (None, None)
+    monkeypatch.setenv("LLAMA4_LAB_MODEL", json.dumps(mine[2]))
+    model = chosen_model()
+    assert model.config == l4.load("nano").config
+    assert quantisation_of(model) == Quantisation("int8")
+    monkeypatch.delenv("LLAMA4_LAB_MODEL")
+    assert chosen_model().config == l4.load("mini").config
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model", "nano"], "--model is that of the lab's page: give --app and no notebook"),
+        (
+            ["x.ipynb", "--app", "--model", "nano"],
+            "--model is that of the lab's page: give --app and no notebook",
+        ),
+        (
+            ["--app", "--experts", "mmap"],
+            "--quantize and --experts say how --model is loaded: give it, too",
+        ),
+        (["--app", "--model", "nanu"], "unknown model 'nanu': did you mean 'nano'? "),
+    ],
+)
+def test_a_model_that_cannot_be_opened_is_refused_before_the_page(capsys, options, sentence):
+    assert cli.main(["open", *options]) == 1
+    assert capsys.readouterr().err.startswith(f"llama4-lab: {sentence}")
 
 
 def test_both_ways_to_open_a_notebook_give_kernels_the_same_surroundings(monkeypatch):
