@@ -29,6 +29,7 @@ from llama4_widgets.still import unpack
 from llama4_widgets.views.ablate import AblateView
 from llama4_widgets.views.counterfactual import EFFECTS
 from llama4_widgets.views.difference import DifferenceView
+from llama4_widgets.views.router import RouterView
 
 TEXT = "def add(a, b):\n    return a + b"
 
@@ -57,6 +58,18 @@ def png(pixels):
     written = io.BytesIO()
     Image.fromarray(pixels).save(written, "PNG")
     return written.getvalue()
+
+
+def test_a_model_whose_first_layers_are_dense_is_opened_at_its_first_router(model):
+    dense_first = l4.random(model.config.replace(interleave_moe_layer_step=2))
+    dense_first.tokenizer, dense_first.build_prompt = model.tokenizer, model.build_prompt
+    opened = LabApp(dense_first, TEXT, shown=["router"])
+    alone = RouterView(Moment(dense_first, dense_first.prompt(TEXT)))
+    for selection, view in ((opened.selection, opened.views["router"]), (alone.selection, alone)):
+        assert selection.layer == 1 and view.board.summary.startswith("layer 1, token ")
+    dense = l4.random(model.config.replace(moe_layers=()))
+    dense.tokenizer, dense.build_prompt = model.tokenizer, model.build_prompt
+    assert LabApp(dense, TEXT, shown=["lens"]).selection.layer == 0
 
 
 def difference(app):

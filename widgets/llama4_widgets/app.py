@@ -88,6 +88,7 @@ class LabApp(ipywidgets.VBox):
         self.children = [top, self.bar, self._chips, self._across, self._grid]
         self.add_class("l4-app")
         self.run(prompt, pictures)
+        self.selection.layer = self.moment.first_layer
         self.selection.token = min(1, len(self.moment.tokens) - 1)  # the first begins every text
         self.shown = shown
 

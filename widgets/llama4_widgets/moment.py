@@ -108,6 +108,11 @@ class Moment:
         return other
 
     @property
+    def first_layer(self) -> int:
+        """The layer to look at first: that with the first router, if there is one."""
+        return min(self.model.config.routed_layers, default=0)
+
+    @property
     def bounds(self) -> dict[str, int]:
         """How many there are of what can be selected."""
         config = self.model.config

@@ -51,7 +51,8 @@ class View(ipywidgets.VBox):
             raise TypeError(
                 f"a view shows a Moment(model, model.prompt(text)), not {type(moment).__name__}"
             )
-        selection = Selection() if selection is None else selection
+        if selection is None:
+            selection = Selection(layer=moment.first_layer)
         # Beside a view of less or more, it moves with the selection as far as it goes.
         is_apart = bool(selection.bounds) and selection.bounds != moment.bounds
         self.selection = Mirror(selection) if is_apart else selection
