@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import index
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from llama4_lab.analysis.positions import from_start
 from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.edits import Edit, Route
 from llama4_lab.replay import Edited, Replay, divergence
@@ -71,14 +71,7 @@ def counterfactual(
             without MoE layers.
     """
     config, length = replay.model.config, len(replay)
-    token, read = index(token), index(read)
-    for position in (token, read):
-        if not -length <= position < length:
-            raise ValueError(
-                f"token {position} is out of range: this prompt has {length} tokens "
-                f"(0 to {length - 1})"
-            )
-    token, read = token % length, read % length
+    token, read = from_start(token, length), from_start(read, length)
     if read < token:
         raise ValueError(f"position {read} comes before token {token} and cannot change with it")
     layers = moe_layers(replay.model)

@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llama4_lab.analysis.positions import from_start
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 from llama4_lab.trace import Change, intervene, trace
@@ -55,11 +56,7 @@ class Question:
             ValueError: a prompt of several rows, or a target that is not there.
         """
         count = len(prompt.tokens)
-        if not -count <= target.position < count:
-            raise ValueError(
-                f"position {target.position} is out of range: this prompt has {count} tokens "
-                f"(0 to {count - 1})"
-            )
+        position = from_start(target.position, count, "position")
         if target.quantity not in QUANTITIES:
             raise ValueError(
                 f"unknown quantity {target.quantity!r}; choose {' or '.join(QUANTITIES)}"
@@ -69,7 +66,7 @@ class Question:
             raise ValueError(
                 f"token {target.token} is out of range: this vocabulary has ids 0 to {size - 1}"
             )
-        prompt, position = prompt.to(model.device), target.position % count
+        prompt = prompt.to(model.device)
         layers = model.config.routed_layers
         names = ["embed", *(f"layers.{i}.router.indices" for i in layers)]
         with torch.no_grad(), trace(model, names) as chosen:
@@ -165,12 +162,8 @@ def token_features(
     x = question.embedding
     off = _baseline_embedding(model, baseline).to(x)
     count = x.shape[1]
-    at = torch.arange(count) if positions is None else torch.tensor([*positions], dtype=torch.long)
-    if bad := [i for i in at.tolist() if not -count <= i < count]:
-        raise ValueError(
-            f"token {bad[0]} is out of range: this prompt has {count} tokens (0 to {count - 1})"
-        )
-    at = at % count
+    given = range(count) if positions is None else positions
+    at = torch.tensor([from_start(i, count) for i in given], dtype=torch.long)
     index = at.to(x.device)
 
     def value(on: Tensor, fixed_routing: bool) -> Tensor:

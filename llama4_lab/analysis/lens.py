@@ -9,13 +9,13 @@ basis, whatever its length: early streams, which are shorter, are read as loudly
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llama4_lab.analysis.positions import from_start
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
@@ -131,13 +131,7 @@ def position_in(prompt: Prompt, position: int) -> int:
     Raises:
         ValueError: a position outside the prompt, or a prompt of several rows.
     """
-    count, position = len(prompt.tokens), index(position)
-    if not -count <= position < count:
-        raise ValueError(
-            f"position {position} is out of range: this prompt has {count} tokens "
-            f"(0 to {count - 1})"
-        )
-    return position % count
+    return from_start(position, len(prompt.tokens), "position")
 
 
 def _stream_points(config: Llama4Config, names: str | Iterable[str] | None) -> list[str]:

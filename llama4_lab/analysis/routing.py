@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llama4_lab.analysis.positions import from_start
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 from llama4_lab.replay import Edited
@@ -56,12 +57,7 @@ class Routing:
         Raises:
             ValueError: a position outside the prompt.
         """
-        count = len(self.tokens)
-        if not -count <= token < count:
-            raise ValueError(
-                f"token {token} is out of range: this prompt has {count} tokens (0 to {count - 1})"
-            )
-        return token % count
+        return from_start(token, len(self.tokens))
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llama4_lab.analysis.attention import KeysAndQueries, rows
+from llama4_lab.analysis.positions import from_start
 from llama4_lab.analysis.routing import Routing
 from llama4_lab.edits import AblateEmbedding, Edit, Patch, edited
 from llama4_lab.edits.base import CLEAN
@@ -199,13 +200,7 @@ def to_text(
         ValueError: a token that the prompt does not have.
     """
     shares = _rows(layers, patches.position.ravel().tolist())
-    count = shares.shape[-1]
-    for token in tokens:
-        if not -count <= token < count:
-            raise ValueError(
-                f"token {token} is out of range: this prompt has {count} tokens (0 to {count - 1})"
-            )
-    shares = shares[..., list(tokens)]
+    shares = shares[..., [from_start(token, shares.shape[-1]) for token in tokens]]
     return np.moveaxis(shares, -1, 2).reshape(*shares.shape[:2], -1, *patches.position.shape)
 
 
