@@ -37,6 +37,7 @@ CODES = {
     "I32": torch.int32,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+PIECE = 1 << 26  # weights in memory at once, of what is read in pieces
 
 
 @dataclass(frozen=True)

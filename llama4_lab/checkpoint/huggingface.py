@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llama4_lab.checkpoint import compressed
 from llama4_lab.checkpoint.files import (
+    PIECE,
     PartReader,
     Stored,
     check,
@@ -41,7 +42,6 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PREFIXES = ("language_model.model.", "language_model.", "model.")
-_PIECE = 1 << 26
 _VISION = ("vision_model.", "multi_modal_projector.")
 
 
@@ -236,7 +236,7 @@ class HuggingFaceFolder:
             for expert in range(shape[0]):
                 yield self.as_ours(name, map_tensor(stored)[expert])
         else:
-            step = max(1, _PIECE // shape[-1])
+            step = max(1, PIECE // shape[-1])
             for start in range(0, shape[0], step):
                 yield map_tensor(stored)[start : start + step]
 
@@ -280,7 +280,7 @@ def _has_own_head(tensors: Mapping[str, Stored]) -> bool:
     head, table = tensors["lm_head.weight"], tensors.get("embed_tokens.weight")
     if table is None or (head.shape, head.dtype) != (table.shape, table.dtype):
         return True
-    step = max(1, _PIECE // max(1, head.shape[-1]))
+    step = max(1, PIECE // max(1, head.shape[-1]))
     return any(
         not torch.equal(map_tensor(head)[i : i + step], map_tensor(table)[i : i + step])
         for i in range(0, head.shape[0], step)

@@ -16,6 +16,7 @@ from einops import EinopsError, rearrange
 from torch import Tensor
 
 from llama4_lab.checkpoint.files import (
+    PIECE,
     Stored,
     check,
     check_one_dtype,
@@ -29,7 +30,6 @@ from llama4_lab.checkpoint.params import config_from_params
 from llama4_lab.config import Llama4Config
 
 PARAMS = "params.json"
-_PIECE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ class MetaFolder:
             yield ours[rule.ours.index(name)]
             return
         num_experts, *matrix = shapes[name]
-        at_once = max(1, _PIECE // math.prod(matrix))
+        at_once = max(1, PIECE // math.prod(matrix))
         mapped: list[dict[str, Tensor]] = []
         for expert in range(num_experts):
             if expert % at_once == 0:
