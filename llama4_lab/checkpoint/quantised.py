@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from llama4_lab.experts.mapped import Mapped
 from llama4_lab.model import Llama4
-from llama4_lab.model.text import Experts, Linear, Packable
+from llama4_lab.model.linear import Linear, Packable
+from llama4_lab.model.text import Experts
 from llama4_lab.packed import GROUP, KINDS, Packed, empty, pack
 
 METHOD = "llama4_lab"

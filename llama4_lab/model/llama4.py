@@ -12,7 +12,8 @@ from llama4_lab.cache import KVCache
 from llama4_lab.config import Llama4Config
 from llama4_lab.experts.mapped import ExpertMemory
 from llama4_lab.model import one_token
-from llama4_lab.model.text import DecoderLayer, Embedding, Linear, RMSNorm, Step
+from llama4_lab.model.linear import Embedding, Linear
+from llama4_lab.model.text import DecoderLayer, RMSNorm, Step
 from llama4_lab.model.vision import VisionModel
 from llama4_lab.points import NO_TAP, Tap
 

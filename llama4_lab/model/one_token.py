@@ -20,6 +20,7 @@ from llama4_lab.cache import KVCache, LayerCache
 from llama4_lab.config import Llama4Config
 from llama4_lab.loading import Loading
 from llama4_lab.model import text
+from llama4_lab.model.linear import Embedding, Linear
 
 # What the kernel is told of a layer and of the whole: addresses, sizes, rules. Zero is for none.
 _ADDRESSES = (
@@ -43,7 +44,7 @@ _RULES = {  # attributes that the mathematics depends on
     text.MoEBlock: ("topk",),
 }
 _KNOWN = {
-    *(text.Linear, text.Embedding, text.RMSNorm, text.MLP, text.DenseBlock, text.Attention),
+    *(Linear, Embedding, text.RMSNorm, text.MLP, text.DenseBlock, text.Attention),
     *(text.Router, text.Experts, text.MoEBlock, text.DecoderLayer, nn.ModuleList),
 }
 _MOST_BYTES = 1 << 28  # weights read for a token; beyond, many of torch's threads beat this one
@@ -229,7 +230,7 @@ def _has_biases_where_expected(model: Any) -> bool:
     attention = [layer.self_attn for layer in model.layers]
     mine = {each for block in attention for each in block.children()}
     parts = *model.layers.modules(), model.lm_head
-    products = (each for each in parts if isinstance(each, text.Linear))
+    products = (each for each in parts if isinstance(each, Linear))
     return all(
         (each.bias is not None) == (model.config.attention_bias and each in mine)
         for each in products

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from llama4_lab.cache import KVCache
 from llama4_lab.model import one_token
+from llama4_lab.model.linear import Packable
 from llama4_lab.model.llama4 import Llama4
 from llama4_lab.model.text import (
     DecoderLayer,
     MoEBlock,
-    Packable,
     RMSNorm,
     Step,
     rope_frequencies,

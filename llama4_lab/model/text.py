@@ -1,7 +1,8 @@
 """The text decoder's parts, in reading order: norm, RoPE, attention, MLP, experts, layer.
 
 Parameters carry the names of Hugging Face's checkpoints. Formulas follow Meta's release of
-Llama 4 as transformers runs it; a comment says where the two differ.
+Llama 4 as transformers runs it; a comment says where the two differ. `linear` has the linear
+layers, whose weights may be packed.
 """
 
 import math
@@ -19,67 +20,9 @@ from torch import Tensor, nn
 from llama4_lab import experts
 from llama4_lab.cache import KVCache, Rows
 from llama4_lab.config import Llama4Config
-from llama4_lab.experts.mapped import Mapped
 from llama4_lab.model.attention import attend, observed, visible
-from llama4_lab.packed import Packed, kind_of, linear
+from llama4_lab.model.linear import Linear, Packable
 from llama4_lab.points import Tap
-
-
-class Packable(nn.Module):
-    """A module whose weights may be `Packed`: two buffers, of codes and scales, stand for each.
-
-    ``module.weight`` is then a `Packed`, not a parameter. The buffers move with the module, but
-    keep their dtypes when it changes its own. A `Mapped` one is no part of the module's state.
-    """
-
-    def put(self, name: str, weight: Packed | Mapped) -> None:
-        """Put a weight in the place of a parameter or of an earlier one."""
-        for held in (self._parameters, vars(self)):
-            held.pop(name, None)
-        for part in ("_codes", "_scales"):
-            self._buffers.pop(name + part, None)
-        if isinstance(weight, Mapped):
-            setattr(self, name, weight)
-            return
-        self.register_buffer(f"{name}_codes", weight.codes)
-        self.register_buffer(f"{name}_scales", weight.scales)
-
-    def __getattr__(self, name: str) -> Any:
-        held = self.__dict__.get("_buffers", {})
-        if (codes := held.get(f"{name}_codes")) is not None:
-            return Packed(kind_of(codes), codes, held[f"{name}_scales"])
-        return super().__getattr__(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packable":
-        def as_bytes(tensor: Tensor) -> Tensor:
-            if any(tensor is buffer for buffer in self._buffers.values()):
-                return fn(tensor.view(torch.uint8)).view(tensor.dtype)
-            return fn(tensor)
-
-        for name, weight in vars(self).items():
-            if isinstance(weight, Mapped):
-                setattr(self, name, weight.moved(fn))
-        return super()._apply(as_bytes, recurse)
-
-
-class Linear(Packable, nn.Linear):
-    """A linear layer whose weights are left as they are, to be loaded or seeded.
-
-    Drawing numbers for them would take time, and on the meta device a second of imports.
-    """
-
-    def reset_parameters(self) -> None:
-        pass
-
-    def forward(self, x: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch out"]:
-        return linear(x, self.weight, self.bias)
-
-
-class Embedding(nn.Embedding):
-    """An embedding whose weights are left as they are, to be loaded or seeded."""
-
-    def reset_parameters(self) -> None:
-        pass
 
 
 class RMSNorm(nn.Module):
@@ -209,14 +152,8 @@ class Attention(nn.Module):
 
     def mix(self, x: Float[Tensor, "b t d"], step: Step, tap: Tap) -> Float[Tensor, "b t h dh"]:
         """Return what each head gathers, before `write`."""
-        if not torch.compiler.is_compiling() and (
-            self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
-        ):
-            warnings.warn(
-                "a hook on self_attn, or a forward that was put there, is not called: the layer "
-                "calls mix and write; use llama4_lab.trace or intervene, or a hook on the layer",
-                stacklevel=2,
-            )
+        if not torch.compiler.is_compiling():
+            self._look_for_what_is_not_called()
         q, k, v = (
             rearrange(project(x), "b t (h dh) -> b t h dh", dh=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -233,8 +170,8 @@ class Attention(nn.Module):
         watched = tap.watches("attn.scores") or tap.watches("attn.pattern")
         z = self.attend_watched(q, k, v, step, tap) if watched else self.attend(q, k, v, step)
         if step.cache is not None:
+            cache = step.cache.layers[self.layer]
             for group in step.groups:
-                cache = step.cache.layers[self.layer]
                 cache.write(group.rows, group.start, group.real(k), group.real(v))
         return rearrange(z, "b h t dh -> b t h dh")
 
@@ -244,12 +181,14 @@ class Attention(nn.Module):
         return tap("attn.out", self.o_proj(rearrange(z, "b t h dh -> b t (h dh)")))
 
     def past(self, k: Tensor, v: Tensor, step: Step, group: Group) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that a group of rows had before, ``[rows k s dh]``."""
         if step.cache is None:
             return k[group.rows, :, :0], v[group.rows, :, :0]
         keys, values = step.cache.layers[self.layer].live(group.rows, group.start)
         return keys.to(k.dtype), values.to(v.dtype)  # a cache may have another dtype
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """Return what queries ``[b h t dh]`` gather, each group with its past; padding zeros."""
         if step.attend is not None:
             return step.attend(self.layer, q, k, v)
         parts = []
@@ -278,6 +217,14 @@ class Attention(nn.Module):
             all_k[group.rows, :, begin:end] = past_k
             all_v[group.rows, :, begin:end] = past_v
         return observed(q, all_k, all_v, mask, tap)
+
+    def _look_for_what_is_not_called(self) -> None:
+        if self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self):
+            warnings.warn(
+                "a hook on self_attn, or a forward that was put there, is not called: the layer "
+                "calls mix and write; use llama4_lab.trace or intervene, or a hook on the layer",
+                stacklevel=3,
+            )
 
 
 class MLP(nn.Module):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from llama4_lab.config import VisionConfig
 from llama4_lab.model.attention import observed
-from llama4_lab.model.text import Linear, rotate
+from llama4_lab.model.linear import Linear
+from llama4_lab.model.text import rotate
 from llama4_lab.points import Tap
 
 
