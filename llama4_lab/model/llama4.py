@@ -17,7 +17,8 @@ from llama4_lab.model.text import DecoderLayer, RMSNorm, Step
 from llama4_lab.model.vision import VisionModel
 from llama4_lab.points import NO_TAP, Tap
 
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_LOOKED_UP = (torch.int64, torch.int32)  # dtypes that an embedding takes as they are
+_WHOLE = (*_LOOKED_UP, torch.int16, torch.int8, torch.uint8)
 
 
 class Alone:
@@ -172,35 +173,10 @@ class Llama4(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        if not isinstance(input_ids, Tensor) or input_ids.dtype not in _WHOLE:
-            raise TypeError(f"input_ids={input_ids!r:.80}: give a tensor of whole numbers [b, t]")
-        input_ids = input_ids if input_ids.dtype in _WHOLE[:2] else input_ids.long()
-        if input_ids.ndim != 2:
-            shape = tuple(input_ids.shape)
-            raise ValueError(f"input_ids have the shape {shape}: give [b, t], rows of tokens")
+        input_ids = _rows_of_tokens(input_ids)
         b, t = input_ids.shape
-        if t == 0 or b == 0:
-            raise ValueError("input_ids holds no token")
-        if cache is not None and cache.batch_size != b:
-            raise ValueError(f"a cache for {cache.batch_size} rows was given {b} rows of input_ids")
-        if cache is not None and (kept := [layer.chunk for layer in cache.layers]) != self.chunks:
-            raise ValueError(
-                f"this cache keeps chunks of {kept}, and the layers attend in {self.chunks}: make "
-                "the cache with this model's new_cache(), inside the block of an edit of chunks"
-            )
-        own = self.config.num_key_value_heads // self.ranks.size, self.config.head_dim
-        for layer in cache.layers if cache is not None else ():
-            if (held := (layer.buffer.shape[2], layer.buffer.shape[4])) != own:
-                raise ValueError(
-                    f"this cache is for {held[0]} heads of width {held[1]}, and the model has "
-                    f"{own[0]} of width {own[1]}: make it with this model's new_cache()"
-                )
-        if cache is not None and (places := self.places) != [*range(len(places))]:
-            raise ValueError(
-                f"the layers cache keys and values at {places}: after moving some, set each "
-                "layers[i].self_attn.layer to i (a layer in two places needs a copy), or run "
-                "without a cache"
-            )
+        if cache is not None:
+            _check_cache(self, cache, b)
         if attention_mask is not None or cache is None:
             pad = left_padding(attention_mask, b, t, cache)
         else:
@@ -220,34 +196,15 @@ class Llama4(nn.Module):
         pixel_values: Float[Tensor, "tiles c height width"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Look up token embeddings and put image features where the patch tokens are."""
-        top = self.config.vocab_size - 1
-        is_known = input_ids.device.type != "meta" and not torch.compiler.is_compiling()
-        if is_known and (input_ids.min() < 0 or input_ids.max() > top):
-            raise ValueError(
-                f"input_ids hold {int(input_ids.min())} to {int(input_ids.max())}; "
-                f"this vocabulary has ids 0 to {top}"
-            )
+        _check_ids(input_ids, self.config.vocab_size)
         x = self.embed_tokens(input_ids)
         if pixel_values is None:
             return x
-        if (vision := self.config.vision_config) is None:
-            raise ValueError("this model has no vision encoder; leave pixel_values out")
-        expected = (vision.num_channels, vision.image_size, vision.image_size)
-        if tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"tiles of shape {tuple(pixel_values.shape[1:])} do not fit this model, "
-                f"which takes {expected}"
-            )
-        slots = input_ids == self.config.image_token_index
-        needed = len(pixel_values) * vision.tokens_per_tile
-        if slots.sum() != needed:
-            raise ValueError(
-                f"{len(pixel_values)} tiles make {needed} image tokens, but input_ids hold "
-                f"{int(slots.sum())} tokens with id {self.config.image_token_index} to put them on"
-            )
+        is_image = input_ids == self.config.image_token_index
+        _check_tiles(pixel_values, is_image, self.config)
         features = self.vision_model(pixel_values.to(x.dtype), self.tap.scope("vision."))
         features = self.tap("projector.out", self.multi_modal_projector["linear_1"](features))
-        return x.masked_scatter(slots[..., None], features.to(x.dtype))
+        return x.masked_scatter(is_image[..., None], features.to(x.dtype))
 
 
 def _copied(module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> nn.Module:
@@ -266,6 +223,70 @@ def _copied(module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> nn.Mod
     return copied
 
 
+def _rows_of_tokens(input_ids: Tensor) -> Int[Tensor, "b t"]:
+    """Return ids in a dtype that can be looked up; refuse what is no rows of tokens."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in _WHOLE:
+        raise TypeError(f"input_ids={input_ids!r:.80}: give a tensor of whole numbers [b, t]")
+    if input_ids.ndim != 2:
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"input_ids have the shape {shape}: give [b, t], rows of tokens")
+    if not input_ids.numel():
+        raise ValueError("input_ids holds no token")
+    return input_ids if input_ids.dtype in _LOOKED_UP else input_ids.long()
+
+
+def _check_ids(input_ids: Int[Tensor, "b t"], vocab_size: int) -> None:
+    if input_ids.device.type == "meta" or torch.compiler.is_compiling():
+        return  # their values are not known
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"input_ids hold {lowest} to {highest}; this vocabulary has ids 0 to {vocab_size - 1}"
+        )
+
+
+def _check_tiles(pixel_values: Tensor, is_image: Tensor, config: Llama4Config) -> None:
+    """Refuse tiles that the vision encoder cannot read, or whose tokens do not fit the prompt."""
+    if (vision := config.vision_config) is None:
+        raise ValueError("this model has no vision encoder; leave pixel_values out")
+    expected = (vision.num_channels, vision.image_size, vision.image_size)
+    if tuple(pixel_values.shape[1:]) != expected:
+        raise ValueError(
+            f"tiles of shape {tuple(pixel_values.shape[1:])} do not fit this model, "
+            f"which takes {expected}"
+        )
+    needed = len(pixel_values) * vision.tokens_per_tile
+    if is_image.sum() != needed:
+        raise ValueError(
+            f"{len(pixel_values)} tiles make {needed} image tokens, but input_ids hold "
+            f"{int(is_image.sum())} tokens with id {config.image_token_index} to put them on"
+        )
+
+
+def _check_cache(model: Llama4, cache: KVCache, b: int) -> None:
+    """Refuse a cache that was made for other rows, chunks, heads or layers."""
+    if cache.batch_size != b:
+        raise ValueError(f"a cache for {cache.batch_size} rows was given {b} rows of input_ids")
+    if (kept := [layer.chunk for layer in cache.layers]) != model.chunks:
+        raise ValueError(
+            f"this cache keeps chunks of {kept}, and the layers attend in {model.chunks}: make "
+            "the cache with this model's new_cache(), inside the block of an edit of chunks"
+        )
+    own = model.config.num_key_value_heads // model.ranks.size, model.config.head_dim
+    for layer in cache.layers:
+        if (held := (layer.buffer.shape[2], layer.buffer.shape[4])) != own:
+            raise ValueError(
+                f"this cache is for {held[0]} heads of width {held[1]}, and the model has "
+                f"{own[0]} of width {own[1]}: make it with this model's new_cache()"
+            )
+    if (places := model.places) != [*range(len(places))]:
+        raise ValueError(
+            f"the layers cache keys and values at {places}: after moving some, set each "
+            "layers[i].self_attn.layer to i (a layer in two places needs a copy), or run "
+            "without a cache"
+        )
+
+
 def left_padding(mask: Tensor | None, b: int, t: int, cache: KVCache | None) -> list[int]:
     """Count the padding before each row's first token; zeros behind it are refused."""
     if mask is None:
@@ -277,21 +298,25 @@ def left_padding(mask: Tensor | None, b: int, t: int, cache: KVCache | None) -> 
             f"{first} cached slots"
         )
     pad = (mask == 0).sum(dim=1).tolist()
-    zeros = [(row == 0).sum() == (row.cumsum(0) == 0).sum() for row in mask.long()]
-    if not all(zeros):
+    if any((row == 0).sum() > (row.cumsum(0) == 0).sum() for row in mask.long()):
         raise ValueError(
             "attention_mask has a 0 behind a 1: only left padding is supported; put the padding in "
             "front, or, without a cache, leave the mask out for right padding (it changes nothing)"
         )
     is_whole = mask.shape[1] == first + t
     for row, old in enumerate(cache.pad if cache is not None and first else []):
-        new = min(pad[row], first) if is_whole else old if pad[row] == 0 else first
-        if new != old:
-            said = f"begins with {pad[row]}" if is_whole else f"puts {pad[row]} more behind it"
+        zeros = pad[row]
+        if is_whole:
+            cached, pad[row] = min(zeros, first), zeros
+        elif zeros == 0:
+            cached, pad[row] = old, min(old, first)
+        else:  # padding goes on, so there is nothing else in the cache
+            cached, pad[row] = first, first + zeros
+        if cached != old:
+            said = f"begins with {zeros}" if is_whole else f"puts {zeros} more behind it"
             raise ValueError(
                 f"attention_mask contradicts the cache, whose row {row} holds {first - old} tokens "
                 f"behind {old} of padding, and the mask {said}; keep the padding that the cache "
                 "was filled with, and give rows as many new tokens each, or run them one by one"
             )
-        pad[row] = pad[row] if is_whole else old if old < first else first + pad[row]
     return pad
