@@ -428,54 +428,52 @@ def moe(
     logits, scores, indices = empty(n, e), empty(n, topk), empty(n, topk, dtype=torch.long)
     alone, out = empty(n, d), empty(n, d)
     slots = n * topk if any(map(record.watches, INSIDE)) else 0
-    hidden, each = (empty(slots, f), empty(slots, d)) if slots else (_NOTHING, _NOTHING)
-    given, within = (x, router, *experts, *shared), (hidden, each)
+    given = x, router, *experts, *shared
+    within = (empty(slots, f), empty(slots, d)) if slots else (_NOTHING, _NOTHING)
     filled = logits, indices, scores, alone, out
 
     def fill(known: int) -> None:
         shares = _spread(n * (topk + 1), experts[1])
         if shares == 1:
-            addresses = (tuple(map(Tensor.data_ptr, each)) for each in (given, within, filled))
+            addresses = (tuple(map(Tensor.data_ptr, some)) for some in (given, within, filled))
             block(*addresses, (n, d, e, f, topk), known)
             return
         x, router, gate_up, down, *shared = map(array, given)
-        made = [array(y) for y in filled]
+        arrays = [array(y) for y in filled]
+        _, chosen, gates, _, total = arrays
         step = max(n // shares // PANEL, 1) * PANEL
         starts = [*range(0, max(n - step, 0) + 1, step), n]
         beside(
             partial(
-                begun, x[a:b], router, *shared, room(b - a, d, f), *(y[a:b] for y in made), known
+                begun, x[a:b], router, *shared, room(b - a, d, f), *(y[a:b] for y in arrays), known
             )
             for a, b in pairwise(starts)
         )
         _routed(
-            x, *ordered(made[1].ravel(), e), made[2].ravel(), gate_up, down, n * topk,
-            *map(array, within), made[4],
+            x, *ordered(chosen.ravel(), e), gates.ravel(), gate_up, down, n * topk,
+            *map(array, within), total,
         )  # fmt: skip
 
     fill(0)
-    noting, routed = loop.Noting(record), None  # by the loop
+    noting, by_loop = loop.Noting(record), None
 
     def go_on(known: int) -> None:
         logits.gather(-1, indices)  # refuses experts that do not exist
         fill(known)
 
     def show(known: int, name: str, value: Tensor) -> None:
-        given = record(name, value)
-        if given is not value:
-            moe_block(given, value, partial(go_on, known))
+        changed = record(name, value)
+        if changed is not value:
+            moe_block(changed, value, partial(go_on, known))
 
     show(1, "router.logits", logits)
     show(2, "router.indices", indices)
     show(3, "router.scores", scores)
     if slots and not any(map(record.alters, INSIDE)):
-        inside = (
-            x[:, None] * scores[..., None],
-            *(y.unflatten(0, (n, topk)) for y in (hidden, each)),
-        )
+        inside = x[:, None] * scores[..., None], *(y.unflatten(0, (n, topk)) for y in within)
         for name, value in zip(INSIDE, inside, strict=True):
             record(name, value)
     elif slots:
-        routed = loop.apply(x, *sort(indices, e), scores, *experts, record=noting)
+        by_loop = loop.apply(x, *sort(indices, e), scores, *experts, record=noting)
     show(4, "shared.out", alone)
-    return alone + routed if routed is not None and noting.has_changed else out
+    return alone + by_loop if by_loop is not None and noting.has_changed else out
