@@ -14,7 +14,8 @@ import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_in
 from llama4_lab.points import NO_TAP
-from llama4_lab.replay import Replay, _Rows
+from llama4_lab.replay import Replay
+from llama4_lab.replay.variants import Rows
 from llama4_lab.witness import Witness
 
 
@@ -232,13 +233,13 @@ def test_routing_flips_are_counted_layer_by_layer(model, prompt, replay):
 
 def test_a_change_that_the_model_does_not_read_is_called_unseen(model, prompt, monkeypatch):
     replay = Replay(model, prompt)
-    honest = _Rows.__call__
+    honest = Rows.__call__
 
     def ignored(self, name, value):
         honest(self, name, value)
         return value  # what an edit that nobody reads looks like
 
-    monkeypatch.setattr(_Rows, "__call__", ignored)
+    monkeypatch.setattr(Rows, "__call__", ignored)
     effect = replay.edited([E.AblateHead(3, 1)]).effect
     assert effect.unseen == ["layers.3.attn.z"]
     assert "NOT SEEN by the model: layers.3.attn.z" in str(effect)

@@ -2,7 +2,8 @@
 
 A `Replay` keeps one clean pass: the residual stream around each layer, keys and values, routing.
 An edited run takes over what stands before its earliest touched point and token, and computes the
-rest; many runs share the batches, each joining at the layer where it begins.
+rest; many runs share the batches, each joining at the layer where it begins. `variants` holds what
+one of them is.
 """
 
 import math
@@ -21,13 +22,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llama4_lab.cache import SharedPast
-from llama4_lab.edits import Edit, Run, bound, changes_of, check, read_sources, ruled
-from llama4_lab.edits.base import CLEAN, See, Touch
+from llama4_lab.edits import Edit, check, read_sources, ruled
+from llama4_lab.edits.base import CLEAN
 from llama4_lab.model import Llama4
 from llama4_lab.model.text import DecoderLayer, Step
-from llama4_lab.points import PICTURE, Tap, points
+from llama4_lab.points import PICTURE, points
+from llama4_lab.replay.variants import Evidence, Rows, Variant
 from llama4_lab.trace import inputs_of, intervene, trace, unobserved
-from llama4_lab.witness import Witness
 
 _KEPT = ("resid_pre", "attn.rot_k", "attn.v", "attn.z", "resid_mid", "resid_post")
 _SPARE_TOKENS = 64  # computed again to save a pass: reading the weights costs about as much
@@ -157,7 +158,7 @@ class Replay:
             wanted = [edit for edits in runs for edit in edits]
             values = read_sources(self.model, wanted, self.sources)
         variants = [
-            _Variant(i, edits, self.model, values, len(self)) for i, edits in enumerate(runs)
+            Variant(i, edits, self.model, values, len(self)) for i, edits in enumerate(runs)
         ]
         # In a notebook a bar is widgets: none for the one run that a slider asks for.
         is_silent = len(runs) < 2 or not self.progress
@@ -177,7 +178,7 @@ class Replay:
             if seen := [point for point in edit.changes(config) if point.startswith(PICTURE)]:
                 raise ValueError(f"{edit}: this prompt has no picture, so it has no {seen[0]}")
 
-    def _batches(self, variants: list["_Variant"]) -> Iterator[list["_Variant"]]:
+    def _batches(self, variants: list[Variant]) -> Iterator[list[Variant]]:
         """Put together what has the same rules and begins at nearly the same token.
 
         A pass reads all weights, so it computes a few tokens again rather than being another one.
@@ -185,8 +186,8 @@ class Replay:
         layers come first.
         """
         spare = math.inf if self.model.expert_memory is not None else _SPARE_TOKENS
-        together: list[list[_Variant]] = []
-        for _, found in groupby(sorted(variants, key=_Variant.kind), key=_Variant.kind):
+        together: list[list[Variant]] = []
+        for _, found in groupby(sorted(variants, key=Variant.kind), key=Variant.kind):
             alike, group = list(found), together[-1] if together else []
             again = len(alike) * (alike[0].first - group[0].first) if group else math.inf
             if group and group[0].rules == alike[0].rules and again <= spare:
@@ -200,8 +201,8 @@ class Replay:
                 yield group[i : i + most]
 
     @torch.no_grad()
-    def _run(self, variants: list["_Variant"], keep: Collection[str]) -> dict[int, "Edited"]:
-        rows, first = _Rows(variants, keep), min(variant.first for variant in variants)
+    def _run(self, variants: list[Variant], keep: Collection[str]) -> dict[int, "Edited"]:
+        rows, first = Rows(variants, keep), min(variant.first for variant in variants)
         rules = ruled(self.model, variants[0].edits)
         with self._reading_from(first), rules, closing(rows.witness):
             hidden = self._pass(variants, first, rows)
@@ -220,9 +221,7 @@ class Replay:
             )
         return found
 
-    def _pass(
-        self, variants: list["_Variant"], first: int, rows: "_Rows"
-    ) -> Float[Tensor, "b t d"]:
+    def _pass(self, variants: list[Variant], first: int, rows: Rows) -> Float[Tensor, "b t d"]:
         """Run the positions from `first` on, each variant from where it begins."""
         layers = cast(list[DecoderLayer], list(self.model.layers))
 
@@ -255,7 +254,7 @@ class Replay:
         return x
 
     def _embedded(
-        self, variants: list["_Variant"], first: int, rows: "_Rows"
+        self, variants: list[Variant], first: int, rows: Rows
     ) -> Float[Tensor, "b t d"] | None:
         """Return the input of the first layer for variants that change it."""
         found = []
@@ -291,18 +290,6 @@ class Replay:
             yield
         finally:
             self.model.first_slot = before
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Whether the model saw a change at a point.
-
-    `changed` is the largest difference to the value before. `used_by` names the operation that
-    next read the value, with the checksum that it had when it was handed out; None if none did.
-    """
-
-    changed: float
-    used_by: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -424,29 +411,6 @@ class Edited:
         return int((clean != mine).any(dim=-1).sum())
 
 
-class _Variant:
-    """One edited run: its changes by point, and where it begins."""
-
-    def __init__(self, index: int, edits: Sequence[Edit], model: Llama4, values: Any, length: int):
-        config = model.config
-        self.index = index
-        self.edits = edits
-        self.changes = changes_of(edits, config)
-        self.run = Run(model, values)
-        touches = [edit.touches(config) for edit in edits]
-        first = min((touch.token for touch in touches), default=0)
-        self.first = min(first, length - 1)  # what begins behind the prompt changes nothing in it
-        self.begin = min(map(_stage, touches), default=(config.num_hidden_layers, 0))
-        self.rules = repr([edit for edit in edits if edit.rules(model)])
-
-    def kind(self) -> tuple[str, int]:
-        return self.rules, self.first
-
-    def change(self, point: str) -> Callable[[Tensor], Tensor]:
-        """Return all changes at a point as one function."""
-        return bound({point: self.changes.get(point, [])}, self.run)[point]
-
-
 def _refuse_changes_around(model: Llama4) -> None:
     if model.tap.records() is None:
         raise ValueError(
@@ -461,77 +425,6 @@ def _refuse_changes_around(model: Llama4) -> None:
             )
 
 
-def _stage(touch: Touch) -> tuple[int, int]:
-    """Return where a run must begin: the layer, and which of its three parts."""
-    part = touch.point.split(".", 2)[-1]
-    if not touch.point.startswith("layers."):
-        return touch.layer, 0
-    if part in ("attn.z", "attn.out"):
-        return touch.layer, 1
-    return touch.layer, 0 if part == "resid_pre" or part.startswith("attn.") else 2
-
-
-class _Rows(Tap):
-    """Changes each row of a batch by the edits of its variant, and notes what came of it."""
-
-    def __init__(self, variants: list[_Variant], keep: Collection[str]):
-        self.witness = Witness()
-        self.kept: dict[str, Shaped[Tensor, "b t *axes"]] = {}
-        self._keep = frozenset(keep)
-        self._changed: list[dict[str, float]] = [{} for _ in variants]
-        self._by_point: dict[str, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
-        self._seen_by: dict[str, list[tuple[int, Callable[[Tensor], Tensor]]]] = {}
-        for row, variant in enumerate(variants):
-            for point, changes in variant.changes.items():
-                only_sees = all(isinstance(change, See) for change in changes)
-                found = self._seen_by if only_sees else self._by_point
-                found.setdefault(point, []).append((row, variant.change(point)))
-
-    def watches(self, name: str) -> bool:
-        return name in self._by_point or name in self._seen_by or name in self._keep
-
-    def alters(self, name: str) -> bool:
-        return name in self._by_point
-
-    def __call__(self, name: str, value: Tensor) -> Tensor:
-        self.witness.settle()
-        for row, see in self._seen_by.get(name, ()):
-            see(value[row : row + 1])
-        if changes := self._by_point.get(name):
-            with self.witness.looking_away():
-                rows = list(value.split(1))
-                for row, change in changes:
-                    new = change(rows[row])
-                    self._changed[row][name] = _distance(new, rows[row])
-                    rows[row] = new
-                new = rows[0] if len(rows) == 1 else torch.cat(rows)
-            self.witness.follow(name, new, instead_of=value)
-            value = new
-        if ".router." in name or name in self._keep:
-            self.kept[name] = value
-        return value
-
-    def watched(self, row: int, point: str) -> Callable[[Tensor], Tensor]:
-        """Return a row's change of a point that has no axis of rows."""
-        (change,) = [change for each, change in self._by_point[point] if each == row]
-
-        def changed(value: Tensor) -> Tensor:
-            with self.witness.looking_away():
-                new = change(value)
-                self._changed[row][point] = _distance(new, value)
-            self.witness.follow(point, new, instead_of=value)
-            return new
-
-        return changed
-
-    def evidence(self, row: int) -> dict[str, Evidence]:
-        """Return what is known of each of a row's changes."""
-        return {
-            point: Evidence(changed, self.witness.used_by.get(point))
-            for point, changed in self._changed[row].items()
-        }
-
-
 def divergence(
     mine: Float[Tensor, "*runs v"], clean: Float[Tensor, "*runs v"]
 ) -> Float[Tensor, "*runs"]:
@@ -541,10 +434,3 @@ def divergence(
     """
     parts = F.kl_div(mine, clean, reduction="none", log_target=True)
     return parts.masked_fill_(clean == -math.inf, 0).sum(dim=-1).clamp(min=0)
-
-
-def _distance(new: Tensor, old: Tensor) -> float:
-    apart = (new - old).abs_()
-    if (most := apart.max().item()) == most:
-        return most
-    return apart.masked_fill_(new == old, 0).max().item()  # equal infinities
