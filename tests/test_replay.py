@@ -358,7 +358,7 @@ def test_a_trace_around_replayed_runs_sees_nothing(model, prompt):
         ),
         (
             {"input_ids": torch.full((1, 5), 7), "attention_mask": torch.tensor([[0, 1, 1, 1, 1]])},
-            "not 1 rows with padding",
+            "not 1 row with padding",
         ),
     ],
 )

@@ -282,13 +282,8 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
                 f"pass sources={{{source!r}: prompt}}"
             )
         inputs = inputs_of(model, sources[source])
-        rows, mask = len(inputs["input_ids"]), inputs.get("attention_mask")
-        if rows != 1 or (mask is not None and not mask.all()):
-            raise ValueError(
-                f"the source {source!r} has {rows} row{'s' * (rows != 1)}"
-                + (" with padding" if mask is not None and not mask.all() else "")
-                + ": give one row without padding"
-            )
+        if what := not_one_row(inputs):
+            raise ValueError(f"the source {source!r} has {what}: give one row without padding")
         values[source, IDS] = inputs["input_ids"]
         with unobserved(model), trace(model, names & points(model.config).keys()) as cache:
             if all(layer_of(model.config, name) < 0 for name in names - {IDS}):
@@ -300,6 +295,14 @@ def read_sources(model: Llama4, edits: Sequence[Edit], sources: Mapping[str, Any
             raise ValueError(f"the run {source!r} has no picture, so it has no {min(absent)}")
         values |= {(source, point): value for point, value in cache.items()}
     return values
+
+
+def not_one_row(inputs: Mapping[str, Tensor]) -> str:
+    """Say what a model is given that is not one row without padding; nothing where it is one."""
+    rows, mask = len(inputs["input_ids"]), inputs.get("attention_mask")
+    is_padded = mask is not None and not mask.all()
+    what = f"{rows} row{'s' * (rows != 1)}" + " with padding" * is_padded
+    return what if rows != 1 or is_padded else ""
 
 
 def dumps(edits: Sequence[Edit]) -> str:

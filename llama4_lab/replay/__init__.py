@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llama4_lab.cache import SharedPast
-from llama4_lab.edits import Edit, check, read_sources, ruled
+from llama4_lab.edits import Edit, check, not_one_row, read_sources, ruled
 from llama4_lab.edits.base import CLEAN
 from llama4_lab.model import Llama4
 from llama4_lab.model.text import DecoderLayer, Step
@@ -67,12 +67,8 @@ class Replay:
         self.sources = {**(sources or {}), CLEAN: self.inputs}
         self.max_tokens = max_tokens
         self.progress = progress
-        rows, mask = len(self.inputs["input_ids"]), self.inputs.get("attention_mask")
-        if rows != 1 or (mask is not None and not mask.all()):
-            raise ValueError(
-                f"one row without padding can be replayed, not {rows} rows"
-                + (" with padding" if mask is not None and not mask.all() else "")
-            )
+        if what := not_one_row(self.inputs):
+            raise ValueError(f"one row without padding can be replayed, not {what}")
         names = [f"layers.*.{part}" for part in _KEPT] + ["embed", "final_norm"]
         if model.config.routed_layers:
             names.append("layers.*.router.*")
