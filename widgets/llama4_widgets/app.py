@@ -17,6 +17,7 @@ from llama4_widgets.keeping import model_facts, record
 from llama4_widgets.moment import Moment
 from llama4_widgets.recording import BESIDE, STYLE, Recording, open_lab
 from llama4_widgets.selection import Mirror, Selection
+from llama4_widgets.slices import running_loop
 from llama4_widgets.view import FAILURES, View, in_row
 from llama4_widgets.views import VIEWS
 from llama4_widgets.views.difference import DifferenceView
@@ -308,9 +309,7 @@ class LabApp(ipywidgets.VBox):
         Between two of them the kernel sends what the first one drew. Returns whether that can be:
         not outside of a notebook.
         """
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
+        if (loop := running_loop()) is None:
             return False
         if self._timer is not None:
             self._timer.cancel()

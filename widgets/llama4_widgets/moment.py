@@ -6,7 +6,6 @@ changed while it runs with edits: so one thread at a time computes here.
 With `explore` this is the only module here that needs torch; views ask it for arrays.
 """
 
-import asyncio
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,6 +24,7 @@ from llama4_lab.experts import probe
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 from llama4_lab.replay import Edited, Replay
+from llama4_widgets.slices import running_loop
 from llama4_widgets.words import visible, word_of
 
 T = TypeVar("T")
@@ -177,7 +177,7 @@ class Moment:
         when all is drawn; until then the plain ones do.
         """
         with _TURN:
-            if _is_in_notebook():
+            if running_loop():
                 probe.LOADING.put_off(_REST)
             threads = torch.get_num_threads()
             torch.set_num_threads(1 if len(self.tokens) <= _SHORT else threads)
@@ -236,11 +236,3 @@ class Moment:
             if key not in known:
                 known[key] = make()
             return known[key]
-
-
-def _is_in_notebook() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

@@ -14,6 +14,14 @@ T = TypeVar("T")
 _SLICE = 0.05  # seconds from one look at the page to the next
 
 
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the loop of a kernel, which serves a page between two pieces of work; else None."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 class Work:
     """A button that begins work which comes in `steps`, and a button that cancels it.
 
@@ -36,9 +44,9 @@ class Work:
     def start(self) -> None:
         """Begin anew; in a kernel this returns at once, in a script when all is done."""
         self.cancel()
-        try:
-            self._task = asyncio.get_running_loop().create_task(self._work())
-        except RuntimeError:  # a script, without anybody to wait for
+        if loop := running_loop():
+            self._task = loop.create_task(self._work())
+        else:  # a script, without anybody to wait for
             asyncio.run(self._work())
 
     def cancel(self) -> None:

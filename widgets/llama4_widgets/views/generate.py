@@ -14,6 +14,7 @@ from llama4_lab.generate import sample
 from llama4_lab.trace import trace
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, experts, sequential
+from llama4_widgets.slices import running_loop
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.words import NO_NUMBERS
 
@@ -152,9 +153,9 @@ class GenerateView(View):
         self.kept = tuple(self._ids())
 
     def _begin(self) -> None:
-        try:
-            self._task = asyncio.get_running_loop().create_task(self._write_on())
-        except RuntimeError:  # no loop: outside of a notebook nobody could press pause
+        if loop := running_loop():
+            self._task = loop.create_task(self._write_on())
+        else:  # outside of a notebook nobody could press pause
             while self._play.value:
                 self._write_one()
 
