@@ -14,7 +14,7 @@ from llama4_lab.model import Llama4
 from llama4_lab.prompt.chat import question
 from llama4_widgets.bar import Bar
 from llama4_widgets.keeping import model_facts, record
-from llama4_widgets.moment import Moment
+from llama4_widgets.moment import MAX_TOKENS, Moment
 from llama4_widgets.recording import BESIDE, STYLE, Recording, open_lab
 from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.slices import running_loop
@@ -23,7 +23,6 @@ from llama4_widgets.views import VIEWS
 from llama4_widgets.views.difference import DifferenceView
 from llama4_widgets.words import short, visible
 
-MAX_TOKENS = 4096
 _ONCE = ("ablate", "generate", "planner")  # views that are no part of a comparison
 _AT_ONCE = ("router", "ablate")  # views that answer a slider; the others follow when it rests
 _PAUSE = 0.12  # seconds without a new wish that count as rest

@@ -9,11 +9,10 @@ import traitlets
 
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.model import Llama4
-from llama4_widgets.moment import Moment
+from llama4_widgets.moment import MAX_TOKENS, Moment
 from llama4_widgets.prompt import Prompt
 from llama4_widgets.views.router import RouterView
 
-MAX_TOKENS = 4096  # more would make the views slow, and nobody reads that many words
 _TEXT = """\
 The old man looked at the sea.
 def add(a, b):

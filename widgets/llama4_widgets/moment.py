@@ -28,6 +28,7 @@ from llama4_widgets.slices import running_loop
 from llama4_widgets.words import visible, word_of
 
 T = TypeVar("T")
+MAX_TOKENS = 4096  # more would make the views slow, and nobody reads that many words
 ROUNDING = 1e-6  # nats; of the same computed anew in float32, KL is less
 _TURN = threading.RLock()
 _SHORT = 512  # tokens; runs of fewer gain less from a second thread than the browser loses
