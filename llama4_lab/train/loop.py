@@ -21,7 +21,6 @@ from tqdm import tqdm
 from llama4_lab.model import Llama4
 from llama4_lab.model.random import random
 from llama4_lab.precision import product_dtype
-from llama4_lab.prompt import Tokenizer
 from llama4_lab.train.balance import Bias
 from llama4_lab.train.lessons import Material
 from llama4_lab.train.patches import teach_patches
@@ -70,25 +69,15 @@ def train(
     folder = Path(folder)
     if tensorboard and find_spec("tensorboard") is None:
         raise RuntimeError("TensorBoard is not installed: pip install 'llama4-lab[tensorboard]'")
-    for lesson in [lesson for stage in recipe.stages for lesson in stage.lessons]:
-        lesson.draw(np.random.default_rng(0), material)  # what is missing shows now, not in hours
-    if teacher is not None and teacher.model.config.vocab_size != recipe.config.vocab_size:
-        raise ValueError(
-            f"the teacher has {teacher.model.config.vocab_size} tokens and the student "
-            f"{recipe.config.vocab_size}: both must read the same ones"
-        )
-    if teacher is not None and teacher.model.tokenizer is not None:
-        check_same_tokens(teacher.model.tokenizer, material)
+    for stage in recipe.stages:
+        for lesson in stage.lessons:  # what is missing shows now, not in hours
+            lesson.draw(np.random.default_rng(0), material)
+    if teacher is not None:
+        check_teacher(teacher, recipe, material)
     folder.mkdir(parents=True, exist_ok=True)
-    model = random(recipe.config, recipe.seed, device=device).train()
-    model.backend = backend_of(model.device)
-    with torch.no_grad():
-        model.embed_tokens.weight.mul_(recipe.embed_std)
-    optimisers = make_optimisers(model, recipe)
-    course = Course(recipe.stages)
-    bias = Bias(recipe.config, recipe.bias_rate, model.device)
     plan = Plan(int(recipe.steps), None if budget_minutes is None else float(budget_minutes))
-    state = State(folder / CHECKPOINT, model, optimisers, course, bias, recipe, plan)
+    state = State.begin(folder / CHECKPOINT, recipe, plan, device)
+    model = state.model
     is_new = not state.path.exists()
     step, tokens, seconds = state.restore()
     if is_new and recipe.config.vision_config is not None:
@@ -110,25 +99,11 @@ def train(
                 if done >= 1:
                     break
                 begin = time.monotonic()
-                scale = set_learning_rate(optimisers, recipe, step, done)
-                lessons = course.stage(done).lessons
-                drawn = [
-                    lesson.draw(np.random.default_rng((recipe.seed, step, i)), material).to(device)
-                    for i, lesson in enumerate(lessons)
-                ]
-                hard = 1.0 if teacher is None else teacher.hard(done)
-                weight = balance_weight(recipe, done)
-                added = bias.at(done) if bias.rate else None
-                losses, routers = update(
-                    model, optimisers, lessons, drawn, weight, teacher, hard, added
-                )
-                if added is not None:
-                    bias.adjust(routers, added)
-                course.note(losses)
+                found, num_read = learn(state, material, teacher, step, done)
                 step, seconds = step + 1, seconds + time.monotonic() - begin
-                tokens += sum(rows.inputs.numel() for rows in drawn)
-                log.write(step=step, seconds=round(seconds, 1), tokens=tokens, lr=scale, **losses)
-                bar.set_postfix(loss=f"{losses['loss']:.3f}", tokens=f"{tokens / 1e6:.2f}M")
+                tokens += num_read
+                log.write(step=step, seconds=round(seconds, 1), tokens=tokens, **found)
+                bar.set_postfix(loss=f"{found['loss']:.3f}", tokens=f"{tokens / 1e6:.2f}M")
                 bar.update()
                 if time.monotonic() - saved > 60 * save_minutes:
                     state.save(step, tokens, seconds)
@@ -144,7 +119,43 @@ def train(
     return model.eval()
 
 
-def check_same_tokens(tokenizer: Tokenizer, material: Material) -> None:
+def learn(
+    state: "State", material: Material, teacher: Teacher | None, step: int, done: float
+) -> tuple[dict[str, float], int]:
+    """Take a step when the share `done` of the run is over; `step` seeds what is drawn.
+
+    Returns columns of the log (``lr``, and what `update` found) and how many tokens were read.
+    """
+    model, recipe, bias = state.model, state.recipe, state.bias
+    scale = set_learning_rate(state.optimisers, recipe, step, done)
+    lessons = state.course.stage(done).lessons
+    drawn = [
+        lesson.draw(np.random.default_rng((recipe.seed, step, i)), material).to(model.device)
+        for i, lesson in enumerate(lessons)
+    ]
+    hard = 1.0 if teacher is None else teacher.hard(done)
+    weight = balance_weight(recipe, done)
+    added = bias.at(done) if bias.rate else None
+    found, routers = update(model, state.optimisers, lessons, drawn, weight, teacher, hard, added)
+    if added is not None:
+        bias.adjust(routers, added)
+    state.course.note(found)
+    return {"lr": scale} | found, sum(rows.inputs.numel() for rows in drawn)
+
+
+def check_teacher(teacher: Teacher, recipe: Recipe, material: Material) -> None:
+    """Refuse a teacher that reads other tokens than the student.
+
+    Raises:
+        ValueError: another number of them, or the first one that differs.
+    """
+    if teacher.model.config.vocab_size != recipe.config.vocab_size:
+        raise ValueError(
+            f"the teacher has {teacher.model.config.vocab_size} tokens and the student "
+            f"{recipe.config.vocab_size}: both must read the same ones"
+        )
+    if (tokenizer := teacher.model.tokenizer) is None:
+        return
     ours = material.tokenizer
     sizes = tokenizer.vocab_size, ours.vocab_size
     other = (i for i in range(min(sizes)) if tokenizer.token_bytes(i) != ours.token_bytes(i))
@@ -284,6 +295,17 @@ class State:
     bias: Bias
     recipe: Recipe
     plan: Plan
+
+    @classmethod
+    def begin(cls, path: Path, recipe: Recipe, plan: Plan, device: str) -> "State":
+        """Return the state before the first step."""
+        model = random(recipe.config, recipe.seed, device=device).train()
+        model.backend = backend_of(model.device)
+        with torch.no_grad():
+            model.embed_tokens.weight.mul_(recipe.embed_std)
+        optimisers, course = make_optimisers(model, recipe), Course(recipe.stages)
+        bias = Bias(recipe.config, recipe.bias_rate, model.device)
+        return cls(path, model, optimisers, course, bias, recipe, plan)
 
     def save(self, step: int, tokens: int, seconds: float) -> None:
         state = {
