@@ -241,12 +241,10 @@ def _places(what: str, choice: Choice | None) -> slice | list[int] | None:
     plain: Any = getattr(choice, "tolist", lambda: choice)()
     if plain is None or isinstance(plain, slice):
         return plain
-    places = (
-        [plain] if isinstance(plain, int) else list(plain) if isinstance(plain, Sequence) else None
-    )
-    if places is None or any(type(place) is not int for place in places):
+    places = [plain] if isinstance(plain, int) else plain
+    if not isinstance(places, Sequence) or any(type(place) is not int for place in places):
         raise TypeError(f"{what}={choice!r}: give an int, a slice or a sequence of ints")
-    return places
+    return list(places)
 
 
 @dataclass(frozen=True)
@@ -328,8 +326,9 @@ class _Recorder(Tap):
             super().hear(values)
 
     def records(self) -> Collection[str] | None:
-        outer = self.outer.records()
-        return None if outer is None else {*self.asked, *outer} if outer else self.asked.keys()
+        if (outer := self.outer.records()) is None:
+            return None
+        return {*self.asked, *outer} if outer else self.asked.keys()
 
     def alters(self, name: str) -> bool:
         return self.outer.alters(name)

@@ -61,7 +61,9 @@ class Attribution:
         """
         change = self.all_on - self.all_off
         missing = abs(float(self.values.sum()) - change)
-        return missing / abs(change) if change else math.inf if missing else 0.0
+        if change:
+            return missing / abs(change)
+        return math.inf if missing else 0.0
 
 
 @torch.inference_mode(False)  # gradients are taken wherever this stands
