@@ -12,14 +12,10 @@ from llama4_lab.aliases import ALIASES, ON_MOE, WITHOUT_POINT, aliases, match, r
 from llama4_lab.points import Tap, described
 from llama4_lab.points_page import as_markdown
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 KNOWN = l4.points(CONFIG)
 PAGE = Path(__file__).parents[1] / "docs" / "points.md"
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_tokenizer import small_tokenizer
 from tiny import CONFIG
 
 import llama4_lab as l4
@@ -28,11 +27,6 @@ from llama4_lab.prompt import Prompt, build_prompt
 
 TEXT = "The user asks"
 GRADIENTS = "integrated_gradients"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

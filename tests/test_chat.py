@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_tokenizer import small_tokenizer
 from test_tokenizer import find_real_file
 
 from llama4_lab.prompt import Prompt, Tokenizer, build_prompt
@@ -18,11 +17,6 @@ HELLO = [
     {"role": "user", "content": "Hi"},
 ]
 PICTURE = {"type": "image"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def chat_text(tokenizer, messages, **options) -> str:

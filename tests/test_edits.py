@@ -14,6 +14,8 @@ from llama4_lab.edits.base import HOW, See, has_tokens, layer_of
 from llama4_lab.points import INSIDE
 from llama4_lab.replay import Replay
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 MOE, DENSE, NOPE = 3, 2, 3
 ALL = [
     E.SkipLayer(2),
@@ -67,12 +69,6 @@ def some_prompt(seed):
     ids = torch.randint(4, 89, (1, 29), generator=generator)
     ids[:, 3:12] = CONFIG.image_token_index
     return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 24, 24, generator=generator)}
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,9 @@ import llama4_lab as l4
 from llama4_lab import experts
 from llama4_lab.points import NO_TAP
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 POINTS = list(l4.points(CONFIG))
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

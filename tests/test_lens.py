@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_tokenizer import small_tokenizer
 from tiny import CONFIG
 
 import llama4_lab as l4
@@ -32,15 +31,11 @@ from llama4_lab.edits import (
 )
 from llama4_lab.prompt import Prompt, build_prompt
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 TEXT = "What's the colour of the circle? The circle is red."
 STREAM = ["embed"] + [f"layers.{i}.resid_{at}" for i in range(6) for at in ("mid", "post")]
 TOLERANCE = 1e-4  # logits, float32; what the toolkit promises
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 def sized(**changes) -> l4.Llama4:
@@ -61,11 +56,6 @@ def sized(**changes) -> l4.Llama4:
 @pytest.fixture(scope="module")
 def model() -> l4.Llama4:
     return sized()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

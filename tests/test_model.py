@@ -11,11 +11,7 @@ from llama4_lab.cache import KVCache
 from llama4_lab.model.attention import attend
 from llama4_lab.model.static import StaticDecoder
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def some_ids(rows=2, length=37, seed=0):

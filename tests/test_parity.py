@@ -8,6 +8,8 @@ from parity import LARGEST, LLAMA3_ROPE, PATCH_ID, VISION, largest, pair, text_c
 
 from llama4_lab import Llama4, trace
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 # float32, logits of order 1 to 5: rounding through 8 layers was seen to reach 8e-6.
 TOLERANCE = 1e-5
 
@@ -59,12 +61,6 @@ def assert_close(name, ours, theirs, keep=None):
     difference = largest(ours, theirs, keep)
     LARGEST[name] = max(LARGEST.get(name, 0.0), difference)
     assert difference <= TOLERANCE
-
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("name", TEXT)

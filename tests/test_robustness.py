@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_tokenizer import small_tokenizer
 from tiny import CONFIG
 
 import llama4_lab as l4
@@ -13,11 +12,6 @@ from llama4_lab.analysis.robustness import LEVEL, attack
 from llama4_lab.prompt import Prompt, build_prompt
 
 TARGET = Target(token=7)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_tokenizer import NUM_RANKS, SPECIAL, engine, small_tokenizer, write_ranks
+from small_tokenizer import NUM_RANKS, SPECIAL, engine, write_ranks
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Engine
 
@@ -25,11 +25,6 @@ STRINGS = [
     "DON'T don't I'LL we'Ve",
     "<|eot|><|header_start|>system<|header_end|>",
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def find_real_file() -> Path | None:

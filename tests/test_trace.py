@@ -16,11 +16,7 @@ from llama4_lab.points import NO_TAP, Tap
 from llama4_lab.prompt import Prompt, Spans
 from llama4_lab.trace import run_with_cache
 
-
-@pytest.fixture(autouse=True)
-def _no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from boards import shown
 
 import llama4_lab as l4
 from llama4_lab import edits as E
@@ -44,10 +45,6 @@ def moment(model):
 @pytest.fixture
 def is_long(monkeypatch):
     monkeypatch.setattr(attention, "_WHOLE", 0)
-
-
-def shown(view, name):
-    return unpack(view.board.content.arrays[name])
 
 
 def panels(view):

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from boards import shown
 
 import llama4_lab as l4
 from llama4_lab import edits as E
@@ -14,7 +15,6 @@ from llama4_lab.analysis.features import Target, patch_features, token_features
 from llama4_lab.train.scenes import sample
 from llama4_widgets.moment import Moment
 from llama4_widgets.slices import sliced
-from llama4_widgets.still import unpack
 from llama4_widgets.views.attribution import AttributionView
 
 TEXT = "two times two"
@@ -28,10 +28,6 @@ def model():
 @pytest.fixture
 def moment(model):
     return Moment(model, model.prompt(TEXT))
-
-
-def shown(view, name="clean"):
-    return unpack(view.board.content.arrays[name])
 
 
 def test_nothing_runs_before_the_button(moment):
@@ -48,7 +44,7 @@ def test_the_strip_is_captums_values_for_tokens(moment, model, method):
     view.method = method
     view.work.begin.click()
     found = attribute(token_features(model, moment.prompt), method)
-    np.testing.assert_allclose(shown(view), found.values, atol=1e-5)
+    np.testing.assert_allclose(shown(view, "clean"), found.values, atol=1e-5)
     error = f"miss the change by {found.completeness_error:.2%}"
     assert error in view.board.summary and view.board.busy == ""
     assert view.work.stop.disabled and not view.work.begin.disabled
@@ -61,7 +57,7 @@ def test_the_question_follows_the_selected_token_and_word(moment, model):
     view.work.start()
     idx = model.tokenizer.encode(" two")[0]
     found = attribute(token_features(model, moment.prompt, Target(idx, 1)), "feature_ablation")
-    np.testing.assert_allclose(shown(view), found.values, atol=1e-5)
+    np.testing.assert_allclose(shown(view, "clean"), found.values, atol=1e-5)
     view.selection.token = 0
     assert view.board.content.panels == []  # another question
     view.selection.token = 1
@@ -97,7 +93,7 @@ def test_patches_lie_over_the_picture(model):
     assert view.board.problem == ""
     found = attribute(patch_features(model, prompt), "feature_ablation")
     is_patch = prompt.spans.patch[0].numpy() >= 0
-    values = shown(view)
+    values = shown(view, "clean")
     np.testing.assert_allclose(values[is_patch], found.values, atol=1e-5)
     assert np.isnan(values[~is_patch]).all()
     panel = view.board.content.panels[0]

@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from boards import panel, shown
 
 import llama4_lab as l4
 from llama4_lab import edits as E
@@ -12,7 +13,6 @@ from llama4_lab.analysis.counterfactual import counterfactual
 from llama4_widgets.app import LabApp
 from llama4_widgets.moment import Moment
 from llama4_widgets.selection import Selection
-from llama4_widgets.still import unpack
 from llama4_widgets.views.counterfactual import CounterfactualView
 
 TEXT = "def add(a, b):\n    return a + b"
@@ -26,15 +26,6 @@ def model():
 @pytest.fixture
 def moment(model):
     return Moment(model, model.prompt(TEXT))
-
-
-def panel(view, name):
-    (found,) = [each for each in view.board.content.panels if each["name"] == name]
-    return found
-
-
-def shown(view, name):
-    return unpack(view.board.content.arrays[name])
 
 
 def test_cells_are_the_librarys_effects_and_words(moment, model):

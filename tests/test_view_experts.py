@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from boards import panel
 
 import llama4_lab as l4
 from llama4_lab import edits as E
@@ -22,10 +23,6 @@ def model():
 def view(model):
     texts = {"code": "for i in range(9):\n    print(i)\n" * 60, "prose": "It rained again. " * 120}
     return ExpertsView(Moment(model, model.prompt(TEXT)), domains=texts)
-
-
-def panel(view, name):
-    return next(panel for panel in view.board.content.panels if panel["name"] == name)
 
 
 def test_load_and_flow_are_counted_over_the_prompt(view, model):

@@ -5,13 +5,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from boards import panel, shown
 
 import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.analysis.decomposition import decompose_logit, decompose_router, written
 from llama4_lab.analysis.lens import logit_lens
 from llama4_widgets.moment import Moment
-from llama4_widgets.still import unpack
 from llama4_widgets.views.lens import LensView
 from llama4_widgets.words import number, visible, word_of
 
@@ -27,15 +27,6 @@ def model():
 @pytest.fixture
 def moment(model):
     return Moment(model, model.prompt(TEXT))
-
-
-def panel(view, name):
-    (found,) = [each for each in view.board.content.panels if each["name"] == name]
-    return found
-
-
-def shown(view, name):
-    return unpack(view.board.content.arrays[name])
 
 
 def test_words_and_colours_are_those_of_the_logit_lens(moment, model):

@@ -1,6 +1,7 @@
 """The planner shows the figures of `llama4_lab.plan`."""
 
 import pytest
+from boards import panel
 
 import llama4_lab as l4
 from llama4_lab.hardware import GPUS
@@ -13,10 +14,6 @@ from llama4_widgets.views.planner import PlannerView
 def view():
     model = l4.load("nano")
     return PlannerView(Moment(model, model.prompt("two")))
-
-
-def panel(view, name):
-    return next(panel for panel in view.board.content.panels if panel["name"] == name)
 
 
 def test_memory_and_speed_are_those_of_the_plan(view):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from einops import rearrange
 from PIL import Image
-from small_tokenizer import small_tokenizer
 from tiny import CONFIG, VISION
 
 import llama4_lab as l4
@@ -60,11 +59,6 @@ PICTURES = [layout_of(*size, tiling) for tiling in TILINGS for size in SIZES]
 def quadrants(height: int, width: int) -> np.ndarray:
     """Four colours, cut in the middle."""
     return COLOURS.repeat(height // 2, axis=0).repeat(width // 2, axis=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
