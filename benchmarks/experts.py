@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from clock import check_equal, ratios
+from table import layout
 from torch import Tensor
 
 from llama4_lab import experts
@@ -171,12 +172,7 @@ COLUMNS = ("", "ours", "transformers / ours", "loop / ours", "floor", "recording
 
 
 def table(rows: list[list[str]]) -> str:
-    lines = [list(COLUMNS), *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in lines
-    )
+    return layout([COLUMNS, *rows])
 
 
 def memory(layer: Layer, tokens: int) -> int:
