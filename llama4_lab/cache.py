@@ -68,9 +68,7 @@ class LayerCache:
         end = start + k.shape[2]
         first = start
         if self.chunk is not None:
-            if (
-                end // self.chunk > start // self.chunk
-            ):  # a chunk is complete: only its rest lives on
+            if end // self.chunk > start // self.chunk:  # complete: only what is behind it lives on
                 first = end - end % self.chunk
             k, v = k[:, :, first - start :], v[:, :, first - start :]
             first, end = first % self.chunk, first % self.chunk + k.shape[2]

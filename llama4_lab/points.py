@@ -58,6 +58,9 @@ _MOE = {
     "experts.out": Point("b t topk d", "what each chosen expert adds to the residual stream"),
     "shared.out": Point("b t d", "what the shared expert adds to the residual stream"),
 }
+PICTURE = ("vision.", "projector.")  # begin the names of what only pictures have
+INSIDE = ("experts.in", "experts.hidden", "experts.out")
+"""The values inside routed experts."""
 
 
 def points(config: Llama4Config) -> dict[str, str]:
@@ -131,11 +134,6 @@ class Tap:
     def scope(self, prefix: str) -> "Tap":
         """Return a tap that puts `prefix` before every name."""
         return self if type(self) is Tap else _Scoped(self, prefix)
-
-
-PICTURE = ("vision.", "projector.")  # begin the names of what only pictures have
-INSIDE = ("experts.in", "experts.hidden", "experts.out")
-"""The values inside routed experts."""
 
 
 class _Scoped(Tap):

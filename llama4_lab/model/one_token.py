@@ -181,7 +181,7 @@ class _Table:
         )
 
     def is_current(self) -> bool:
-        return (
+        return (  # asked before every token, so in maps, which run in C
             all(map(is_, map(dict.get, self._dicts, self._names), self._values))
             and self._now() == self._places
             and sum(map(len, self._attributes)) == self._num_attributes

@@ -48,6 +48,8 @@ def pixel_shuffle(x: Float[Tensor, "b patches d"], block: int) -> Float[Tensor, 
 
 
 class VisionAttention(nn.Module):
+    """Attention of all patches of a tile to all, without a mask, with as many keys as queries."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         d = config.hidden_size
@@ -72,6 +74,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """Two layers with a GELU between them; text's is gated."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size)
@@ -82,6 +86,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
+    """As text's `DecoderLayer`, but normed by LayerNorm, with mean and bias."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size)
@@ -96,6 +102,8 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
+    """All layers; a module of its own only because the checkpoint calls it ``model``."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
@@ -107,6 +115,8 @@ class VisionEncoder(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
+    """A convolution without overlap, as the product that it is: a row of pixels for each patch."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.patch_size = config.patch_size
