@@ -73,35 +73,32 @@ class See:
 
 
 @dataclass(frozen=True)
-class Gate:
+class _OfAKind:
+    """A change whose kind says what other changes at its point mean for it."""
+
+    change: Change
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        return self.change(value, run)
+
+
+@dataclass(frozen=True)
+class Gate(_OfAKind):
     """A change of scores that follows from the choice; `is_own` where it gives each its own."""
 
-    change: Change
     is_own: bool = False
 
-    def __call__(self, value: Tensor, run: Run) -> Tensor:
-        return self.change(value, run)
-
 
 @dataclass(frozen=True)
-class Again:
+class Again(_OfAKind):
     """A change of scores or inside experts that is new only if others are made there, too."""
 
-    change: Change
-
-    def __call__(self, value: Tensor, run: Run) -> Tensor:
-        return self.change(value, run)
-
 
 @dataclass(frozen=True)
-class Bias:
+class Bias(_OfAKind):
     """A change of a router's logits for the choice alone."""
 
     logits: str  # the point
-    change: Change
-
-    def __call__(self, value: Tensor, run: Run) -> Tensor:
-        return self.change(value, run)
 
 
 @dataclass(frozen=True)

@@ -233,4 +233,4 @@ class RouterBias(Edit):
 
         if self.gated:
             return {logits: add}
-        return {logits: Bias(logits, add), indices: See(indices), scores: Gate(weigh, is_own=True)}
+        return {logits: Bias(add, logits), indices: See(indices), scores: Gate(weigh, is_own=True)}
