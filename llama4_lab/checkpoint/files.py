@@ -50,6 +50,15 @@ class Stored:
     dtype: torch.dtype | str  # a text for what no weight may be
 
 
+def spelled(dtype: torch.dtype | str) -> str:
+    """Return a dtype's name without torch's.
+
+    >>> spelled(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 # ---- JSON
 
 
@@ -249,7 +258,7 @@ def list_pth(path: Path) -> dict[str, Stored]:
     allowed = DTYPES.values()
     return {
         name: Stored(
-            path, name, tuple(t.shape), t.dtype if t.dtype in allowed else str(t.dtype)[6:]
+            path, name, tuple(t.shape), t.dtype if t.dtype in allowed else spelled(t.dtype)
         )
         for name, t in map_pth(path).items()
     }
@@ -301,13 +310,13 @@ def check(
         if wanted := dtypes.get(name):
             if CODES.get(str(tensor.dtype), tensor.dtype) != wanted:
                 raise ValueError(
-                    f"{tensor.file}: {name} holds {str(tensor.dtype).removeprefix('torch.')} where "
-                    f"{config} asks for {str(wanted)[6:]}"
+                    f"{tensor.file}: {name} holds {spelled(tensor.dtype)} where {config} asks for "
+                    f"{spelled(wanted)}"
                 )
         elif isinstance(tensor.dtype, str):
             raise ValueError(
                 f"{tensor.file}: {name} holds {tensor.dtype} where weights are "
-                f"{', '.join(str(dtype)[6:] for dtype in DTYPES.values())}; of quantised files "
+                f"{', '.join(map(spelled, DTYPES.values()))}; of quantised files "
                 "only those of llama4-lab and of compressed-tensors are read"
             )
 
@@ -323,8 +332,8 @@ def check_one_dtype(found: Sequence[Stored]) -> torch.dtype:
     for other in found:
         if other.dtype != first.dtype:
             raise ValueError(
-                f"{other.file}: {other.name} is {str(other.dtype)[6:]} but {first.name} is "
-                f"{str(first.dtype)[6:]}: choose one for all by dtype"
+                f"{other.file}: {other.name} is {spelled(other.dtype)} but {first.name} is "
+                f"{spelled(first.dtype)}: choose one for all by dtype"
             )
     return first.dtype
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llama4_lab.checkpoint.files import first_of, read_json
+from llama4_lab.checkpoint.files import first_of, read_json, spelled
 from llama4_lab.checkpoint.huggingface import CONFIG, INDEX, SINGLE, is_transposed, their_name
 from llama4_lab.checkpoint.quantised import Quantisation, declare, quantisation_of
 from llama4_lab.config import Llama4Config
@@ -256,7 +256,7 @@ def config_as_json(
     """Return what config.json says; `layout` is our own, None Hugging Face's."""
     raw = config.to_dict()
     for part in (raw, raw.get("text_config", raw)):
-        part["dtype"] = str(dtype).removeprefix("torch.")
+        part["dtype"] = spelled(dtype)
     return raw | ({"quantization_config": layout} if layout else {})
 
 
