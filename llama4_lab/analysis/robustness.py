@@ -1,6 +1,7 @@
 """Attacks on pictures, and the routing that they change; captum makes the attacks."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +70,6 @@ def attack(
     Raises:
         ValueError: an unknown method or norm, or no pictures; and as `Question.ask`.
     """
-    from captum.robust import FGSM, PGD
-
     if method not in ("fgsm", "pgd") or norm not in ("Linf", "L2"):
         raise ValueError(
             f"unknown attack {method!r} with norm {norm!r}; choose 'fgsm' or 'pgd', "
@@ -84,17 +83,7 @@ def attack(
     def value(pixels: Float[Tensor, "1 tiles c height width"]) -> Float[Tensor, " 1"]:
         return question.answer(1, {}, False, pixels[0])
 
-    bounds = {"lower_bound": -1.0, "upper_bound": 1.0}
-    pgd: Any = PGD(value, lambda out, _: -out, **bounds)
-    draw = pgd._random_point
-
-    # Drawn on the CPU, whose generator alone is seeded and put back.
-    pgd._random_point = lambda center, radius, norm, mask: (
-        center + draw(torch.zeros_like(center, device="cpu"), radius, norm, 1).to(center) * mask
-    )
-    fgsm = FGSM(value, lambda out, _: -out, **bounds)
-    # captum leaves pixels whose gradient is below 1e-6; ours are many, and each matters little
-    fgsm.zero_thresh = pgd.fgsm.zero_thresh = 0.0
+    fgsm, pgd = _attacks_on(value)
     clean = prompt.pixel_values[None]  # one example, so that a norm is that of all tiles
     shared = {"target": 0, "targeted": towards, "mask": None if mask is None else mask[None]}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -115,3 +104,21 @@ def attack(
         flipped[row] = (was.sort().values != now[name].sort().values).any(-1)[0].cpu()
     layers = model.config.routed_layers
     return Attack(found[0], before, after, layers, flipped, question.target, method)
+
+
+def _attacks_on(value: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+    """Return captum's FGSM and PGD, which lower a value of pixels in [-1, 1]."""
+    from captum.robust import FGSM, PGD
+
+    bounds = {"lower_bound": -1.0, "upper_bound": 1.0}
+    fgsm: Any = FGSM(value, lambda out, _: -out, **bounds)
+    pgd: Any = PGD(value, lambda out, _: -out, **bounds)
+    # captum leaves pixels whose gradient is below 1e-6; ours are many, and each matters little
+    fgsm.zero_thresh = pgd.fgsm.zero_thresh = 0.0
+    draw = pgd._random_point
+
+    # Drawn on the CPU, whose generator alone is seeded and put back.
+    pgd._random_point = lambda center, radius, norm, mask: (
+        center + draw(torch.zeros_like(center, device="cpu"), radius, norm, 1).to(center) * mask
+    )
+    return fgsm, pgd

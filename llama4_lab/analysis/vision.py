@@ -270,8 +270,7 @@ def masking_effects(
         raise ValueError("the answer is empty: give the ids of the tokens that should follow")
     if fill not in ("mean", "zero", *range(256)):
         raise ValueError(f'fill {fill!r} is unknown: give "mean", "zero" or a grey level, 0 to 255')
-    is_image = prompt.spans.patch[0] >= 0
-    known = np.flatnonzero(is_image).tolist()
+    known = np.flatnonzero(prompt.spans.patch[0] >= 0).tolist()
     if strange := {token for some in sets for token in some}.difference(known):
         raise ValueError(
             f"token {min(strange)} shows no picture: mask tokens that "
@@ -282,15 +281,14 @@ def masking_effects(
     asked = {"input_ids": ids, "pixel_values": prompt.pixel_values}
     painted, runs = {}, [[*edits]]  # the first one masks nothing
     for i, some in enumerate(sets):
-        mask: Edit
+        runs.append([*edits])
         if isinstance(fill, str):
             mask = AblateEmbedding(tuple(some), fill)
         else:
             painted[name := f"painted {i}"] = asked | {"pixel_values": _painted(prompt, some, fill)}
-            tile = prompt.spans.tile[0]
-            in_reach = is_image & torch.isin(tile, tile[list(some)])  # tiles do not see each other
-            mask = Patch("embed", name, tuple(np.flatnonzero(in_reach).tolist()))
-        runs.append([*edits, mask] if len(some) else [*edits])
+            mask = Patch("embed", name, _in_reach(prompt, some))
+        if len(some):
+            runs[-1].append(mask)
 
     def log_prob(logits: Float[Tensor, "n v"]) -> float:
         return logits.float().log_softmax(dim=-1).gather(-1, said[:, None]).sum().item()
@@ -312,6 +310,13 @@ def masking_effects(
         )
         log_probs[i] = log_prob(logits)
     return log_probs[0] - log_probs[1:]
+
+
+def _in_reach(prompt: Prompt, tokens: Sequence[int]) -> tuple[int, ...]:
+    """Return the image tokens that see some in the vision encoder: all of the same tiles."""
+    tile = prompt.spans.tile[0]
+    in_reach = (prompt.spans.patch[0] >= 0) & torch.isin(tile, tile[list(tokens)])
+    return tuple(np.flatnonzero(in_reach).tolist())
 
 
 def _painted(

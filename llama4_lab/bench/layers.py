@@ -104,29 +104,7 @@ def _rows(
         inputs.append(x.bfloat16())
     turns = [(layer, x) for x in inputs for layer in layers]
     name = f"MoE layer, {counted(n, 'token')}, {kind}"
-    calls: dict[str, Callable[[], Any]] = {}
-    notes: list[str] = []
-    expected = [_reference(bench, layer)(inputs[0]) for layer in layers]
-    for path, prepare in _paths(bench, n, kind, layers).items():
-        try:
-            run = prepare()
-            found = [run(layer, inputs[0]) for layer in layers]
-            _check(found, expected, _OFF_FP8 if kind == "fp8" else _OFF)
-        except Exception as error:  # one path must not take the others' figures away
-            notes.append(f"{path}: {_first_line(error)}")
-            continue
-
-        def call(run: Path = run) -> None:
-            for layer, x in turns:
-                run(layer, x)
-
-        calls[path] = call
-        if bench.clock.is_cuda and path != "loop":  # which always waits for the GPU in between
-            try:
-                calls[f"{path} in a graph"] = bench.clock.graphed(call)
-            except RuntimeError as error:
-                bench.clock.wait()
-                notes.append(f"{path} in a graph: {_first_line(error)}")
+    calls, notes = _calls(bench, kind, layers, turns)
     ours = {path for path in calls if not path.startswith(_PEER)}
     if not ours:
         raise RuntimeError("; ".join(notes))
@@ -159,6 +137,40 @@ def _rows(
             "times",
             goal=bench.goal(1.0),
         )
+
+
+def _calls(
+    bench: Bench, kind: str, layers: list[Layer], turns: list[tuple[Layer, Tensor]]
+) -> tuple[dict[str, Callable[[], Any]], list[str]]:
+    """Return the paths that equal the readable one, each taking all turns, and what hinders others.
+
+    `turns` begin with the same input for each of the layers.
+    """
+    calls: dict[str, Callable[[], Any]] = {}
+    notes: list[str] = []
+    x = turns[0][1]
+    expected = [_reference(bench, layer)(x) for layer in layers]
+    for path, prepare in _paths(bench, len(x), kind, layers).items():
+        try:
+            run = prepare()
+            found = [run(layer, x) for layer in layers]
+            _check(found, expected, _OFF_FP8 if kind == "fp8" else _OFF)
+        except Exception as error:  # one path must not take the others' figures away
+            notes.append(f"{path}: {_first_line(error)}")
+            continue
+
+        def call(run: Path = run) -> None:
+            for layer, x in turns:
+                run(layer, x)
+
+        calls[path] = call
+        if bench.clock.is_cuda and path != "loop":  # which always waits for the GPU in between
+            try:
+                calls[f"{path} in a graph"] = bench.clock.graphed(call)
+            except RuntimeError as error:
+                bench.clock.wait()
+                notes.append(f"{path} in a graph: {_first_line(error)}")
+    return calls, notes
 
 
 def _reference(bench: Bench, layer: Layer) -> Callable[[Tensor], Tensor]:

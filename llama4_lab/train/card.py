@@ -260,6 +260,11 @@ def markdown(card: Card) -> str:
         where: {name: f"{nats:.3f}" for name, nats in row.items()}
         for where, row in card.loss_by_position.items()
     }
+    pictures = [
+        "Questions about pictures: right answers; those of them that change when the asked "
+        "object is painted out; right answers when another object is painted out:",
+        table("question", percent(card.pictures)),
+    ]
     parts = [
         table("domain", losses),
         "Mutual information of a token's expert with its domain"
@@ -271,17 +276,12 @@ def markdown(card: Card) -> str:
         "Codes told rightly, by the distance in tokens at which they had been said (the first row "
         "in the same chunk, the others in another):",
         table("distance", percent(card.recall)),
+        *(pictures if card.pictures else ()),
         "Sums told rightly, in a chat, on problems that were not trained:",
         table("kind", percent({kind: {"right": x} for kind, x in card.sums.items()})),
         "Loss by position, in nats a token:",
         table("position", losses_at),
     ]
-    if card.pictures:
-        parts[7:7] = [
-            "Questions about pictures: right answers; those of them that change when the asked "
-            "object is painted out; right answers when another object is painted out:",
-            table("question", percent(card.pictures)),
-        ]
     if card.recited:
         parts += [
             "Spans of 50 tokens of the training texts that are recited word for word after the 50 "
