@@ -205,7 +205,7 @@ class View(ipywidgets.VBox):
         self.board.busy = what and f"{what} …"
         try:
             yield
-        except (ValueError, KeyError, RuntimeError, OSError, traitlets.TraitError) as error:
+        except (*FAILURES, OSError, traitlets.TraitError) as error:
             self.board.problem = str(error.args[0] if error.args else error)
         finally:
             self.board.busy = ""
