@@ -349,6 +349,13 @@ def test_a_trace_around_replayed_runs_sees_nothing(model, prompt):
         assert all(torch.equal(value, before[name]) for name, value in cache.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_token_ids_of_any_whole_numbers_are_replayed(model, prompt, dtype):
+    ids = prompt["input_ids"]
+    effects = [Replay(model, each).edited([E.SkipLayer(2)]).effect for each in (ids, ids.to(dtype))]
+    assert str(effects[0]) == str(effects[1])
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [

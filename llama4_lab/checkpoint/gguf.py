@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama4_lab.checkpoint.files import (
+    PIECE,
     Held,
     Stored,
     check,
@@ -39,7 +40,6 @@ from llama4_lab.experts.mapped import ExpertMemory, Mapped
 from llama4_lab.prompt.tokenizer import Tokenizer
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})$")
-_PIECE = 1 << 26  # numbers that are made at a time
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WHOLE = {
     "embed_tokens": "token_embd",
@@ -227,7 +227,7 @@ class GgufFile:
         tensors = [self.tensors[theirs] for theirs in their_names(name)]
         if not is_stack:
             (tensor,) = tensors
-            step = max(1, _PIECE // tensor.shape[-1])
+            step = max(1, PIECE // tensor.shape[-1])
             return [tensor.part(i, step) for i in range(0, tensor.num_rows, step)]
         experts = range(tensors[0].shape[0])
         return [t.part(e * t.shape[1], t.shape[1]) for e in experts for t in tensors]

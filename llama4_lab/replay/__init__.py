@@ -63,7 +63,7 @@ class Replay:
         _refuse_changes_around(model)
         self.model = model
         self.inputs = inputs_of(model, prompt)
-        self.ids: Int[Tensor, " t"] = self.inputs["input_ids"][0]
+        self.ids: Int[Tensor, " t"] = self.inputs["input_ids"][0].long()
         self.sources = {**(sources or {}), CLEAN: self.inputs}
         self.max_tokens = max_tokens
         self.progress = progress
