@@ -230,6 +230,21 @@ def test_words_over_pictures_have_a_ground_and_room(browser: Browser, model, tmp
     page.close()
 
 
+def test_a_special_token_stays_on_one_line_and_a_long_word_does_not(browser: Browser, tmp_path):
+    labels = ["<|header_start|>", "a" * 40]
+    content = Content({"token": Axis("token", 2, labels=labels)})
+    content.add("strip", "Words", np.zeros(2), ("token",), sequential(0, 1), kind="strip")
+    file = tmp_path / "words.html"
+    file.write_text(board_page([Board(Selection(), content=content)], "Words"))
+    page = browser.new_page(viewport={"width": 130, "height": 500})
+    page.goto(file.as_uri())
+    words = page.locator(".l4-words span")
+    expect(words).to_have_text(labels)
+    special, long = words.evaluate_all("nodes => nodes.map((n) => n.getClientRects().length)")
+    assert special == 1 < long
+    page.close()
+
+
 @pytest.mark.parametrize("clean", [None, 12.0])
 def test_no_line_strikes_out_the_number_of_a_bar(browser: Browser, tmp_path, clean):
     content = Content({"expert": Axis("expert", 4)})

@@ -210,7 +210,7 @@ function render({ model, el, signal }) {
     let [shown, numbers] = [null, []]; // the word last brought into sight, and arrays that are written at each
     const words = axis(name).labels.map((word, i) => {
       if (/^(·|<\|)/.test(word)) make("wbr", box); // lines end between words, where that is possible
-      const node = make("span", box, { textContent: word, onclick: () => choose([[name, i]]) }, { role: "option" });
+      const node = make("span", box, { textContent: word, onclick: () => choose([[name, i]]) }, { role: "option", "data-special": word.startsWith("<|") });
       if (word.includes("↵")) make("br", box);
       node.onpointerenter = () => look({ [axis(name).select]: place(name, i) });
       return Object.assign(hover(node, () => describe(panel, [i])), { onpointerleave: () => (point(), look({})) });
