@@ -245,6 +245,19 @@ def test_a_special_token_stays_on_one_line_and_a_long_word_does_not(browser: Bro
     page.close()
 
 
+def test_patches_are_parted_by_whole_pixels(browser: Browser, model, tmp_path):
+    app = LabApp(model, shown=["image"])
+    app.run("What is it?", [Image.new("RGB", (48, 48))])
+    app.to_html(tmp_path / "lab.html")
+    page = browser.new_page()
+    page.goto((tmp_path / "lab.html").as_uri())
+    line = page.locator(".l4-picture i").first.evaluate("node => getComputedStyle(node).boxShadow")
+    lengths = [float(length) for length in re.findall(r"(\S+)px", line)]
+    assert any(lengths)
+    assert all(map(float.is_integer, lengths))  # Firefox rounds parts of a pixel down
+    page.close()
+
+
 @pytest.mark.parametrize("clean", [None, 12.0])
 def test_no_line_strikes_out_the_number_of_a_bar(browser: Browser, tmp_path, clean):
     content = Content({"expert": Axis("expert", 4)})
