@@ -258,6 +258,26 @@ def test_patches_are_parted_by_whole_pixels(browser: Browser, model, tmp_path):
     page.close()
 
 
+def test_a_choice_hides_what_was_said_of_the_bar_or_cell_that_it_replaces(
+    browser: Browser, model, tmp_path
+):
+    LabApp(model, "def add(a, b):", shown=["router", "lens"]).to_html(tmp_path / "lab.html")
+    page = browser.new_page()
+    page.goto((tmp_path / "lab.html").as_uri())
+    router, lens = page.locator(".l4-board").nth(0), page.locator(".l4-board").nth(1)
+    bar = router.locator("[data-panel=probability] g").nth(3)
+    cell = lens.locator("[data-panel=words] td").nth(2)
+    for view, node in ((router, bar), (lens, cell)):  # told to leave neither, as WebKit has it
+        node.dispatch_event("pointerenter")
+        node.dispatch_event("pointermove")
+        expect(view.locator(".l4-tip")).to_be_visible()
+        assert (router.locator(".l4-dim").count() > 0) == (node is bar)
+        node.dispatch_event("click")
+        expect(view.locator(".l4-tip")).to_be_hidden()
+        expect(router.locator(".l4-dim")).to_have_count(0)
+    page.close()
+
+
 @pytest.mark.parametrize("clean", [None, 12.0])
 def test_no_line_strikes_out_the_number_of_a_bar(browser: Browser, tmp_path, clean):
     content = Content({"expert": Axis("expert", 4)})

@@ -513,7 +513,7 @@ function render({ model, el, signal }) {
         if (pitch >= 34) draw("text", bar, { x: middle, y: y(clear) - 5, "text-anchor": "middle" }, pitch < 56 ? written(v) : spoken(v));
         if (ghosts) draw("line", bar, { x1: box.x, x2: box.x + wide, y1: y(ghosts[i]), y2: y(ghosts[i]), class: "l4-ghost" });
         if (size <= 32 || i % 8 === 0) draw("text", bar, { x: middle, y: 181, "text-anchor": "middle" }, place(name, i));
-        bar.onclick = () => choose([[name, i]]);
+        bar.onclick = () => (point(), shine(), choose([[name, i]])); // WebKit tells no leaving of what goes
         bar.onpointermove = (event) => point(event, `${title} ${place(name, i)}: ${spoken(v)}${ghosts ? `; clean ${spoken(ghosts[i])}` : ""}`);
         bar.onpointerenter = () => shine(i);
         bar.onpointerleave = () => (point(), shine());
@@ -604,7 +604,7 @@ function render({ model, el, signal }) {
         for (const j of columns) {
           const back = colour(value(i, j));
           const dark = back[0] * 0.299 + back[1] * 0.587 + back[2] * 0.114 < 118;
-          const cell = make("td", row, { textContent: panel.text[i][j], onclick: () => choose([[down, i], [across, j]]) });
+          const cell = make("td", row, { textContent: panel.text[i][j], onclick: () => (point(), choose([[down, i], [across, j]])) });
           Object.assign(cell.style, { background: `rgb(${back.join(" ")})`, color: dark ? "#fff" : "#000" });
           cell.classList.toggle("l4-selected", j === index(across) && (!axis(down).select || i === index(down)));
           hover(cell, () => `${panel.text[i][j]} – ${describe(panel, [i, j])}`);
