@@ -26,7 +26,7 @@ from llama4_widgets.selection import Selection
 from llama4_widgets.views import VIEWS
 from llama4_widgets.words import visible
 
-from .conftest import hindrances
+from .conftest import CHROMIUM_FLAGS, hindrances
 
 pytestmark = pytest.mark.browser
 
@@ -276,6 +276,21 @@ def test_a_choice_hides_what_was_said_of_the_bar_or_cell_that_it_replaces(
         expect(view.locator(".l4-tip")).to_be_hidden()
         expect(router.locator(".l4-dim")).to_have_count(0)
     page.close()
+
+
+def test_a_scrollbar_covers_no_row_of_the_lens(browser: Browser, chromium, model, tmp_path):
+    LabApp(model, shown=["lens"]).to_html(tmp_path / "lab.html")
+    with browser.browser_type.launch(
+        executable_path=chromium, args=CHROMIUM_FLAGS, ignore_default_args=["--hide-scrollbars"]
+    ) as plain:
+        page = plain.new_page(viewport={"width": 600, "height": 900})
+        page.goto((tmp_path / "lab.html").as_uri())
+        table = page.locator("[data-panel=words] .l4-scroll")
+        expect(table.locator("td").first).to_be_visible()
+        width, room, low, high = table.evaluate(
+            "node => [node.scrollWidth, node.clientWidth, node.clientHeight, node.scrollHeight]"
+        )
+        assert width > room and low == high
 
 
 @pytest.mark.parametrize("clean", [None, 12.0])
