@@ -747,6 +747,20 @@ def test_a_map_leaves_the_browser_its_keys(lab):
     assert canvas.evaluate(PREVENTED, {"key": "ArrowLeft"})
 
 
+def test_select_boxes_and_sliders_keep_their_keys_from_jupyterlab(lab):
+    lens, page = lab.show("ablate", "lens"), lab.on.page
+    show = page.get_by_label("Show it").first
+    slider = lab.view("Ablate").get_by_role("slider", name="top-k")
+    for control in (show, lens.locator("select"), slider):
+        control.focus()  # JupyterLab would make text of the cell, and the lab would be gone
+        assert not control.evaluate(PREVENTED, {"key": "m", "keyCode": 77})
+        expect(control).to_be_focused()
+    colour = lens.locator("select")
+    for key, index in (("ArrowDown", 1), ("ArrowUp", 0)):
+        colour.press(key)
+        assert colour.evaluate("box => box.selectedIndex") == index
+
+
 def test_whatever_has_the_focus_of_a_keyboard_has_a_ring(lab):
     lens, page = lab.show("ablate", "lens"), lab.on.page
     slider = lab.view("Ablate").get_by_role("slider", name="top-k")

@@ -663,6 +663,7 @@ function render({ model, el, signal }) {
     const tell = (node, name, text) => node && node[name] !== text && (node[name] = text);
     for (const each of ours?.querySelectorAll(".widget-slider") ?? [])
       for (const [name, part] of [["ariaLabel", "label"], ["ariaValueText", ".widget-readout"]]) tell(each.querySelector("[role=slider]"), name, each.querySelector(part)?.textContent);
+    for (const each of (ours?.closest(".l4-app") ?? ours)?.querySelectorAll("select, .noUi-handle") ?? []) each.dataset.lmSuppressShortcuts = true;
     for (const box of [ours, ours?.closest(".l4-app")?.querySelector(":scope > .l4-app-chips")])
       for (const each of box?.querySelectorAll(".widget-toggle-button") ?? []) tell(each, "ariaPressed", String(each.classList.contains("mod-active"))) && restyle.observe(each, { attributeFilter: ["class"] });
   }
