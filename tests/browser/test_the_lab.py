@@ -293,6 +293,15 @@ def test_a_scrollbar_covers_no_row_of_the_lens(browser: Browser, chromium, model
         assert width > room and low == high
 
 
+NUMBERS_AND_BARS = """cells => cells.map((cell) => {
+    const range = document.createRange();
+    range.selectNodeContents(cell);
+    const found = getComputedStyle(cell).backgroundSize.match(/100% - ([0-9.]+)px/);
+    const begin = cell.getBoundingClientRect().left + Number(found?.[1] ?? 0);
+    return [cell.textContent, range.getBoundingClientRect().right, begin];
+})"""
+
+
 @pytest.mark.parametrize("clean", [None, 12.0])
 def test_no_line_strikes_out_the_number_of_a_bar(browser: Browser, tmp_path, clean):
     content = Content({"expert": Axis("expert", 4)})
@@ -311,6 +320,19 @@ def test_no_line_strikes_out_the_number_of_a_bar(browser: Browser, tmp_path, cle
     for text in page.locator("g > text:nth-of-type(1)").all():
         box = text.bounding_box()
         assert not box["y"] + 2 < dashed < box["y"] + box["height"] - 2, text.text_content()
+    page.close()
+
+
+def test_bars_of_a_table_begin_behind_its_numbers(browser: Browser, tmp_path):
+    content, file = Content({}), tmp_path / "table.html"
+    rows = [["a head", -0.0862, -12.3], ["another", 0.386, -0.386]]
+    content.table("parts", "Parts", ["part", "clean", "edited"], rows, bars=[None, 0.1, 12.5])
+    file.write_text(board_page([Board(Selection(), content=content)], "Table"))
+    page = browser.new_page(viewport={"width": 420, "height": 500})
+    page.goto(file.as_uri())
+    expect(page.locator("td").first).to_be_visible()
+    for text, end, bars in page.locator("td:not(:first-child)").evaluate_all(NUMBERS_AND_BARS):
+        assert end <= bars, text
     page.close()
 
 

@@ -628,11 +628,11 @@ function render({ model, el, signal }) {
         if (panel.choices?.[i]) row.onclick = () => select(panel.choices[i]);
         cells.forEach((cell, j) => {
           const node = make("td", row, { textContent: typeof cell === "number" ? written(cell) : (cell ?? "no number") });
-          const bound = panel.bars?.[j]; // of a column whose numbers are bars as well
+          const bound = panel.bars?.[j]; // of a column whose numbers have bars beside them
           if (!bound || typeof cell !== "number") return;
           const [end, colour] = [50 + 50 * clamp(cell / bound, -1, 1), cell < 0 ? "rgb(33 102 172 / 0.5)" : "rgb(178 24 43 / 0.5)"];
-          const [from, to] = [Math.min(end, 50), Math.max(end, 50)];
-          Object.assign(node.style, { minWidth: panel.columns.length > 2 ? "100px" : "150px", background: `linear-gradient(90deg, transparent ${from}%, ${colour} ${from}% ${to}%, transparent ${to}%)` });
+          const [from, to] = [Math.min(end, 50), Math.max(end, 50)], bar = `linear-gradient(90deg, transparent ${from}%, ${colour} ${from}% ${to}%, transparent ${to}%)`;
+          Object.assign(node.style, { minWidth: panel.columns.length > 2 ? "112px" : "150px", background: `${bar} right / calc(100% - 56px) 100% no-repeat` });
         });
       });
     }
