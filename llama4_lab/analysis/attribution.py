@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from llama4_lab.analysis.features import NEXT_TOKEN, Features, Target, token_features
 from llama4_lab.model import Llama4

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from llama4_lab import experts
 from llama4_lab.analysis.quantisation import Ids, count_predicted, swapped

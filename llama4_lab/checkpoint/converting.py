@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from llama4_lab.checkpoint.files import CODES, DTYPES
 from llama4_lab.checkpoint.gguf import GgufFile

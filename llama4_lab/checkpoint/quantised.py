@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from llama4_lab.experts.mapped import Mapped
 from llama4_lab.model import Llama4
