@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 PIP_BLOCK = ENVIRONMENT["dependencies"][-1]["pip"]
+SYSTEMS = {
+    "this": {},
+    "Windows": {"sys_platform": "win32", "platform_system": "Windows", "os_name": "nt"},
+    "macOS": {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"},
+}
 
 
 def requirements(*extras: str) -> list[Requirement]:
@@ -37,16 +42,20 @@ def constraints() -> dict[str, Requirement]:
     return {canonicalize_name(pin.name): pin for pin in pins}
 
 
-def closure(names: set[str]) -> set[str]:
+def closure(names: set[str], system: dict[str, str]) -> set[str]:
     """Everything that the named installed distributions require, themselves included."""
     seen: set[str] = set()
     todo = [(name, "") for name in names]
     while todo:
         name, extra = todo.pop()
         seen.add(name)
-        for line in metadata.requires(name) or []:
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # it is another system's
+            lines = []
+        for line in lines:
             needed = Requirement(line)
-            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+            if needed.marker is None or needed.marker.evaluate(system | {"extra": extra}):
                 child = canonicalize_name(needed.name)
                 todo += [(child, asked) for asked in ["", *needed.extras] if child not in seen]
     return seen
@@ -60,13 +69,27 @@ def test_constraints_hold_one_version_inside_each_range_of_pyproject():
         assert needed.specifier.contains(pin.version), f"{needed} excludes the pin {pin}"
 
 
-def test_constraints_cover_every_package_that_an_install_brings():
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_constraints_cover_every_package_that_an_install_brings(system):
     direct = {canonicalize_name(needed.name) for needed in requirements("lab", "test")}
-    ours = closure(direct) - {"setuptools", "pip", "triton"}
+    ours = closure(direct, SYSTEMS[system]) - {"setuptools", "pip", "triton"}
     missing = {
         name for name in ours - set(constraints()) if not name.startswith(("nvidia-", "cuda-"))
     }
     assert not missing, f"constraints.txt lacks {sorted(missing)}"
+
+
+def test_pins_take_every_python_that_pyproject_allows():
+    """Debian 12 has Python 3.11.2, which is older than what some packages ask for."""
+    (oldest,) = SpecifierSet(PROJECT["requires-python"])
+    for name, pin in constraints().items():
+        try:
+            found = metadata.metadata(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if pin.specifier.contains(found["Version"].split("+")[0]):
+            asked = found.get("Requires-Python") or ""
+            assert SpecifierSet(asked).contains(f"{oldest.version}.0"), f"{pin} asks for {asked}"
 
 
 def test_constraints_serve_cpu_and_cuda_machines_alike():
