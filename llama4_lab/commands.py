@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 import llama4_lab as l4
 from llama4_lab.packed import KINDS
 from llama4_lab.points import described
+from llama4_lab.precision import device_of
 
 
 def open_lab(options: argparse.Namespace) -> None:
@@ -303,13 +304,10 @@ def list_points(options: argparse.Namespace) -> None:
 
 def _device(options: argparse.Namespace, otherwise: str) -> torch.device:
     """Return the device that is asked for, if it is there; else say what to do."""
-    try:
-        device = torch.device(options.device)
-        if device.type != "cuda" or torch.cuda.is_available():
-            torch.ones(1, device=device).tolist()
+    with suppress(ValueError):
+        device = device_of(options.device)
+        if device.type != "meta":  # which holds no numbers
             return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        pass  # so says torch of one that it does not know or have
     name = "CUDA GPU" if options.device == "cuda" else f"device {options.device!r}"
     raise ValueError(f"no {name} was found: {otherwise}")
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from llama4_lab.precision import with_float64
+
 
 class Witness(TorchFunctionMode):
     """Sees which operation first reads a value, through views and concatenations.
@@ -102,6 +104,7 @@ def _is_view(new: Tensor, old: Tensor) -> bool:
 
 def _checksum(value: Tensor) -> float:
     value = torch.view_as_real(value) if value.is_complex() else value
+    value = with_float64(value)
     total = value.sum(dtype=torch.float64).item()
     if math.isfinite(total):
         return total

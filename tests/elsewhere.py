@@ -1,7 +1,8 @@
 """A device that is not the CPU, for tests where there is none.
 
 Tensors there say that they are on "meta", and are held by plain ones. Operators refuse to mix the
-two as devices do: only numbers without axes, indices and the source of a copy may be here.
+two as devices do: only numbers without axes, indices and the source of a copy may be here. Like
+Apple's GPUs it has no float64.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ ELSEWHERE = torch.device("meta")
 _PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 _aten = torch.ops.aten
+_ABSENT = {torch.float64, torch.complex128}
 _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
 
 
@@ -101,6 +103,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def placed(x: Any) -> Any:
         if not isinstance(x, Tensor) or not is_there:
             return x
+        if x.dtype in _ABSENT:
+            raise TypeError(f"{func}: {x.dtype} is not there; use float32")
         known = holders.get(id(x))  # of what was changed in its place
         return known if known is not None and known.shape == x.shape else Held(x)
 

@@ -14,6 +14,7 @@ import resource
 import shutil
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from small_tokenizer import small_tokenizer
 
 from llama4_lab.checkpoint import convert, huggingface, load, meta, save, saving, shipped
+from llama4_lab.model.random import random
 
 INDEX = "model.safetensors.index.json"
 
@@ -440,6 +442,14 @@ def test_a_file_is_no_folder(good):
         f"{good}/single/config.json is a file: give the folder of the checkpoint, or a file of GGUF"
     )
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("device", ["mps:9", "gpu"])
+def test_a_device_that_is_not_there_is_named(good, device):
+    config = load(good / "single").config
+    for make in (partial(load, good / "single"), partial(random, config)):
+        with pytest.raises(ValueError, match=f"no device '{device}' was found: this machine has"):
+            make(device=device)
 
 
 def test_weights_are_not_loaded_as_whole_numbers(good):

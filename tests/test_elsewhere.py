@@ -21,6 +21,7 @@ from llama4_lab.analysis import (
     pruning,
     routing,
 )
+from llama4_lab.experts import BACKENDS, choose_backend, probe
 from llama4_lab.generate import tokens
 from llama4_lab.replay import Replay
 from llama4_widgets.app import VIEWS, LabApp
@@ -44,6 +45,30 @@ def test_logits_and_text_are_the_same():
         assert found.device == device
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-4)
         assert [int(i) for i in tokens(model, prompt, 8, seed=1)] == written
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_runs_there(monkeypatch, backend):
+    monkeypatch.setattr(probe, "CHOSEN", "auto")
+    model = l4.load("nano")
+    prompt = model.prompt(TEXT)
+    expected = model(**prompt)
+    with elsewhere() as device:
+        model.to(device)
+        assert choose_backend(model.embed_tokens.weight) == "loop"
+        model.backend = backend
+        found = model(**prompt.to(device)).cpu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_wide_weights_are_narrowed_on_the_way_there(tmp_path):
+    l4.save(l4.load("nano", dtype=torch.float64), tmp_path)
+    with elsewhere() as device:
+        model = l4.load(tmp_path, device=device, dtype=torch.float32)
+        assert model.device == device
+        found = model.lm_head.weight.cpu()
+    torch.testing.assert_close(found, l4.load("nano").lm_head.weight, rtol=0, atol=0)
 
 
 @pytest.mark.slow

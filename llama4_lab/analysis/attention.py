@@ -5,7 +5,7 @@ and ``attn.rot_k``; `keys_and_queries` reads them) and the layer's chunk. They s
 keys that the queries can see, and keep a maximum and a log-sum-exp of each (Rabe & Staats 2021;
 Milakov & Gimelshein 2018, alg. 3): half the square for a NoPE layer, one triangle a chunk for RoPE.
 Scores are taken in float32, or in float64 where queries and keys are; a model in bfloat16 rounds
-its own more coarsely.
+its own more coarsely. Sums are in float64, on the CPU where a GPU has none.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
+from llama4_lab.precision import with_float64
 from llama4_lab.prompt import Prompt
 from llama4_lab.trace import trace
 
@@ -394,7 +395,7 @@ def _finite(x: Tensor) -> Tensor:
 def _widened(
     q: Float[Tensor, "t dh"], k: Float[Tensor, "s dh"], chunk: int | None
 ) -> tuple[Float[Tensor, "t dh"], Float[Tensor, "s dh"]]:
-    """Check queries and keys, and lift them to the precision of the scores."""
+    """Check queries and keys, lift them to the precision of the scores, and have float64."""
     if len(q) != len(k):
         raise ValueError(
             f"{len(q)} queries and {len(k)} keys: give both of the same tokens, from the first on"
@@ -404,7 +405,7 @@ def _widened(
             f"a chunk of {chunk} tokens is empty: give 1 or more, or None for no chunks"
         )
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.to(wide), k.to(wide)
+    return with_float64(q).to(wide), with_float64(k).to(wide)
 
 
 def _window(name: str, window: Window | None, length: int) -> Window:

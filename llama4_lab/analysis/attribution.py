@@ -228,7 +228,7 @@ def _attribution(
         features.axes,
         features.places,
         features.labels,
-        values.double().cpu().numpy(),
+        values.cpu().double().numpy(),
         all_on,
         all_off,
         method,

@@ -397,7 +397,7 @@ def _collect(
         kind=[written.kind for _, written in parts for _ in written.index],
         layer=np.array([layer for layer, written in parts for _ in written.index]),
         index=np.array([idx for _, written in parts for idx in written.index]),
-        values=torch.cat([written.values for _, written in parts]).double().cpu().numpy(),
+        values=torch.cat([written.values for _, written in parts]).cpu().double().numpy(),
         total=float(total),
         position=t,
         target=pair.target,

@@ -22,6 +22,7 @@ from llama4_lab.checkpoint.quantised import Quantisation, declare, read_packed
 from llama4_lab.checkpoint.saving import check_shard_bytes, save
 from llama4_lab.checkpoint.shipped import GGUF, MODELS, find
 from llama4_lab.model import Llama4
+from llama4_lab.precision import device_of
 from llama4_lab.prompt import Tokenizer, build_prompt
 from llama4_lab.prompt.images import check_max_tiles
 
@@ -71,13 +72,13 @@ def load(
         FileNotFoundError, NotADirectoryError: no such folder, or a file that it needs is missing.
         ImportError: GGUF needs the package ``gguf``.
         TypeError: neither a name nor a folder.
-        ValueError: unknown model, or a file that is broken, foreign or contradicts the config; a
-            `quantize` that does not exist, or not the one of a quantised folder; a `max_tiles`
-            that is no number of tiles.
+        ValueError: unknown model or device, or a file that is broken, foreign or contradicts the
+            config; a `quantize` that does not exist, or not the one of a quantised folder; a
+            `max_tiles` that is no number of tiles.
     """
     check_max_tiles(max_tiles)
     _check_dtype(dtype)
-    folder, device = find(name_or_folder), torch.device(device)
+    folder, device = find(name_or_folder), device_of(device)
     if dtype is None and folder.parent == MODELS:
         dtype = torch.float32
     source = _open(folder, text_only)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama4_lab.experts.mapped import pages
+from llama4_lab.precision import has_float64
 
 # Names of safetensors, and of torch, for what a weight may be.
 DTYPES = {
@@ -346,8 +347,10 @@ def fill(target: Tensor, source: Tensor) -> None:
     if source.ndim == 3:
         for to, matrix in zip(target, source, strict=True):
             fill(to, matrix)
-    else:
-        target.copy_(source.to(target.device))  # moved as it lies, transposed where it arrives
+        return
+    if source.dtype == torch.float64 and not has_float64(target.device):
+        source = source.to(target.dtype)
+    target.copy_(source.to(target.device))  # moved as it lies, transposed where it arrives
 
 
 # ---- weights that are made from several pieces

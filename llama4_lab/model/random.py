@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from llama4_lab.config import Llama4Config
 from llama4_lab.model.llama4 import Llama4
+from llama4_lab.precision import device_of
 
 
 @torch.no_grad()
@@ -22,9 +23,11 @@ def random(
 
     Raises:
         TypeError: no config.
+        ValueError: a device that this machine does not have.
     """
     if not isinstance(config, Llama4Config):
         raise TypeError(f"{config!r:.80} is no config: give one, such as load('nano').config")
+    device = device_of(device)
     with torch.device("meta"):
         model = Llama4(config)
     model = model.to_empty(device=device).to(dtype)

@@ -237,7 +237,7 @@ def _averages(
     sink = share.gather(1, first[:, None])[:, 0]
     before = 0 * query if border is None else query // border * border
     crossing = (share * (key < before[:, None])).sum(1)
-    return torch.stack([distance, entropy, sink, crossing]).double().cpu().numpy()
+    return torch.stack([distance, entropy, sink, crossing]).cpu().double().numpy()
 
 
 def _pool_queries(
