@@ -179,11 +179,12 @@ def memory(layer: Layer, tokens: int) -> int:
     """Return the bytes that one call takes above its weights and input; Linux counts them."""
 
     def kilobytes(key: str) -> int:
-        return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split(key + ":")[1].split()[0])
 
     x = torch.randn(tokens, layer.width)
     layer.ours(x[:600])  # loads every kernel and library
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_bytes(b"5")  # the peak starts again from here
     before = kilobytes("VmRSS")
     layer.ours(x)
     return (kilobytes("VmHWM") - before) * 1024

@@ -147,7 +147,7 @@ def expert_bytes(folder: Path) -> int:
 
 def resident(key: str) -> int:
     """Return bytes of all kinds of pages: our own, mapped and shared."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
 

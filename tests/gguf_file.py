@@ -164,7 +164,7 @@ def _tensor(writer: GGUFWriter, name: str, weight: Tensor, kind: str) -> Tensor:
 
 
 def _add_tokenizer(writer: GGUFWriter, tokenizer: Path, size: int, pre: str) -> None:
-    raw = json.loads(tokenizer.read_text())
+    raw = json.loads(tokenizer.read_text(encoding="utf-8"))
     added = {token["id"]: token["content"] for token in raw["added_tokens"]}
     tokens = {i: token for token, i in raw["model"]["vocab"].items()} | added
     kinds = [

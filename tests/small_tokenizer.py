@@ -53,4 +53,4 @@ def small_tokenizer(folder: Path) -> Tokenizer:
 
 def write_ranks(path: Path, tokens: list[bytes]) -> None:
     """Write tokens in the order of their ranks, as Meta does."""
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens)))

@@ -84,7 +84,7 @@ def test_a_saved_quantised_model_opens_as_it_was(folder, kind, tmp_path):
 def test_all_of_our_own_layout_stays_in_the_file(folder, kind, tmp_path):
     l4.convert(folder, tmp_path, quantize=kind)
     model = l4.load(tmp_path)
-    lines = Path("/proc/self/maps").read_text().splitlines()
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     mapped = [line.split("-", 1) for line in lines if str(tmp_path) in line]
     ranges = [(int(low, 16), int(rest.split()[0], 16)) for low, rest in mapped]
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:

@@ -230,7 +230,7 @@ def test_the_real_file_gives_the_published_ids(llama4):
 def write_json(path: Path, change) -> None:
     state = json.loads(engine().to_str())
     change(state)
-    path.write_text(json.dumps(state))
+    path.write_text(json.dumps(state), encoding="utf-8")
 
 
 def test_a_folder_without_a_tokenizer_says_which_files_it_needs(tmp_path):

@@ -325,7 +325,7 @@ def test_spilled_values_are_the_values_and_stay_on_disk(prompt, tmp_path):
         assert torch.equal(value, part[name]) and torch.equal(value, opened[name])
         assert torch.equal(load_file(folder / f"{name}.safetensors")[name], part[name])
     if sys.platform == "linux":  # where a process can see its own mappings
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
         assert all(str(folder / f"{name}.safetensors") in maps for name in disk)
 
 

@@ -65,7 +65,7 @@ def best(dtype: torch.dtype) -> Best:
 def _measured() -> dict[torch.dtype, Best]:
     path = _path()
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_bytes())
         found = {dtype: Best(**kept[str(dtype)]) for dtype in DEFAULT}
         if all(each.library in LIBRARY for each in found.values()):
             return found
@@ -74,8 +74,9 @@ def _measured() -> dict[torch.dtype, Best]:
     found = {dtype: measure(dtype) for dtype in DEFAULT}
     with suppress(OSError):  # where nothing can be written, every process measures
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({str(dtype): asdict(each) for dtype, each in found.items()}, file)
+        text = json.dumps({str(dtype): asdict(each) for dtype, each in found.items()})
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(text.encode())
         os.replace(file.name, path)  # whole or not at all, whoever else writes
     return found
 
@@ -95,7 +96,7 @@ def _path() -> Path:
 
 def _cpu() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line
     return platform.processor()

@@ -375,13 +375,13 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int, columns: Sequence[str], *, tensorboard: bool = False):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         # Steps behind the restored state will be done again; a kill may have cut the last row.
         steps = [line.split(",", 1)[0] if line.endswith("\n") else "" for line in lines]
         rows = zip(lines[1:], steps[1:], strict=True)
         kept = lines[:1] + [row for row, at in rows if at.isdecimal() and int(at) <= step]
-        path.write_text("".join(kept))
-        self._file = path.open("a", newline="")
+        path.write_text("".join(kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", newline="")
         self._writer = csv.DictWriter(self._file, columns)
         if not kept:
             self._writer.writeheader()

@@ -210,7 +210,7 @@ def wait_until_served(server: LabServer, process: subprocess.Popen[bytes], log: 
             return
         except (urllib.error.URLError, TimeoutError):
             time.sleep(0.1)
-    pytest.fail(f"Jupyter did not start:\n{log.read_text()}")
+    pytest.fail(f"Jupyter did not start:\n{log.read_text(encoding='utf-8')}")
 
 
 @pytest.fixture
