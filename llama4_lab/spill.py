@@ -1,12 +1,15 @@
 """Values on disk: one memory-mapped safetensors file for each."""
 
+import glob
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_ENDING = ".safetensors"
+_ENDING, _BEFORE = ".safetensors", ".before"
 
 
 def claim(folder: str | Path) -> Path:
@@ -38,7 +41,14 @@ def put(folder: Path, name: str, value: Tensor) -> Tensor:
     unfinished = file.with_suffix(".unfinished")
     try:
         save_file({name: value.detach().cpu().contiguous()}, unfinished)
-        unfinished.replace(file)
+        try:
+            unfinished.replace(file)
+        except PermissionError:  # Windows replaces no mapped file, but renames it
+            for earlier in folder.glob(f"{glob.escape(name)}.*{_BEFORE}"):
+                with suppress(OSError):  # it is mapped still
+                    earlier.unlink()
+            file.replace(file.with_suffix(f".{time.monotonic_ns()}{_BEFORE}"))
+            unfinished.replace(file)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"{name!r} ({value.nbytes:,} bytes) could not be spilled to {folder} ({error}): make "

@@ -33,6 +33,32 @@ def no_grad() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def mapped_files_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Windows' files: one that is mapped into memory can be renamed, and nothing else."""
+    if sys.platform != "linux":
+        return  # Windows has them, and elsewhere nobody tells what is mapped
+    replace, unlink = os.replace, os.unlink
+
+    def check(path: Any, dir_fd: int | None = None) -> None:
+        if os.path.lexists(path) or dir_fd is not None:
+            inode = os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_ino
+            with open("/proc/self/maps", encoding="utf-8") as maps:
+                if any(line.split()[4] == str(inode) for line in maps):
+                    raise PermissionError(13, "Access is denied", str(path))
+
+    def replacing(source: Any, target: Any, **options: Any) -> None:
+        check(target)
+        replace(source, target, **options)
+
+    def unlinking(path: Any, *, dir_fd: int | None = None) -> None:
+        check(path, dir_fd)
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    monkeypatch.setattr(os, "unlink", unlinking)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from small_tokenizer import small_tokenizer  # not before jaxtyping checks what is imported

@@ -525,6 +525,44 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(model, tmp_path):
     assert content(tmp_path) == before
 
 
+def test_a_model_is_saved_over_the_files_that_it_has_mapped(good, tmp_path, mapped_files_stay):
+    for name in good.glob("shards/*"):
+        shutil.copy(name, tmp_path)
+    model = load(tmp_path)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for size in (5_000_000, 650_000):
+        save(model, tmp_path, max_shard_bytes=size)
+        assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    del model
+    save(load(good / "single"), tmp_path)
+    assert content(tmp_path) == content(good / "single")  # what was moved out of the way is gone
+
+
+@pytest.mark.parametrize("name", ["model-00002", "model.safetensors.index"])
+@pytest.mark.parametrize("is_old", [True, False])
+def test_a_file_that_cannot_be_moved_leaves_all_where_they_were(
+    model, tmp_path, monkeypatch, name, is_old
+):
+    save(pair(text_config(**TEXT), seed=1)[1], tmp_path, max_shard_bytes=650_000)
+    before, replace, refused = content(tmp_path), Path.replace, []
+
+    def moving(file, to):
+        at = file if is_old else to
+        if at.name.startswith(name) and at.parent == tmp_path and not refused:
+            refused.append(at)
+            raise PermissionError(13, "Access is denied")
+        return replace(file, to)
+
+    monkeypatch.setattr(Path, "replace", moving)
+    with pytest.raises(OSError) as caught:
+        save(model, tmp_path, max_shard_bytes=650_000)
+    assert str(caught.value) == (
+        f"{tmp_path} could not be replaced ([Errno 13] Access is denied); the files that were "
+        "there are intact: close what has them open, or give another folder"
+    )
+    assert refused and content(tmp_path) == before
+
+
 def test_a_full_disk_leaves_no_new_folder(model, tmp_path):
     sentence = rf"^{tmp_path}/new could not be written \(.*File too large.*\)$"
     with little_disk(), pytest.raises(OSError, match=sentence):

@@ -351,6 +351,19 @@ def test_what_holds_no_values_or_broken_ones_is_no_trace(tmp_path):
         l4.load_trace(tmp_path)
 
 
+def test_mapped_values_give_way_to_later_ones(prompt, tmp_path, mapped_files_stay):
+    model = tiny()
+    ids = prompt["input_ids"]
+    with l4.trace(model, "embed", spill=tmp_path) as cache:
+        model(ids[:, :1])
+        first = cache["embed"]  # this one alone stays mapped
+        for i in (1, 2, 3):
+            model(ids[:, i : i + 1])
+    assert torch.equal(first, model.embed_tokens(ids[:, :1]))
+    assert torch.equal(l4.load_trace(tmp_path)["embed"], model.embed_tokens(ids[:, 3:4]))
+    assert len(list(tmp_path.iterdir())) <= 3
+
+
 def test_a_folder_that_cannot_take_a_spill_is_refused(prompt, tmp_path):
     model = tiny()
     (tmp_path / "file").touch()

@@ -28,6 +28,7 @@ except ImportError:  # on Windows
     fcntl = None
 
 UNFINISHED = ".unfinished-"
+_BEFORE = ".before"  # ends the name of a file that was moved out of the way
 _LEFT_BY_SAVE = re.compile(re.escape(UNFINISHED) + "[a-z0-9_]{8}")  # as tempfile names folders
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
@@ -169,7 +170,11 @@ def _replaced(folder: Path) -> Iterator[Path]:
                 raise
             intact = "" if is_new else "; the files that were there are intact"
             raise OSError(f"{folder} could not be written ({error}){intact}") from error
-        publish(new, folder)
+        try:
+            publish(new, folder)
+        except OSError:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -199,24 +204,42 @@ def publish(new: Path, folder: Path, moved: Iterable[str] = ()) -> None:
     """Move files to where they belong, and remove those that they replace.
 
     There is no config.json meanwhile: whoever is killed leaves no mixture of two checkpoints. What
-    killed saves into the folder have left goes too; an unfinished conversion stays.
+    killed saves into the folder have left goes too; an unfinished conversion stays. Earlier files
+    are moved out of the way first, for Windows replaces and removes none that a model has mapped.
 
     Args:
         moved: files that may be there already, and belong to the new ones.
+
+    Raises:
+        OSError: a file could not be moved; all are where they were.
     """
     written = {file.name for file in new.iterdir()}
-    (folder / CONFIG).unlink(missing_ok=True)
-    for name in written - {CONFIG}:
-        (new / name).replace(folder / name)
-    shards = (file.name for file in folder.glob("model-*-of-*.safetensors"))
-    for old in {SINGLE, INDEX, *_COMPANIONS, *shards} - written - set(moved):
-        (folder / old).unlink(missing_ok=True)
-    (new / CONFIG).replace(folder / CONFIG)
-    new.rmdir()
+    shards = {file.name for file in folder.glob("model-*-of-*.safetensors")}
+    old = {SINGLE, INDEX, *_COMPANIONS, *shards} - set(moved) | written
+    old = [name for name in old - {CONFIG} if (folder / name).exists()]
+    moves = [(folder / name, new / f"{name}{_BEFORE}") for name in old]
+    moves += [(new / name, folder / name) for name in [*(written - {CONFIG}), CONFIG]]
+    config, done = folder / CONFIG, []
+    before = config.read_bytes() if config.exists() else None
+    try:
+        config.unlink(missing_ok=True)
+        for here, there in moves:
+            here.replace(there)
+            done.append((here, there))
+    except OSError as error:
+        for here, there in reversed(done):
+            there.replace(here)
+        if before is not None:
+            config.write_bytes(before)
+        raise OSError(
+            f"{folder} could not be replaced ({error}); the files that were there are intact: "
+            "close what has them open, or give another folder"
+        ) from error
+    shutil.rmtree(new, ignore_errors=True)
     for left in folder.glob(f"{UNFINISHED}*"):
         if _LEFT_BY_SAVE.fullmatch(left.name) and not left.is_symlink():
             with suppress(OSError), locked(left) as is_dead:
-                if is_dead:
+                if is_dead or {file.suffix for file in left.iterdir()} == {_BEFORE}:
                     shutil.rmtree(left, ignore_errors=True)
 
 
