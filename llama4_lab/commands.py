@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import shlex
 import sys
@@ -262,7 +263,7 @@ def trace_prompt(options: argparse.Namespace) -> None:
     device, config = _device(options, "try --device cpu"), _config(str(find(options.model)))
     if options.points and not options.out:
         raise ValueError("--points says what --out keeps: give it a folder, --out FOLDER")
-    edits = l4.edits.loads(options.edits.read_text(encoding="utf-8")) if options.edits else []
+    edits = l4.edits.loads(options.edits.read_text(encoding="utf-8-sig")) if options.edits else []
     l4.edits.check(edits, config)
     try:
         names = resolve(config, options.points or ["layers.*.router.*"]) if options.out else {}
@@ -271,6 +272,8 @@ def trace_prompt(options: argparse.Namespace) -> None:
         model = l4.load(
             options.model, device=device, quantize=options.quantize, experts=options.experts
         )
+        if options.text == "-" and isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig")  # what a file on Windows may begin with
         text = sys.stdin.read() if options.text == "-" else options.text
         is_question = options.chat or options.image
         asked = question(text, len(options.image)) if is_question else text

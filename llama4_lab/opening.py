@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import signal
+import subprocess
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 STANDALONE = Path(__file__).parent / "standalone"  # the lab's page, and Voila's template for it
 _HERE = "127.0.0.1"
+_ENCRYPTED = "--KernelManager.transport_encryption=auto"
 _OF_NOTEBOOK = "@jupyter-notebook/lab-extension"
 _MODEL = "LLAMA4_LAB_MODEL"  # tells the lab's page what to load
 _FOR_KERNELS = {  # as `./lab` has it
@@ -33,6 +36,7 @@ def open_notebook(notebook: Path | None = None, port: int | None = None) -> None
     """
     _require("jupyterlab", "JupyterLab", "lab")
     command = [sys.executable, "-m", "jupyterlab", f"--ip={_HERE}", "--ServerApp.answer_yes=True"]
+    command += [_ENCRYPTED, "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     if getattr(os, "geteuid", lambda: 1)() == 0:  # as in a container
         command.append("--allow-root")
     if port is not None:
@@ -40,6 +44,10 @@ def open_notebook(notebook: Path | None = None, port: int | None = None) -> None
     if notebook is not None:
         command.append(str(_found(notebook)))
     _set_for_kernels()
+    if sys.platform == "win32":  # where execv returns to the shell at once, and cuts at spaces
+        started = subprocess.Popen(command)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.exit(started.wait())
     os.execv(sys.executable, command)  # JupyterLab itself hears Ctrl-C
 
 
@@ -70,7 +78,7 @@ def open_page(
             print(f"The lab: {address}  (Ctrl-C stops it)", flush=True)
 
     page = Page(ip=_HERE, auto_token=True, log_level=logging.ERROR)
-    options = ["--template=llama4_lab", "--KernelManager.transport_encryption=auto"]
+    options = ["--template=llama4_lab", _ENCRYPTED]
     # Where Notebook 7 is installed, what it adds to JupyterLab fails on a page of Voila.
     options += [f"--VoilaConfiguration.extension_denylist={_OF_NOTEBOOK}"]
     page.initialize([str(notebook), *options, *([f"--port={port}"] if port else [])])
@@ -91,7 +99,7 @@ def _set_for_kernels() -> None:
 
 def _require(module: str, name: str, extra: str) -> None:
     if find_spec(module) is None:
-        raise RuntimeError(f"{name} is not installed: pip install 'llama4-lab[{extra}]'")
+        raise RuntimeError(f'{name} is not installed: pip install "llama4-lab[{extra}]"')
 
 
 def _found(notebook: Path) -> Path:

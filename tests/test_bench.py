@@ -210,6 +210,11 @@ def test_an_interrupt_is_left_to_who_started_it(monkeypatch):
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_a_machine_without_a_load_is_described(monkeypatch):
+    monkeypatch.delattr("os.getloadavg")  # as on Windows
+    assert run.machine(CPU)["load"].startswith("unknown on ")
+
+
 def test_every_stage_is_told_once(monkeypatch):
     results, seen = broken_run(monkeypatch, bench_workers.well)
     assert seen == [f"a row of {name}" for name in ("rates", "build", "decode", "prefill")]

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
-from llama4_lab import cli
+from llama4_lab import cli, opening
 from llama4_lab.analysis.routing import routing_of
 from llama4_lab.checkpoint import convert
 from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
@@ -288,7 +288,7 @@ def test_convert_writes_our_layout_or_the_one_that_transformers_opens(tmp_path):
 def test_what_opens_a_page_is_named_where_it_is_missing(monkeypatch, capsys):
     monkeypatch.setattr("llama4_lab.opening.find_spec", lambda name: None)
     assert cli.main(["open", "--app"]) == 1
-    sentence = "Voila is not installed: pip install 'llama4-lab[app]'"
+    sentence = 'Voila is not installed: pip install "llama4-lab[app]"'
     assert capsys.readouterr().err == f"llama4-lab: {sentence}\n"
 
 
@@ -338,6 +338,29 @@ def test_both_ways_to_open_a_notebook_give_kernels_the_same_surroundings(monkeyp
         monkeypatch.delenv(name)
     assert cli.main(["open"]) == 0
     assert len(exported) == 3 and exported.items() <= started.items()
+
+
+def test_jupyterlab_is_waited_for_where_nothing_takes_the_place_of_a_process(monkeypatch, tmp_path):
+    notebook = tmp_path / "my notebook.ipynb"
+    notebook.touch()
+    started = []
+
+    class Process:
+        def __init__(self, command):
+            started.extend(command)
+
+        def wait(self):
+            return 3
+
+    for name, value in dict(opening._FOR_KERNELS).items():
+        monkeypatch.setenv(name, value)  # so that it is put back in the end
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("subprocess.Popen", Process)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["open", str(notebook)])
+    assert ended.value.code == 3
+    assert started[1:3] == ["-m", "jupyterlab"] and started[-1] == str(notebook)
 
 
 def test_domains_without_text_are_left_out_of_the_training(tmp_path, monkeypatch, capsys):
@@ -422,6 +445,15 @@ def test_trace_marks_what_edits_change_and_writes_the_edited_runs_values(
     assert l4.edits.loads(json.dumps(facts["edits"])) == edits
     assert cli.main(["trace", "nano", text, "--out", str(folder)]) == 1
     assert "give a new or empty folder" in capsys.readouterr().err
+
+
+def test_trace_reads_utf8_whatever_the_system_thinks_texts_are(tmp_path, capsys, monkeypatch):
+    text, bom = "два плюс два", b"\xef\xbb\xbf"
+    (tmp_path / "edits.json").write_bytes(bom + l4.edits.dumps([l4.edits.SkipLayer(1)]).encode())
+    piped = io.TextIOWrapper(io.BytesIO(bom + text.encode()), encoding="cp1252")
+    monkeypatch.setattr("sys.stdin", piped)
+    given = ("--edits", f"{tmp_path}/edits.json")
+    assert traced(capsys, "-", *given) == traced(capsys, text, *given)
 
 
 def test_trace_asks_about_pictures_as_the_lab_does(tmp_path, capsys):

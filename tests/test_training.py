@@ -115,7 +115,7 @@ def test_tensorboard_that_is_not_installed_is_said_before_anything_is_done(
     data, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(loop, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"pip install 'llama4-lab\[tensorboard\]'"):
+    with pytest.raises(RuntimeError, match=r'pip install "llama4-lab\[tensorboard\]"'):
         loop.train(RECIPE, data, tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run" / "log.csv").exists()
 

@@ -183,12 +183,13 @@ def _work(pickled: bytes, names: list[str], out: Any) -> None:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Say what the figures were measured on."""
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"  # on Windows
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": str(torch.version.cuda),
-        "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+        "load": f"{load} on {os.cpu_count()} cores",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
     for package in ("triton", "transformers"):

@@ -68,7 +68,7 @@ def train(
     """
     folder = Path(folder)
     if tensorboard and find_spec("tensorboard") is None:
-        raise RuntimeError("TensorBoard is not installed: pip install 'llama4-lab[tensorboard]'")
+        raise RuntimeError('TensorBoard is not installed: pip install "llama4-lab[tensorboard]"')
     for stage in recipe.stages:
         for lesson in stage.lessons:  # what is missing shows now, not in hours
             lesson.draw(np.random.default_rng(0), material)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, expect
 
-pytest.importorskip("voila", reason="Voila is not installed: pip install 'llama4-lab[app]'")
+pytest.importorskip("voila", reason='Voila is not installed: pip install "llama4-lab[app]"')
 pytestmark = pytest.mark.browser
 
 TIMEOUT_MS = 120_000  # a busy machine must not fail a test
