@@ -390,6 +390,20 @@ def test_measuring_gives_a_product_that_exists(monkeypatch):
     assert found.library in probe.LIBRARY
 
 
+def test_windows_coarse_clock_of_threads_decides_nothing(monkeypatch):
+    now = [0.0]
+
+    def run(*given):
+        best = given[-1]
+        now[0] += 1 if best.rows else 2 if best.library == "transposed" else 3
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr("llama4_lab.experts.numba.run", run)
+    monkeypatch.setattr("time.thread_time", lambda: 0.0)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    assert probe.measure(torch.float32) == probe.Best(probe._ALL, "transposed")
+
+
 def test_no_import_brings_the_compiler():
     code = "import sys, torch, llama4_lab; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
