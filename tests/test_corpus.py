@@ -241,6 +241,12 @@ def test_a_missing_client_and_a_failing_one_are_told_in_a_sentence(tmp_path, cli
     )
 
 
+def test_a_client_may_fail_in_words_that_are_no_utf8(tmp_path, clients):
+    clients("npm", r"printf 'n\351ant\n' >&2; exit 1")
+    with pytest.raises(fetch.SourceMissing, match=r"could not be fetched from npm \(n�ant\): try"):
+        fetch.fetch(source("npm", "words"), tmp_path)
+
+
 def tar(path, files: dict[str, bytes], mode: str):
     with tarfile.open(path, mode) as archive:
         for name, content in files.items():

@@ -37,10 +37,11 @@ def fetch(source: Source, downloads: Path) -> Path:
                     f"{source.package} {source.version} needs {command[0]}, which is not "
                     "installed: install it, or leave this source out with --allow-missing"
                 )
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
             if found := _find(source, Path(folder)):
                 return found.replace(downloads / found.name)
-            problem = (done.stderr.strip() or "no file came").splitlines()[-1]
+            said = done.stderr.decode(errors="replace").strip()
+            problem = (said or "no file came").splitlines()[-1]
     hint = "run 'apt-get update' and try again" if source.registry == "debian" else "try again"
     raise SourceMissing(
         f"{source.package} {source.version} could not be fetched from {source.registry} "
