@@ -3,8 +3,10 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
@@ -65,6 +67,52 @@ def test_the_instruments_find_the_heads_that_look_at_the_object(capsys):
     exec("\n".join(source for source in code if any(each in source for each in wanted)), {})
     (line,) = re.findall("ROC curve (.*)", capsys.readouterr().out)
     assert max(map(float, line.split())) > 0.9
+
+
+def variables_of(name: str) -> dict[str, Any]:
+    """Run a notebook's code here, without showing anything, and return what it defines."""
+    cells = nbformat.read(FOLDER / name, as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    found: dict[str, Any] = {}
+    exec(code.replace(".show()", ""), found)
+    return found
+
+
+@pytest.mark.notebook
+def test_a_balancing_loss_costs_specialisation_and_a_bias_does_not():
+    found = variables_of("04_balance.ipynb")
+    kept, fullest, bits = found["kept"], {}, {}
+    for name, (model, _, loads) in found["runs"].items():
+        fullest[name] = found["max_over_mean"](loads[45:60, -1].sum(0))  # the bias is whole yet
+        bits[name] = found["specialisation"](model, kept).mutual_information[-1]
+    assert fullest["left alone"] > 2
+    assert max(fullest["by a loss"], fullest["by a bias"]) < 1.5
+    assert bits["by a loss"] < 0.8 * min(bits["left alone"], bits["by a bias"])
+
+
+@pytest.mark.notebook
+def test_one_layer_fetches_codes_from_beyond_the_training_length():
+    found = variables_of("05_long_context.ipynb")
+    as_trained, third, seventh, blind, *others, small = found["counts"].tolist()
+    assert as_trained == third == small == [6, 6, 6]
+    assert seventh == blind == [6, 0, 0]
+    assert others == [[0, 0, 0], [0, 0, 0]]  # NoPE layers with positions, RoPE layers without
+    assert found["found"]([], 5000, times=2) == 2
+    assert found["found"](found["ways"]["RoPE layers see all"], 5000, times=2) == 0
+    as_trained, all_seen = (np.asarray(line.y) for line in found["drawn"].data)
+    assert as_trained.max() < as_trained[0] + 0.3
+    assert (all_seen[4:] > as_trained[4:] + 0.7).all()  # beyond 2,048 tokens
+
+
+@pytest.mark.notebook
+def test_image_tokens_say_what_and_their_place_says_where(capsys):
+    variables_of("06_pictures.ipynb")
+    printed = capsys.readouterr().out
+    assert "of 16 objects 16 are where they were pasted, and 0 where they came from" in printed
+    assert "16 of 16 changed their colour and kept their shape" in printed
+    (share,) = re.findall(r"the probe names the place of (\d+)%", printed)
+    assert int(share) > 80
+    assert "layer 3, objects  share of the experts: [0. 0. 0. 0. 0. 0. 1. 0.]" in printed
 
 
 @pytest.mark.notebook
