@@ -31,7 +31,7 @@ from llama4_lab.train import scenes
 from llama4_widgets.views import VIEWS
 from llama4_widgets.words import describe, visible
 
-from .conftest import SHUT_DOWN, LabPage, hindrances
+from .conftest import NOTEBOOK_CELLS, SHUT_DOWN, LabPage, hindrances
 
 pytestmark = pytest.mark.browser
 
@@ -720,6 +720,17 @@ PREVENTED = """(node, key) => {
 }"""
 
 
+FOUND_BY_JUPYTERLAB = """(node, key) => {
+    let isFree = false; // whether JupyterLab finds the key below no node that keeps its keys
+    const look = ({ target }) => (isFree = !target.closest("[data-lm-suppress-shortcuts]"));
+    const hold = (event) => (look(event), event.stopImmediatePropagation());
+    document.addEventListener("keydown", hold, true);
+    node.dispatchEvent(new KeyboardEvent("keydown", { ...key, bubbles: true }));
+    document.removeEventListener("keydown", hold, true);
+    return isFree;
+}"""
+
+
 def test_controls_and_places_are_told_as_they_are(lab):
     view = lab.show("ablate")
     skip = view.get_by_role("button", name="skip layer")
@@ -749,18 +760,39 @@ def test_a_map_leaves_the_browser_its_keys(lab):
     assert canvas.evaluate(PREVENTED, {"key": "ArrowLeft"})
 
 
-def test_select_boxes_and_sliders_keep_their_keys_from_jupyterlab(lab):
-    lens, page = lab.show("ablate", "lens"), lab.on.page
-    show = page.get_by_label("Show it").first
-    slider = lab.view("Ablate").get_by_role("slider", name="top-k")
-    for control in (show, lens.locator("select"), slider):
-        control.focus()  # JupyterLab would make text of the cell, and the lab would be gone
-        assert not control.evaluate(PREVENTED, {"key": "m", "keyCode": 77})
-        expect(control).to_be_focused()
+FOCUSABLE = "a, button, input, select, summary, textarea, [tabindex]:not([tabindex='-1'])"
+TAKES_LETTERS = """(nodes) => nodes.filter((node) => {
+    node.focus();
+    if (document.activeElement !== node) return false; // one that is hidden or disabled
+    return !node.dispatchEvent(new KeyboardEvent("keydown",
+        { key: "m", keyCode: 77, bubbles: true, cancelable: true }));
+}).map((node) => node.outerHTML.slice(0, 120))"""
+
+
+def test_whatever_has_the_focus_keeps_its_keys_from_jupyterlab(lab):
+    lens, page = lab.show("ablate", "attention", "generate", "lens"), lab.on.page
+    within = page.locator(".l4-app").locator(FOCUSABLE)
+    assert within.count() > 60
+    # JupyterLab would make text of the cell, and the lab would be gone.
+    assert within.evaluate_all(TAKES_LETTERS) == []
     colour = lens.locator("select")
     for key, index in (("ArrowDown", 1), ("ArrowUp", 0)):
         colour.press(key)
         assert colour.evaluate("box => box.selectedIndex") == index
+
+
+def test_keys_on_a_button_leave_the_cell_alone_and_can_still_run_it(lab):
+    skip, page = lab.show("ablate").get_by_role("button", name="skip layer"), lab.on.page
+    skip.click()
+    for key in "ddabxm":
+        page.keyboard.press(key)
+    assert [cell["cell_type"] for cell in page.evaluate(NOTEBOOK_CELLS)] == ["code"]
+    expect(skip).to_be_focused()
+    for pressed, key in (("false", "Enter"), ("true", "Space")):
+        skip.press(key)
+        expect(skip).to_have_attribute("aria-pressed", pressed)
+    for theirs in ({"key": "s", "keyCode": 83, "ctrlKey": True}, {"key": "Enter", "shiftKey": True}):
+        assert skip.evaluate(FOUND_BY_JUPYTERLAB, theirs)
 
 
 def test_whatever_has_the_focus_of_a_keyboard_has_a_ring(lab):

@@ -83,7 +83,7 @@ class Values {
 function render({ model, el, signal }) {
   const root = make("section", el, { className: "l4-board" });
   const heading = make("details", root, { className: "l4-heading" }); // as view.py makes it
-  const head = make("summary", heading, {}, OWN_KEYS);
+  const head = make("summary", heading);
   const title = make("b", head);
   make("span", head, { textContent: "?" });
   const explanation = make("p", heading);
@@ -206,7 +206,7 @@ function render({ model, el, signal }) {
   function addStrip(figure, panel) {
     const [name] = panel.axes;
     const slide = panel.walk && addSlider(figure, panel.walk);
-    const box = make("div", figure, { className: "l4-words", tabIndex: 0 }, { ...OWN_KEYS, role: "listbox" });
+    const box = make("div", figure, { className: "l4-words", tabIndex: 0 }, { role: "listbox" });
     let [shown, numbers] = [null, []]; // the word last brought into sight, and arrays that are written at each
     const words = axis(name).labels.map((word, i) => {
       if (/^(·|<\|)/.test(word)) make("wbr", box); // lines end between words, where that is possible
@@ -250,7 +250,7 @@ function render({ model, el, signal }) {
   function addSlider(figure, name) {
     const { title, size } = axis(name);
     const label = make("label", figure, { className: "l4-slider", textContent: title });
-    const input = make("input", label, { type: "range", min: 0, max: size - 1 }, { ...OWN_KEYS, "aria-label": title });
+    const input = make("input", label, { type: "range", min: 0, max: size - 1 }, { "aria-label": title });
     const output = make("span", label);
     input.oninput = () => choose([[name, Number(input.value)]]);
     const all = Array.from({ length: size }, (_, i) => place(name, i));
@@ -264,7 +264,7 @@ function render({ model, el, signal }) {
 
   function addMap(figure, panel) {
     const [down, across] = panel.axes;
-    const canvas = make("canvas", figure, { tabIndex: 0 }, { ...OWN_KEYS, role: "img" });
+    const canvas = make("canvas", figure, { tabIndex: 0 }, { role: "img" });
     const whole = panel.extent ?? { x: [0, axis(across).size], y: [0, axis(down).size] };
     const linked = panel.zoom === true ? panel.name : (panel.zoom ?? panel.name);
     if (JSON.stringify(windows.get(linked)?.whole) !== JSON.stringify(whole)) windows.set(linked, { whole, x: whole.x, y: whole.y });
@@ -452,7 +452,7 @@ function render({ model, el, signal }) {
     const [each, down, across] = panel.axes;
     const box = make("div", figure, { className: "l4-multiples" });
     const small = Array.from({ length: axis(each).size }, (_, i) => {
-      const canvas = make("canvas", make("button", box, { onclick: () => choose([[each, i]]) }, OWN_KEYS));
+      const canvas = make("canvas", make("button", box, { onclick: () => choose([[each, i]]) }));
       make("span", canvas.parentNode, { textContent: called(each, i) });
       return { button: canvas.parentNode, canvas };
     });
@@ -491,7 +491,7 @@ function render({ model, el, signal }) {
   function addBars(figure, panel) {
     const [name] = panel.axes;
     const { title, size, select } = axis(name);
-    const svg = draw("svg", figure, { role: "img", height: 200, tabindex: select ? 0 : -1, ...OWN_KEYS });
+    const svg = draw("svg", figure, { role: "img", height: 200, tabindex: select ? 0 : -1 });
     onArrows(svg, (right, down) => walk([name, right + down]));
     const spoken = (v) => (Number.isFinite(v) ? written(v, panel.scale.unit) : "no number");
     const shine = (i) => select === "expert" && drawn.forEach((each) => each.again.shine?.(i));
@@ -526,7 +526,7 @@ function render({ model, el, signal }) {
 
   function addLines(figure, panel) {
     const [name] = panel.axes;
-    const svg = draw("svg", figure, { role: "img", height: 180, tabindex: axis(name).select ? 0 : -1, ...OWN_KEYS });
+    const svg = draw("svg", figure, { role: "img", height: 180, tabindex: axis(name).select ? 0 : -1 });
     const legend = make("div", figure, { className: "l4-scale" });
     for (const { colour, label, dash } of panel.series.filter((one) => one.label)) (make("i", legend, { className: "l4-line", style: `border-top: 2px ${dash ? "dashed" : "solid"} ${colour}` }), make("span", legend, { textContent: label }));
     onArrows(svg, (right, down) => walk([name, right + down]));
@@ -558,7 +558,7 @@ function render({ model, el, signal }) {
   function addPicture(figure, panel) {
     const [name] = panel.axes;
     const { rows, cols, positions, boxes = [] } = panel;
-    const box = make("div", figure, { className: "l4-picture", tabIndex: 0 }, { ...OWN_KEYS, role: "img" });
+    const box = make("div", figure, { className: "l4-picture", tabIndex: 0 }, { role: "img" });
     box.style.aspectRatio = `${panel.width} / ${panel.height}`;
     make("img", box, { src: panel.source, alt: "" });
     const cells = positions.map((position) => hover(make("i", box, { onclick: () => choose([[name, position]]) }), () => describe(panel, [position])));
@@ -586,7 +586,7 @@ function render({ model, el, signal }) {
   // A table of words, `text[row][column]`, around the selected column, coloured by an array.
   function addWords(figure, panel) {
     const [down, across] = panel.axes;
-    const box = make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { ...OWN_KEYS, role: "group", "aria-label": panel.title });
+    const box = make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { role: "group", "aria-label": panel.title });
     const table = make("table", box);
     onArrows(box, (right, low) => walk([across, right], [down, low]));
     return () => {
@@ -614,7 +614,7 @@ function render({ model, el, signal }) {
   }
 
   function addTable(figure, panel) {
-    const box = make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { ...OWN_KEYS, role: "group", "aria-label": panel.title });
+    const box = make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { role: "group", "aria-label": panel.title });
     const table = make("table", box);
     if (panel.choices) onArrows(box, (right, down) => table.rows[clamp([...table.rows].findIndex((row) => row.className) + right + down, 1, panel.rows.length)]?.onclick?.());
     let filled; // what stands there
@@ -663,7 +663,6 @@ function render({ model, el, signal }) {
     const tell = (node, name, text) => node && node[name] !== text && (node[name] = text);
     for (const each of ours?.querySelectorAll(".widget-slider") ?? [])
       for (const [name, part] of [["ariaLabel", "label"], ["ariaValueText", ".widget-readout"]]) tell(each.querySelector("[role=slider]"), name, each.querySelector(part)?.textContent);
-    for (const each of (ours?.closest(".l4-app") ?? ours)?.querySelectorAll("select, .noUi-handle") ?? []) each.dataset.lmSuppressShortcuts = true;
     for (const box of [ours, ours?.closest(".l4-app")?.querySelector(":scope > .l4-app-chips")])
       for (const each of box?.querySelectorAll(".widget-toggle-button") ?? []) tell(each, "ariaPressed", String(each.classList.contains("mod-active"))) && restyle.observe(each, { attributeFilter: ["class"] });
   }

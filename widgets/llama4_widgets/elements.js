@@ -1,7 +1,13 @@
 // What every view is made of: HTML and SVG elements. Views follow in the same module.
 
 const SVG = "http://www.w3.org/2000/svg";
-const OWN_KEYS = { "data-lm-suppress-shortcuts": "true" }; // on what has the focus, or Lab takes its keys
+// JupyterLab takes keys on a button for commands (d d deletes the cell), but not below such an attribute.
+function keepKey({ target, key, shiftKey, ctrlKey, metaKey, altKey }) {
+  const isHeld = ctrlKey || metaKey || altKey;
+  const isTheirs = key === "Enter" ? isHeld || shiftKey : isHeld && key !== "Backspace";
+  if (target.closest?.(".l4-app, .l4-view, .l4-board, .l4-prompt")) target.toggleAttribute("data-lm-suppress-shortcuts", !isTheirs);
+}
+if (!globalThis.llama4Keys) addEventListener("keydown", (globalThis.llama4Keys = keepKey), true); // first, and once a page
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 

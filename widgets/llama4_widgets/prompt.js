@@ -4,8 +4,8 @@ function render({ model, el }) {
   const form = make("form", el, { className: "l4-prompt" });
   const [act, label] = [model.get("act"), model.get("label")];
   const hint = `Enter: ${act}; Shift+Enter: a new line`;
-  const field = make("textarea", form, { rows: 1, spellcheck: false, title: hint, placeholder: label }, { ...OWN_KEYS, "aria-label": label });
-  const button = make("button", form, { textContent: act, title: `${act} (Enter)` }, OWN_KEYS);
+  const field = make("textarea", form, { rows: 1, spellcheck: false, title: hint, placeholder: label }, { "aria-label": label });
+  const button = make("button", form, { textContent: act, title: `${act} (Enter)` });
   const fit = () => {
     field.style.height = "auto";
     field.style.height = `${Math.min(field.scrollHeight + 2, 150)}px`;
