@@ -19,7 +19,7 @@ from llama4_lab.prompt import build_prompt
 from llama4_widgets import domains, still
 from llama4_widgets import explore as explore_module
 from llama4_widgets.board import flat, unflat
-from llama4_widgets.colours import PALETTE, colour, ink
+from llama4_widgets.colours import PALETTE, SCALES, colour, ink
 from llama4_widgets.explore import RouterExplorer, explore
 from llama4_widgets.panels import Content, diverging, pack, sequential
 from llama4_widgets.still import unpack
@@ -390,12 +390,6 @@ def steps(stops) -> list[str]:
 
 PACKAGE = Path(still.__file__).parent
 BOARD = (PACKAGE / "board.js").read_text()
-SCALES = {
-    name: re.findall(r"#[0-9a-f]{6}", stops)
-    for name, stops in re.findall(
-        r"(\w+): \[(.*?)\]", re.search(r"const SCALES = {(.*?)\n};", BOARD, re.DOTALL)[1]
-    )
-}
 FADED = {
     name: float(most)
     for name, most in re.findall(r"(\w+): (0\.\d+)", re.search(r"const FADED = {(.*?)}", BOARD)[1])
@@ -406,31 +400,32 @@ ORANGE = "#" + "".join(
 PAPERS = ("#ffffff", "#111111")  # JupyterLab's, light and dark
 
 
-def test_still_pictures_have_the_pages_scales():
-    assert {"sequential", "diverging"} == set(SCALES)
-    assert still.stops({"kind": "sequential"}) == tuple(SCALES["sequential"])
-    assert still.stops({"kind": "diverging"}) == tuple(SCALES["diverging"])
-
-
 @pytest.mark.parametrize("eyes", EYES)
 def test_scales_rise_in_lightness_for_all_eyes(eyes):
     light = oklab(steps(SCALES["sequential"]), eyes)[:, 0]
     assert (np.diff(light) > 0).all()
     assert np.diff(light[::10]).min() > 0.05  # from stop to stop
-    ends = steps(SCALES["diverging"])
-    middle = len(ends) // 2
-    light = oklab(ends, eyes)[:, 0]
-    assert (np.diff(light[: middle + 1]) > 0).all() and (np.diff(light[middle:]) < 0).all()
+    for name, towards_the_middle in (("diverging", 1), ("dark", -1)):
+        ends = steps(SCALES[name])
+        middle = len(ends) // 2
+        rises = towards_the_middle * np.diff(oklab(ends, eyes)[:, 0])
+        assert (rises[:middle] > 0).all() and (rises[middle:] < 0).all()
 
 
 @pytest.mark.parametrize("eyes", EYES)
-def test_the_two_sides_of_a_diverging_scale_differ_for_all_eyes(eyes):
-    seen = oklab(SCALES["diverging"], eyes)
+@pytest.mark.parametrize("name", ["diverging", "dark"])
+def test_the_two_sides_of_a_diverging_scale_differ_for_all_eyes(eyes, name):
+    seen = oklab(SCALES[name], eyes)
     below, above = seen[:3], seen[:3:-1]  # the strongest first
     apart = np.linalg.norm(below - above, axis=-1)
     assert apart.min() > 0.05 and apart[0] > 0.2
     for end in (seen[0], seen[-1]):
         assert np.linalg.norm(end - seen[3]) > 0.3
+
+
+@pytest.mark.parametrize(("name", "paper"), [("diverging", "#ffffff"), ("dark", "#1b1b1b")])
+def test_the_middle_of_a_diverging_scale_is_near_the_paper(name, paper):
+    assert contrast(SCALES[name][3], paper) < 1.2
 
 
 @pytest.mark.parametrize("paper", PAPERS)

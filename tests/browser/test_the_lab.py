@@ -21,7 +21,7 @@ from llama4_lab.train import scenes
 from llama4_widgets.app import LabApp
 from llama4_widgets.board import Board
 from llama4_widgets.board import page as board_page
-from llama4_widgets.panels import Axis, Content, sequential
+from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.selection import Selection
 from llama4_widgets.views import VIEWS
 from llama4_widgets.words import visible
@@ -365,6 +365,46 @@ def test_a_view_that_was_taken_away_follows_no_theme(browser: Browser, tmp_path)
     assert page.evaluate("() => matchMedia('(prefers-color-scheme: dark)').matches")
     page.wait_for_timeout(100)
     assert wrong == []
+    page.close()
+
+
+LUMINANCES = """cells => cells.map((cell) => {
+    const { backgroundColor, color } = getComputedStyle(cell);
+    const linear = (part) => (part <= 10 ? part / 3294.6 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+    const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+    return [backgroundColor, color].map((text) => light(text.match(/[0-9.]+/g)));
+})"""  # by WCAG 2, of paper and words
+MIDDLE = """canvas => [...canvas.getContext("2d").getImageData(canvas.width / 2, 30, 1, 1).data]"""
+
+
+def test_the_middle_of_a_signed_scale_follows_the_theme(browser: Browser, tmp_path):
+    count = 61
+    content, values = (
+        Content({"row": Axis("row", 1), "at": Axis("at", count)}),
+        np.zeros((1, count)),
+    )
+    values[0] = np.linspace(-1, 1, count)
+    content.add("map", "Signed", values, ("row", "at"), diverging(1))
+    content.add("words", "Words", values, ("row", "at"), diverging(1), kind="words",
+                text=[["a"] * count], cell=15)  # fmt: skip
+    file = tmp_path / "signed.html"
+    file.write_text(board_page([Board(Selection(), content=content)], "Signed"))
+    page = browser.new_page(color_scheme="light", viewport={"width": 1300, "height": 600})
+    page.goto(file.as_uri())
+    expect(page.locator("td")).to_have_count(count)
+    for scheme in ("light", "dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_timeout(300)
+        found = page.locator("td").evaluate_all(LUMINANCES)
+        middle, end = found[count // 2][0], found[-1][0]
+        assert middle < 0.03 < end if scheme == "dark" else middle > 0.9 > end
+        for paper, ink in found:
+            assert (max(paper, ink) + 0.05) / (min(paper, ink) + 0.05) >= 4.5
+        shade = page.locator("canvas").evaluate(MIDDLE)
+        assert (max(shade[:3]) < 50) == (scheme == "dark")
+        for ramp in page.locator(".l4-ramp").all():
+            drawn = ramp.evaluate("node => getComputedStyle(node).backgroundImage")
+            assert ("rgb(38, 38, 38)" in drawn) == (scheme == "dark")
     page.close()
 
 

@@ -791,7 +791,10 @@ def test_keys_on_a_button_leave_the_cell_alone_and_can_still_run_it(lab):
     for pressed, key in (("false", "Enter"), ("true", "Space")):
         skip.press(key)
         expect(skip).to_have_attribute("aria-pressed", pressed)
-    for theirs in ({"key": "s", "keyCode": 83, "ctrlKey": True}, {"key": "Enter", "shiftKey": True}):
+    for theirs in (
+        {"key": "s", "keyCode": 83, "ctrlKey": True},
+        {"key": "Enter", "shiftKey": True},
+    ):
         assert skip.evaluate(FOUND_BY_JUPYTERLAB, theirs)
 
 

@@ -4,10 +4,7 @@
 
 const GROUPS = (globalThis.llama4Groups ??= new Map()); // group -> { selection, boards: what draws them anew }
 const TYPES = { u1: Uint8Array, i2: Int16Array, f4: Float32Array };
-const SCALES = {
-  sequential: ["#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838"], // cividis
-  diverging: ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"],
-};
+let isDark = false; // the page; SCALES are those of colours.py
 const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-1e6, 0], End: [1e6, 0] };
 // What may change of a panel that stays on the page; with anything else it is another panel.
 const SAID = ["title", "note", "scale", "borders", "clean", "marks", "reference", "text", "columns", "rows", "bars", "choices"];
@@ -18,9 +15,10 @@ const [LEFT, TOP, RIGHT, BOTTOM] = [46, 6, 8, 30]; // margins of a map, in pixel
 // ---- numbers
 
 const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+const stopsOf = ({ kind, colours }) => colours ?? SCALES[kind === "diverging" && isDark ? "dark" : kind];
 
 function colourOf({ kind, low = 0, high = 1, colours }) {
-  const [stops, grey] = [(colours ?? SCALES[kind]).map(rgb), [128, 128, 128]]; // of what is no number
+  const [stops, grey] = [stopsOf({ kind, colours }).map(rgb), [128, 128, 128]]; // of what is no number
   if (kind === "category") return (value) => (value >= 0 ? stops[value % stops.length] : grey);
   return (value) => {
     const at = clamp((value - low) / (high - low || 1), 0, 1) * (stops.length - 1);
@@ -62,7 +60,7 @@ class Values {
   // A slice of two axes as a canvas, a pixel for each number; "nothing there" is transparent.
   paint(shown, index, scale) {
     const value = this.slice(shown, index);
-    const key = [value.offset, shown, JSON.stringify(scale)].join();
+    const key = [value.offset, shown, JSON.stringify(scale), stopsOf(scale)].join();
     if (this.painted.has(key)) return this.painted.get(key);
     if (this.painted.size > 64) this.painted.clear();
     const [rows, cols] = shown.map(this.size);
@@ -94,7 +92,6 @@ function render({ model, el, signal }) {
   const name = model.get("group");
   const group = GROUPS.get(name) ?? { selection: model.get("selection"), boards: new Set() };
   GROUPS.set(name, group);
-  if ((model.get("selection").seq ?? 0) > (group.selection.seq ?? 0)) group.selection = model.get("selection");
   let theme = {}; // colours; none while the board is not in the page
   let content, arrays; // the latter as Values
   let drawn = []; // of each panel: its figure, and the function that draws it anew
@@ -151,13 +148,12 @@ function render({ model, el, signal }) {
   }
 
   const hover = (node, text) => Object.assign(node, { onpointermove: (event) => point(event, text()), onpointerleave: () => point() });
-  // Arrow keys on a node move by so many places to the right and down.
-  function onArrows(node, move) {
+  // Arrow keys on a node move by so many places to the right and down; `press` takes other keys, or does not.
+  function onKeys(node, move, press = () => false) {
     node.onkeydown = (event) => {
       const step = STEPS[event.key];
-      if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
-      event.preventDefault();
-      move(...step);
+      if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own, such as its zoom
+      if (step ? (move(...step, event.shiftKey), true) : press(event.key)) event.preventDefault();
     };
   }
 
@@ -215,14 +211,14 @@ function render({ model, el, signal }) {
       node.onpointerenter = () => look({ [axis(name).select]: place(name, i) });
       return Object.assign(hover(node, () => describe(panel, [i])), { onpointerleave: () => (point(), look({})) });
     });
-    onArrows(box, (right, down) => walk([panel.walk && down ? panel.walk : name, right + down]));
+    onKeys(box, (right, down) => walk([panel.walk && down ? panel.walk : name, right + down]));
     // Dims all words but those of an expert.
     const shine = (expert) => words.forEach((node, i) => node.classList.toggle("l4-dim", expert !== undefined && numbers.every((at) => at(i) !== expert)));
     const again = () => {
       slide?.();
       numbers = (panel.chosen ?? []).map((array) => picked(array)(panel.axes));
-      const [value, colour] = [picked(panel.array)(panel.axes), colourOf(panel.scale)];
       const { kind, low, high } = panel.scale;
+      const [value, colour] = [picked(panel.array)(panel.axes), colourOf({ colours: SCALES[kind], ...panel.scale })]; // on any paper
       const strength = (v) => FADED[kind] * (kind === "category" ? 1 : clamp(kind === "diverging" ? Math.abs(v) / high : (v - low) / (high - low), 0, 1));
       const at = axis(name).select ? index(name) : -1;
       const chosen = (box.ariaActiveDescendantElement = words[at] ?? null);
@@ -265,14 +261,15 @@ function render({ model, el, signal }) {
   function addMap(figure, panel) {
     const [down, across] = panel.axes;
     const canvas = make("canvas", figure, { tabIndex: 0 }, { role: "img" });
-    const whole = panel.extent ?? { x: [0, axis(across).size], y: [0, axis(down).size] };
-    const linked = panel.zoom === true ? panel.name : (panel.zoom ?? panel.name);
+    const whole = { x: [0, axis(across).size], y: [0, axis(down).size] };
+    const linked = panel.zoom ?? panel.name;
     if (JSON.stringify(windows.get(linked)?.whole) !== JSON.stringify(whole)) windows.set(linked, { whole, x: whole.x, y: whole.y });
     const window = windows.get(linked); // what is on screen, in cells
     // Names stand in the place of numbers where the axis is not one of the selection's.
     const named = (name, i) => (axis(name).labels && !axis(name).select ? axis(name).labels[i] : place(name, i));
     const longest = Math.max(...(axis(down).select ? [axis(down).size] : (axis(down).labels ?? [0])).map((name) => String(name).length));
     const left = LEFT + Math.max(whole.y[1] > 9999 ? 16 : 0, 6 * (longest - 3)); // room for long ones
+    const isWhole = () => String([window.x, window.y]) === String([whole.x, whole.y]);
     let timer, grabbed;
     const size = () => {
       const width = panel.square ? Math.min(figure.wide, 440 + left + RIGHT) : figure.wide;
@@ -286,7 +283,7 @@ function render({ model, el, signal }) {
       const down = window.y[0] + ((event.clientY - frame.top - TOP) / tall) * (window.y[1] - window.y[0]);
       return [Math.floor(down), Math.floor(across), down, across];
     };
-    const inside = ([y, x]) => y >= whole.y[0] && y < whole.y[1] && x >= whole.x[0] && x < whole.x[1];
+    const isIn = ([y, x], { x: xs, y: ys }) => y >= ys[0] && y < ys[1] && x >= xs[0] && x < xs[1];
     // Moves the window by x and y cells and makes it `factor` times as large, around a place.
     function move(x, y, factor = 1, [, , middleY, middleX] = [0, 0, 0, 0]) {
       for (const [name, by, middle] of [["x", x, middleX], ["y", y, middleY]]) {
@@ -302,8 +299,9 @@ function render({ model, el, signal }) {
     const zoom = (factor, at) => (point(), move(0, 0, factor, at));
     if (panel.zoom) {
       canvas.onwheel = (event) => {
-        const isWhole = String([window.x, window.y]) === String([whole.x, whole.y]); // then the page scrolls
-        if (event.deltaY && (event.deltaY < 0 || !isWhole)) (event.preventDefault(), zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event)));
+        if (!event.deltaY || (event.deltaY > 0 && isWhole())) return; // the page scrolls
+        event.preventDefault();
+        zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event));
       };
       canvas.ondblclick = () => zoom(1e9, cell({ clientX: 0, clientY: 0 }));
     }
@@ -313,39 +311,30 @@ function render({ model, el, signal }) {
     };
     canvas.onpointermove = (event) => {
       const at = cell(event);
-      if (!grabbed || !panel.zoom) return point(event, inside(at) && tell(at));
+      if (!grabbed || !panel.zoom) return point(event, isIn(at, whole) && tell(at));
       grabbed.moved ||= Math.hypot(event.clientX - grabbed.x, event.clientY - grabbed.y) > 4;
       if (grabbed.moved) move(grabbed.at[3] - at[3], grabbed.at[2] - at[2]);
     };
     canvas.onpointerup = (event) => {
       const at = cell(event);
-      if (grabbed && !grabbed.moved && inside(at)) choose([[down, at[0]], [across, at[1]]]);
+      if (grabbed && !grabbed.moved && isIn(at, whole)) choose([[down, at[0]], [across, at[1]]]);
       grabbed = null;
     };
     canvas.onpointerleave = canvas.onpointercancel = () => ((grabbed = null), point());
-    canvas.onkeydown = (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own, such as its zoom
-      const step = STEPS[event.key];
-      if (step && event.shiftKey && panel.zoom) move((step[0] * (window.x[1] - window.x[0])) / 8, (step[1] * (window.y[1] - window.y[0])) / 8);
-      else if (step) walk([across, step[0]], [down, step[1]]);
-      else if (panel.zoom && "+-0".includes(event.key)) {
-        const [y, x] = [index(down), axis(across).select ? index(across) : index(down)];
-        zoom({ "+": 0.7, "-": 1.4, 0: 1e9 }[event.key], [0, 0, clamp(y, ...window.y), clamp(x, ...window.x)]);
-      } else return;
-      event.preventDefault();
-    };
+    const steer = (right, low, isShift) => (isShift && panel.zoom ? move((right * (window.x[1] - window.x[0])) / 8, (low * (window.y[1] - window.y[0])) / 8) : walk([across, right], [down, low]));
+    onKeys(canvas, steer, (key) => {
+      const [factor, y, x] = [{ "+": 0.7, "-": 1.4, 0: 1e9 }[key], index(down), axis(across).select ? index(across) : index(down)];
+      if (factor && panel.zoom) zoom(factor, [0, 0, clamp(y, ...window.y), clamp(x, ...window.x)]);
+      return factor && panel.zoom;
+    });
     // Arrays may be pooled: each of their cells stands for several places, of a part of the axes.
     const tile = (array) => {
       const [rows, cols] = panel.axes.map(arrays[array].size);
       return { ...(arrays[array].tile ?? { x: [0, cols], y: [0, rows] }), rows, cols };
     };
-    const covers = (array, [y, x]) => {
-      const { x: xs, y: ys } = tile(array);
-      return y >= ys[0] && y < ys[1] && x >= xs[0] && x < xs[1];
-    };
     const layers = () => [panel.array, panel.region].filter((array) => arrays[array]); // the finest last
     function tell(at) {
-      const array = layers().findLast((each) => covers(each, at)) ?? panel.array;
+      const array = layers().findLast((each) => isIn(at, tile(each))) ?? panel.array;
       const { x: xs, y: ys, rows, cols } = tile(array);
       const [tall, wide] = [(ys[1] - ys[0]) / rows, (xs[1] - xs[0]) / cols]; // places in a cell
       const indices = [clamp(Math.floor((at[0] - ys[0]) / tall), 0, rows - 1), clamp(Math.floor((at[1] - xs[0]) / wide), 0, cols - 1)];
@@ -369,8 +358,9 @@ function render({ model, el, signal }) {
       pen.clip();
       for (const array of layers()) {
         const { x: xs, y: ys } = tile(array);
-        Object.assign(pen, { fillStyle: theme.ground }).fillRect(px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
-        pen.drawImage(arrays[array].paint(panel.axes, index, panel.scale), px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0]));
+        const place = [px(xs[0]), py(ys[0]), px(xs[1]) - px(xs[0]), py(ys[1]) - py(ys[0])];
+        Object.assign(pen, { fillStyle: theme.ground }).fillRect(...place);
+        pen.drawImage(arrays[array].paint(panel.axes, index, panel.scale), ...place);
       }
       const [rows, cols] = panel.axes.map(arrays[panel.array].size);
       const [value, clean, marks] = [panel.array, panel.clean, panel.marks].map((array) => array && picked(array)(panel.axes));
@@ -398,10 +388,7 @@ function render({ model, el, signal }) {
       pen.setLineDash([4, 3]);
       for (const [from, to] of panel.borders ?? []) pen.strokeRect(px(from), py(from), px(to) - px(from), py(to) - py(from));
       pen.setLineDash([]);
-      pen.beginPath();
-      pen.moveTo(px(whole.x[0]), py(whole.y[0]));
-      pen.lineTo(px(whole.x[1]), py(whole.y[1]));
-      if (panel.diagonal) pen.stroke();
+      if (panel.diagonal) pen.stroke(new Path2D(`M${px(whole.x[0])},${py(whole.y[0])}L${px(whole.x[1])},${py(whole.y[1])}`));
       for (const [colour, wide] of [[theme.paper, 4], [theme.accent, 2]]) {
         Object.assign(pen, { strokeStyle: colour, lineWidth: wide });
         const [i, j] = [down, across].map((name) => (axis(name).select && isThere(name) ? index(name) : -1));
@@ -454,28 +441,27 @@ function render({ model, el, signal }) {
     const small = Array.from({ length: axis(each).size }, (_, i) => {
       const canvas = make("canvas", make("button", box, { onclick: () => choose([[each, i]]) }));
       make("span", canvas.parentNode, { textContent: called(each, i) });
-      return { button: canvas.parentNode, canvas };
+      return canvas;
     });
     return () =>
-      small.forEach(({ button, canvas }, i) => {
+      small.forEach((canvas, i) => {
         const picture = arrays[panel.array].paint([down, across], (name) => (name === each ? i : index(name)), panel.scale);
         Object.assign(canvas, { width: picture.width, height: picture.height });
         canvas.getContext("2d").drawImage(picture, 0, 0);
-        button.classList.toggle("l4-selected", i === index(each));
-        button.setAttribute("aria-pressed", i === index(each));
+        canvas.parentNode.classList.toggle("l4-selected", i === index(each));
+        canvas.parentNode.setAttribute("aria-pressed", i === index(each));
       });
   }
 
   function fillScale(box, scale) {
     box.replaceChildren();
-    if (!scale || (scale.kind === "category" && scale.colours.length > 16)) return;
     if (scale.kind === "category") {
+      if (scale.colours.length > 16) return;
       make("span", box, { textContent: scale.unit });
-      scale.colours.forEach((colour, i) => make("i", box, { textContent: i, style: `background:${colour};color:${scale.inks[i]}` }));
-      return;
+      return scale.colours.forEach((colour, i) => make("i", box, { textContent: i, style: `background:${colour};color:${scale.inks[i]}` }));
     }
     make("span", box, { textContent: told(scale.low, { ...scale, unit: "" }) });
-    make("i", box, { className: "l4-ramp", style: `background:linear-gradient(90deg,${(scale.colours ?? SCALES[scale.kind]).join()})` });
+    make("i", box, { className: "l4-ramp", style: `background:linear-gradient(90deg,${stopsOf(scale).join()})` });
     make("span", box, { textContent: `${told(scale.high, scale)}${scale.label ? ` ${scale.label}` : ""}` });
   }
 
@@ -492,7 +478,7 @@ function render({ model, el, signal }) {
     const [name] = panel.axes;
     const { title, size, select } = axis(name);
     const svg = draw("svg", figure, { role: "img", height: 200, tabindex: select ? 0 : -1 });
-    onArrows(svg, (right, down) => walk([name, right + down]));
+    onKeys(svg, (right, down) => walk([name, right + down]));
     const spoken = (v) => (Number.isFinite(v) ? written(v, panel.scale.unit) : "no number");
     const shine = (i) => select === "expert" && drawn.forEach((each) => each.again.shine?.(i));
     return () => {
@@ -529,7 +515,7 @@ function render({ model, el, signal }) {
     const svg = draw("svg", figure, { role: "img", height: 180, tabindex: axis(name).select ? 0 : -1 });
     const legend = make("div", figure, { className: "l4-scale" });
     for (const { colour, label, dash } of panel.series.filter((one) => one.label)) (make("i", legend, { className: "l4-line", style: `border-top: 2px ${dash ? "dashed" : "solid"} ${colour}` }), make("span", legend, { textContent: label }));
-    onArrows(svg, (right, down) => walk([name, right + down]));
+    onKeys(svg, (right, down) => walk([name, right + down]));
     return () => {
       const [width, count] = [figure.wide, axis(name).size];
       const series = panel.series.map((one) => ({ ...one, at: picked(one.array)(panel.axes) }));
@@ -568,7 +554,7 @@ function render({ model, el, signal }) {
       const style = `left:${part(left, panel.width)};top:${part(top, panel.height)};width:${part(right - left, panel.width)};height:${part(bottom - top, panel.height)}`;
       make("span", make("b", box, { style, className }), { textContent: label });
     }
-    onArrows(box, (right, down) => {
+    onKeys(box, (right, down) => {
       const at = Math.max(positions.indexOf(index(name)), 0) + right + down * cols;
       choose([[name, positions[clamp(at, 0, positions.length - 1)]]]);
     });
@@ -583,12 +569,13 @@ function render({ model, el, signal }) {
     };
   }
 
+  const scrolled = (figure, { title }) => make("table", make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { role: "group", "aria-label": title }));
+
   // A table of words, `text[row][column]`, around the selected column, coloured by an array.
   function addWords(figure, panel) {
     const [down, across] = panel.axes;
-    const box = make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { role: "group", "aria-label": panel.title });
-    const table = make("table", box);
-    onArrows(box, (right, low) => walk([across, right], [down, low]));
+    const table = scrolled(figure, panel);
+    onKeys(table.parentNode, (right, low) => walk([across, right], [down, low]));
     return () => {
       const room = Math.max(axis(across).size > 16 ? 3 : 16, Math.floor((figure.wide - 120) / (panel.cell ?? 84)));
       const first = clamp(index(across) - Math.floor(room / 2), 0, Math.max(axis(across).size - room, 0));
@@ -603,9 +590,9 @@ function render({ model, el, signal }) {
         make("th", row, { textContent: axis(down).labels?.[i] ?? place(down, i) });
         for (const j of columns) {
           const back = colour(value(i, j));
-          const dark = back[0] * 0.299 + back[1] * 0.587 + back[2] * 0.114 < 118;
+          const light = [0.2126, 0.7152, 0.0722].reduce((sum, share, k) => sum + share * (back[k] / 255) ** 2.2, 0);
           const cell = make("td", row, { textContent: panel.text[i][j], onclick: () => (point(), choose([[down, i], [across, j]])) });
-          Object.assign(cell.style, { background: `rgb(${back.join(" ")})`, color: dark ? "#fff" : "#000" });
+          Object.assign(cell.style, { background: `rgb(${back.join(" ")})`, color: light < 0.18 ? "#fff" : "#000" });
           cell.classList.toggle("l4-selected", j === index(across) && (!axis(down).select || i === index(down)));
           hover(cell, () => `${panel.text[i][j]} – ${describe(panel, [i, j])}`);
         }
@@ -614,9 +601,8 @@ function render({ model, el, signal }) {
   }
 
   function addTable(figure, panel) {
-    const box = make("div", figure, { className: "l4-scroll", tabIndex: 0 }, { role: "group", "aria-label": panel.title });
-    const table = make("table", box);
-    if (panel.choices) onArrows(box, (right, down) => table.rows[clamp([...table.rows].findIndex((row) => row.className) + right + down, 1, panel.rows.length)]?.onclick?.());
+    const table = scrolled(figure, panel);
+    if (panel.choices) onKeys(table.parentNode, (right, down) => table.rows[clamp([...table.rows].findIndex((row) => row.className) + right + down, 1, panel.rows.length)]?.onclick?.());
     let filled; // what stands there
     function fill() {
       filled = panel.rows;
@@ -640,7 +626,7 @@ function render({ model, el, signal }) {
       if (filled !== panel.rows) fill();
       panel.rows.forEach((_, i) => {
         const fits = Object.entries(panel.choices?.[i] ?? { none: 1 }).every(([field, v]) => group.selection[field] === v);
-        if (table.rows[i + 1].classList.toggle("l4-selected", fits) && document.activeElement === box) table.rows[i + 1].scrollIntoView({ block: "nearest" });
+        if (table.rows[i + 1].classList.toggle("l4-selected", fits) && document.activeElement === table.parentNode) table.rows[i + 1].scrollIntoView({ block: "nearest" });
       });
     };
   }
@@ -656,6 +642,8 @@ function render({ model, el, signal }) {
     if (!theme.paper) {
       const style = getComputedStyle(root);
       theme = Object.fromEntries(["muted", "paper", "ground", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
+      isDark = style.color.match(/\d+/g)?.[1] > 128; // its words are bright
+      for (const each of drawn) each.tell({});
     }
     which.forEach(show);
     say();
@@ -713,7 +701,7 @@ function render({ model, el, signal }) {
       write(title, panel.title);
       figure.querySelector("[role=group]")?.setAttribute("aria-label", panel.title);
       write(note, [panel.note, hint].map((text) => text && ` ${text}`).join(""));
-      if (legend && scaled !== (scaled = JSON.stringify(panel.scale))) fillScale(legend, isFaded ? { ...panel.scale, colours: ["#e08b0000", "#e08b00b2"] } : panel.scale);
+      if (legend && scaled !== (scaled = JSON.stringify([panel.scale, isDark]))) fillScale(legend, isFaded ? { ...panel.scale, colours: ["#e08b0000", "#e08b00b2"] } : panel.scale);
     };
     watch.observe(figure);
     return { panel, key, figure, tell, again };
@@ -732,8 +720,7 @@ function render({ model, el, signal }) {
   }
   const reactions = [["content", rebuild], ["pages", () => turn() && redraw()], ["finer", answer], ["selection", listen], ["title help summary problem busy", retitle]];
   for (const [traits, react] of reactions) for (const trait of traits.split(" ")) model.on(`change:${trait}`, react);
-  rebuild();
-  retitle();
+  for (const react of [rebuild, retitle, listen]) react();
   watch.observe(body);
   return () => {
     for (const each of [watch, restyle]) each.disconnect();

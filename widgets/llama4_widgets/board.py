@@ -15,6 +15,7 @@ from typing import Any
 import anywidget
 import traitlets
 
+from llama4_widgets.colours import SCALES
 from llama4_widgets.panels import Content
 from llama4_widgets.selection import Selection
 
@@ -28,7 +29,7 @@ def read(name: str) -> str:
 class Board(anywidget.AnyWidget):
     """Draws a `Content`; clicks and keys move the selection, which other boards share."""
 
-    _esm = read("elements.js") + read("board.js")
+    _esm = read("elements.js") + f"const SCALES = {json.dumps(SCALES)};\n" + read("board.js")
     _css = read("board.css")
 
     title = traitlets.Unicode().tag(sync=True)

@@ -1,4 +1,7 @@
-"""One colour for each expert, for colour-blind eyes too; its number stands beside it everywhere."""
+"""The colours of experts and of scales, for colour-blind eyes too.
+
+An expert's number stands beside its colour everywhere.
+"""
 
 from PIL import ImageColor
 
@@ -8,6 +11,13 @@ PALETTE = (
 )
 """Found by search: any two differ in OKLab by at least 0.06, any two of the first eight by 0.11,
 to normal eyes and under simulated protanopia, deuteranopia and tritanopia (Machado et al. 2009)."""
+
+SCALES = {
+    "sequential": ("#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838"),  # cividis
+    "diverging": ("#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"),
+    "dark": ("#87b3ff", "#5d7dcb", "#384d81", "#262626", "#783d27", "#be6343", "#ff9064"),
+}
+"""The colours from the low end of a scale to the high one; dark: a diverging one on dark pages."""
 
 
 def colour(expert: int) -> str:

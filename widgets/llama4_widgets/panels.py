@@ -226,7 +226,7 @@ def sequential(low: float, high: float, unit: str = "", label: str = "") -> dict
 
 
 def diverging(bound: float, unit: str = "", label: str = "") -> dict[str, Any]:
-    """Return a scale from blue (below zero) over white to red (above)."""
+    """Return a scale from blue (below zero) over white, or dark grey, to red (above)."""
     bound = _finite(float(bound)) or 1.0
     kind = {"kind": "diverging", "low": -bound, "high": bound}
     return kind | {"unit": unit, "label": label}

@@ -9,8 +9,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from llama4_widgets.colours import SCALES
 from llama4_widgets.panels import Axis, Content
-from llama4_widgets.still import picked, stops
+from llama4_widgets.still import picked
 
 _TALL = {"map": 260, "bars": 220, "lines": 220}
 _ROOMY = 90  # places; with more, cells are too narrow for a name and a number
@@ -150,7 +151,7 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
 
 def _colorscale(scale: Mapping[str, Any]) -> Sequence[Any]:
     if scale["kind"] != "category":
-        return stops(scale)
+        return SCALES[scale["kind"]]
     colours = scale["colours"]
     return [((i + end) / len(colours), c) for i, c in enumerate(colours) for end in (0, 1)]
 

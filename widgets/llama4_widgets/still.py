@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor
 
-from llama4_widgets.colours import ink
+from llama4_widgets.colours import SCALES, ink
 from llama4_widgets.panels import Content
 
-_CIVIDIS = ("#00224e", "#35456c", "#666970", "#948e77", "#c8b866", "#fee838")
-_BLUE_RED = ("#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b")
 _TYPES = {"u1": np.uint8, "i2": "<i2", "f4": "<f4"}
 _LEFT, _RIGHT = 12, 888  # all sizes of an SVG in pixels
 _CHARACTER, _LINE = 7.9, 30
@@ -151,14 +149,9 @@ def _pixels(values: np.ndarray, scale: Mapping[str, Any]) -> np.ndarray:
         found = table[filled.astype(int) % len(table)]
         nothing |= filled < 0
     else:
-        table = np.array(list(map(ImageColor.getrgb, stops(scale))))
+        table = np.array(list(map(ImageColor.getrgb, SCALES[scale["kind"]])))
         share = (filled - scale["low"]) / ((scale["high"] - scale["low"]) or 1.0)
         at = np.clip(share, 0, 1) * (len(table) - 1)
         places = np.arange(len(table))
         found = np.stack([np.interp(at, places, table[:, i]) for i in range(3)], axis=-1)
     return np.where(nothing[..., None], 230, found).astype(np.uint8)
-
-
-def stops(scale: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the colours from the low end of a scale to the high one."""
-    return _BLUE_RED if scale["kind"] == "diverging" else _CIVIDIS
