@@ -408,6 +408,48 @@ def test_the_middle_of_a_signed_scale_follows_the_theme(browser: Browser, tmp_pa
     page.close()
 
 
+def test_two_fingers_zoom_a_map_and_one_scrolls_the_page(browser: Browser, model, tmp_path):
+    LabApp(model, "def add(a, b):\n    return a + b", shown=["attention"]).to_html(
+        tmp_path / "lab.html"
+    )
+    context = browser.new_context(has_touch=True, viewport={"width": 600, "height": 700})
+    page = context.new_page()
+    page.goto((tmp_path / "lab.html").as_uri())
+    canvas = page.locator("[data-panel=map] canvas")
+    canvas.scroll_into_view_if_needed()
+    box, touch = canvas.bounding_box(), context.new_cdp_session(page)
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    def slide(*fingers):
+        """Move fingers from each first to each last place, in ten steps."""
+        for i in range(11):
+            at = [
+                [(1 - i / 10) * a + i / 10 * b for a, b in zip(*each, strict=True)]
+                for each in fingers
+            ]
+            points = [{"x": px, "y": py, "id": k} for k, (px, py) in enumerate(at)]
+            kind = "touchMove" if i else "touchStart"
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        page.wait_for_timeout(200)
+        return canvas.evaluate("canvas => canvas.toDataURL()"), page.evaluate("scrollY")
+
+    def apart(near, far):
+        return slide(*([(x + s * near, y + s * near), (x + s * far, y + s * far)] for s in (-1, 1)))
+
+    before, top = slide([(x, y), (x, y)])  # a tap
+    same, scrolled = slide([(x, y), (x, y - 60)])
+    assert same == before and scrolled > top  # all is there: the page moves
+    page.evaluate("top => scrollTo(0, top)", top)
+    near, at = apart(30, 90)
+    assert near != before and at == top
+    moved, at = slide([(x, y), (x, y - 60)])
+    assert moved != near and at == top  # a part is there: the map moves
+    last, at = apart(120, 20)
+    assert last == before and at == top
+    context.close()
+
+
 BRIGHTEST = """canvas => {
     const { data } = canvas.getContext("2d").getImageData(0, 0, 40, canvas.height); // of numbers
     return Math.max(...data.filter((_, i) => i % 4 === 0 && data[i + 3] > 200));

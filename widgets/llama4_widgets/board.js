@@ -270,6 +270,7 @@ function render({ model, el, signal }) {
     const longest = Math.max(...(axis(down).select ? [axis(down).size] : (axis(down).labels ?? [0])).map((name) => String(name).length));
     const left = LEFT + Math.max(whole.y[1] > 9999 ? 16 : 0, 6 * (longest - 3)); // room for long ones
     const isWhole = () => String([window.x, window.y]) === String([whole.x, whole.y]);
+    const fingers = new Map(); // that are down, where each was last
     let timer, grabbed;
     const size = () => {
       const width = panel.square ? Math.min(figure.wide, 440 + left + RIGHT) : figure.wide;
@@ -303,24 +304,30 @@ function render({ model, el, signal }) {
         event.preventDefault();
         zoom(event.deltaY > 0 ? 1.25 : 0.8, cell(event));
       };
+      canvas.ontouchstart = (event) => void (event.touches.length > 1 && event.preventDefault()); // or two fingers scroll the page
       canvas.ondblclick = () => zoom(1e9, cell({ clientX: 0, clientY: 0 }));
     }
     canvas.onpointerdown = (event) => {
-      grabbed = event.button ? null : { at: cell(event), x: event.clientX, y: event.clientY, moved: false };
+      grabbed = event.button || fingers.size ? null : { at: cell(event), x: event.clientX, y: event.clientY, moved: false };
+      fingers.set(event.pointerId, event);
       canvas.setPointerCapture(event.pointerId);
     };
     canvas.onpointermove = (event) => {
-      const at = cell(event);
-      if (!grabbed || !panel.zoom) return point(event, isIn(at, whole) && tell(at));
-      grabbed.moved ||= Math.hypot(event.clientX - grabbed.x, event.clientY - grabbed.y) > 4;
-      if (grabbed.moved) move(grabbed.at[3] - at[3], grabbed.at[2] - at[2]);
+      const [at, last] = [cell(event), fingers.get(event.pointerId)];
+      if (!last || !panel.zoom) return point(event, isIn(at, whole) && tell(at));
+      const other = [...fingers.values()].find((each) => each !== last);
+      const apart = (one) => Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
+      if (other) zoom(apart(last) / apart(event) || 1, cell(other)); // a pinch: what is below the other finger stays
+      fingers.set(event.pointerId, event);
+      if (grabbed) grabbed.moved ||= Math.hypot(event.clientX - grabbed.x, event.clientY - grabbed.y) > 4;
+      if (grabbed?.moved) move(grabbed.at[3] - at[3], grabbed.at[2] - at[2]);
     };
     canvas.onpointerup = (event) => {
       const at = cell(event);
       if (grabbed && !grabbed.moved && isIn(at, whole)) choose([[down, at[0]], [across, at[1]]]);
-      grabbed = null;
     };
-    canvas.onpointerleave = canvas.onpointercancel = () => ((grabbed = null), point());
+    canvas.onlostpointercapture = ({ pointerId }) => ((grabbed = null), fingers.delete(pointerId));
+    canvas.onpointerleave = () => point();
     const steer = (right, low, isShift) => (isShift && panel.zoom ? move((right * (window.x[1] - window.x[0])) / 8, (low * (window.y[1] - window.y[0])) / 8) : walk([across, right], [down, low]));
     onKeys(canvas, steer, (key) => {
       const [factor, y, x] = [{ "+": 0.7, "-": 1.4, 0: 1e9 }[key], index(down), axis(across).select ? index(across) : index(down)];
@@ -352,6 +359,7 @@ function render({ model, el, signal }) {
       else Object.assign(Object.assign(canvas, { width: w, height: h }).style, { width: `${width}px`, height: `${tall + TOP + BOTTOM}px` });
       const px = (x) => left + ((x - window.x[0]) / (window.x[1] - window.x[0])) * inner;
       const py = (y) => TOP + ((y - window.y[0]) / (window.y[1] - window.y[0])) * tall;
+      if (panel.zoom) canvas.style.touchAction = isWhole() ? "pan-x pan-y" : "none"; // one finger scrolls the page, or moves a part
       pen.scale(ratio, ratio);
       Object.assign(pen, { imageSmoothingEnabled: false }).save();
       pen.rect(left, TOP, inner, tall);
@@ -694,7 +702,7 @@ function render({ model, el, signal }) {
     const again = kinds[panel.kind](figure, panel);
     const isFaded = panel.kind === "strip" && panel.scale.kind === "sequential"; // by how opaque its colour is
     const legend = (isFaded || ["map", "picture", "words"].includes(panel.kind)) && make("div", figure, { className: "l4-scale" });
-    const hint = panel.kind === "map" && panel.zoom ? "(wheel, + or −: zoom; drag, Shift+arrows: move; 0: all)" : "";
+    const hint = panel.kind === "map" && panel.zoom ? "(wheel, two fingers, + or −: zoom; drag, Shift+arrows: move; 0: all)" : "";
     let scaled;
     const tell = (change) => {
       Object.assign(panel, change);
