@@ -18,7 +18,7 @@ from llama4_widgets.app import LabApp
 from llama4_widgets.board import flat, unflat
 from llama4_widgets.keeping import model_facts
 from llama4_widgets.recording import Recording, open_lab
-from llama4_widgets.still import picked
+from llama4_widgets.still import picked, unpack
 
 TEXT = "def add(a, b):\n    return a + b"
 EDITS = (E.SkipLayer(1),)
@@ -45,22 +45,49 @@ def file(app, tmp_path_factory):
 
 
 def test_everything_that_was_shown_is_there_again(app, file):
-    kept = LabApp.open(file)
-    assert list(kept.boards) == ["router", "ablate"]
-    for name, board in kept.boards.items():
+    opened = LabApp.open(file)
+    assert list(opened.boards) == ["router", "ablate"]
+    for name, board in opened.boards.items():
         before, after = app.views[name].board.content.message(), board.content.message()
-        assert flat(after) == flat(before)
+        kept = {"token": 3} if name == "ablate" else {}  # the router has all tokens
+        assert flat(after) == flat(before | {"kept": kept})
         assert board.summary == f"When this was kept: {app.views[name].board.summary}"
-    about = kept.recording.about
+    about = opened.recording.about
     assert about["prompt"] == TEXT and about["tokens"] == app.moment.tokens
     assert about["ids"] == app.moment.prompt.input_ids[0].tolist()
     assert tuple(E.loads(about["edits"])) == EDITS
     assert l4.Llama4Config.from_dict(about["config"]) == app.model.config
     assert about["versions"]["torch"] and about["date"].endswith("UTC")
     routing = app.moment.edited(routing_of)
-    assert kept.recording.routing.keys() == vars(routing).keys() - {"tokens"}
-    for name, values in kept.recording.routing.items():
+    assert opened.recording.routing.keys() == vars(routing).keys() - {"tokens"}
+    for name, values in opened.recording.routing.items():
         assert np.array_equal(values, getattr(routing, name)), name
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_what_is_kept_has_all_of_a_text_where_there_is_room(model, monkeypatch, has_room):
+    monkeypatch.setattr("llama4_widgets.views.router._WHOLE", 0)
+    monkeypatch.setattr("llama4_widgets.views.router._PART", 1500)
+    monkeypatch.setattr("llama4_widgets.views.lens._CELLS", 90)
+    if not has_room:
+        monkeypatch.setattr("llama4_widgets.view._KEPT", 1000)
+    app = LabApp(model, 6 * TEXT, shown=["router", "lens", "attention", "ablate"])
+    app.edits = EDITS
+    app.selection.token = 30
+    on_screen = app.views["router"].board.content
+    count, part = len(app.moment.tokens), on_screen.axes["token"].size
+    assert part < count > app.views["lens"].board.content.axes["near"].size
+    kept = {name: state["content"] for name, state in app.recording().states.items()}
+    assert app.views["router"].board.content is on_screen
+    axes = {name: content["axes"] for name, content in kept.items()}
+    assert (axes["router"]["token"]["size"] == axes["lens"]["near"]["size"] == count) == has_room
+    router = {"token": 30} if not has_room else {}  # all of its tokens can be chosen
+    token, layer = {"token": 30}, {"layer": app.selection.layer}
+    told = {"router": router, "lens": token | layer, "attention": layer, "ablate": token}
+    assert {name: content["kept"] for name, content in kept.items()} == told
+    if has_room:
+        chosen = unpack(kept["router"]["arrays"]["chosen"])
+        np.testing.assert_array_equal(chosen, app.moment.edited(routing_of).expert[..., 0])
 
 
 def test_a_kept_lab_keeps_its_selection_and_moves_it(file):

@@ -177,6 +177,25 @@ def test_a_kept_page_links_views_without_a_kernel(browser: Browser, model, tmp_p
         photograph(browser, model, tmp_path)
 
 
+def test_a_kept_page_says_for_what_its_views_were_kept(browser: Browser, model, tmp_path):
+    app = LabApp(model, "def add(a, b):\n    return a + b", shown=["router", "ablate", "lens"])
+    app.selection.layer, app.selection.token = 3, 5
+    app.to_html(tmp_path / "lab.html")
+    page = browser.new_page()
+    page.goto((tmp_path / "lab.html").as_uri())
+    router, ablate, lens = page.locator(".l4-summary").all()
+    for token, before in ((6, "Kept for token 5 only. "), (5, "")):
+        page.locator(".l4-words").first.locator("span").nth(token).click()
+        expect(router).to_contain_text(f"layer 3, token {token} ")
+        for view, name in ((ablate, "ablate"), (lens, "lens")):
+            told = f"{before}When this was kept: {app.views[name].summary()}"
+            expect(view).to_have_text(told)
+    page.locator(".l4-slider input").first.fill("2")
+    expect(lens).to_have_text(re.compile("^Kept for layer 3 only. "))
+    expect(ablate).to_have_text(re.compile("^When this was kept: "))
+    page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_keeps_people_from_using_a_kept_page(browser: Browser, model, tmp_path, scheme):
     app = LabApp(model, shown=[*VIEWS])

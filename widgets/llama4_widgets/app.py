@@ -226,12 +226,9 @@ class LabApp(ipywidgets.VBox):
     def recording(self) -> Recording:
         """Return what is shown, as it is kept."""
         self._catch_up()
-        boards = {}
-        for name, view in self._on_page():
-            view.tell()
-            boards[name] = view.board
+        states = {name: view.state() for name, view in self._on_page()}
         told = "".join(self._told()) if self.difference else ""
-        return record(self.prompt, self.moment, boards, told)
+        return record(self.prompt, self.moment, states, told)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """Add what the views say, for pages that run no script."""

@@ -172,7 +172,8 @@ function render({ model, el, signal }) {
 
   function say() {
     const names = (text) => Array.from(text.matchAll(/\{([^{}:]+)/g), ([, name]) => name);
-    const { sentence = "", otherwise = "" } = content;
+    const { sentence = "", otherwise = "", kept = {} } = content;
+    const only = Object.entries(kept).filter(([field, value]) => group.selection[field] !== value).map((pair) => pair.join(" "));
     const [first, ...others] = names(sentence);
     if (others.some((name) => isLate(name))) return;
     const value = (name) => picked(name, seen)([])();
@@ -184,7 +185,7 @@ function render({ model, el, signal }) {
       });
     summary.setAttribute("aria-live", Object.keys(pointed).length ? "off" : "polite");
     summary.style.minHeight = text && body.wide < 640 ? "3em" : ""; // two lines
-    write(summary, text || model.get("summary"));
+    write(summary, text || `${only.length ? `Kept for ${only.join(", ")} only. ` : ""}${model.get("summary")}`);
   }
 
   // Shows what is under the pointer before it is chosen; nothing may move away from there.

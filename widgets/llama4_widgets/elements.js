@@ -3,8 +3,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 // JupyterLab takes keys on a button for commands (d d deletes the cell), but not below such an attribute.
 function keepKey({ target, key, shiftKey, ctrlKey, metaKey, altKey }) {
-  const isHeld = ctrlKey || metaKey || altKey;
-  const isTheirs = key === "Enter" ? isHeld || shiftKey : isHeld && key !== "Backspace";
+  const isTheirs = key !== "Backspace" && (ctrlKey || metaKey || altKey || (shiftKey && key === "Enter"));
   if (target.closest?.(".l4-app, .l4-view, .l4-board, .l4-prompt")) target.toggleAttribute("data-lm-suppress-shortcuts", !isTheirs);
 }
 if (!globalThis.llama4Keys) addEventListener("keydown", (globalThis.llama4Keys = keepKey), true); // first, and once a page

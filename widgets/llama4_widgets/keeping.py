@@ -15,15 +15,14 @@ from llama4_lab.checkpoint.quantised import packable
 from llama4_lab.model import Llama4
 from llama4_lab.packed import Packed
 from llama4_lab.prompt.images import open_picture
-from llama4_widgets.board import Board
 from llama4_widgets.moment import Moment
 from llama4_widgets.recording import Recording
 
 _HASHED = 1 << 26  # numbers; of larger models every n-th
 
 
-def record(prompt: Any, moment: Moment, boards: Mapping[str, Board], beside: str = "") -> Recording:
-    """Return what boards show of a moment; `beside` says what else stands there.
+def record(prompt: Any, moment: Moment, states: Mapping[str, Any], beside: str = "") -> Recording:
+    """Return what views show of a moment, their states; `beside` says what else stands there.
 
     `prompt` is what was asked for: a text or messages.
     """
@@ -45,8 +44,7 @@ def record(prompt: Any, moment: Moment, boards: Mapping[str, Board], beside: str
         found = vars(moment.edited(routing_of))
         routing = {name: np.asarray(found[name]) for name in found if name != "tokens"}
     pictures = [open_picture(picture) for picture in moment.pictures]
-    states = {name: board.state() for name, board in boards.items()}
-    return Recording(about, states, routing, pictures)
+    return Recording(about, dict(states), routing, pictures)
 
 
 def model_facts(model: Llama4) -> dict[str, str]:

@@ -55,6 +55,7 @@ class Content:
     `sentence` says what is selected: ``{axis}`` and ``{array}`` stand for what is selected there,
     ``{array:2}`` for hundredths, written with two decimals, and a part in ``[…]`` is left out where
     a number in it is negative. `otherwise` is said where an axis does not have what is selected.
+    `kept` is what was selected when this was made, of fields for which nobody can make it anew.
 
     >>> content = Content({"layer": Axis("layer", 2, "layer"), "token": Axis("token", 3, "token")})
     >>> content.add("map", "Scores", np.zeros((2, 3)), ("layer", "token"), sequential(0, 1))
@@ -67,6 +68,7 @@ class Content:
     panels: list[dict[str, Any]] = field(default_factory=list)
     sentence: str = ""
     otherwise: str = ""
+    kept: Mapping[str, int] = field(default_factory=dict)
 
     def array(
         self,
@@ -160,7 +162,7 @@ class Content:
             }
             for name, packed in self.arrays.items()
         }
-        said = {"sentence": self.sentence, "otherwise": self.otherwise}
+        said = {"sentence": self.sentence, "otherwise": self.otherwise, "kept": self.kept}
         return {"axes": axes, "arrays": arrays, "panels": self.panels} | said
 
     def pages(self, selection: Mapping[str, int]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ STYLE = (Path(__file__).parent / "app.css").read_text(encoding="utf-8")
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, TypeError, ValueError, RuntimeError)
 _KERNEL = (
     "Tokens, layers and heads can be chosen here. What a kernel computes when it is asked (finer "
-    "parts of zoomed maps, buttons, sums about another token) is a picture of how it was."
+    "parts of zoomed maps, buttons, sums about another token) is a picture of how it was, and the "
+    "view says for what it was kept."
 )
 
 
@@ -206,5 +207,5 @@ def open_lab(path: str | Path) -> KeptLab:
 
 def _content(message: Mapping[str, Any]) -> Content:
     axes = {name: Axis(**axis) for name, axis in message["axes"].items()}
-    said = {name: message.get(name, "") for name in ("sentence", "otherwise")}
+    said = {name: message[name] for name in ("sentence", "otherwise", "kept") if name in message}
     return Content(axes, dict(message["arrays"]), list(message["panels"]), **said)

@@ -2,7 +2,7 @@
 
 import html
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 import traitlets
 
-from llama4_widgets.board import Board, page, whole
+from llama4_widgets.board import Board, page_of, whole
 from llama4_widgets.panels import Axis, Content
 from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.still import svg
@@ -26,6 +26,7 @@ FAILURES = (ValueError, KeyError, RuntimeError)
 """What the model and the analyses refuse something with; a view says it."""
 _DRAWING = "drawing …"
 _LATE = "interrupted: run the prompt again to draw this"
+_KEPT = 6_000_000  # bytes of a view on a page, before they are packed
 _LONG = 256  # tokens; what is shorter is drawn before anybody would read that
 _SLOW = 0.3  # seconds; likewise
 
@@ -96,6 +97,13 @@ class View(ipywidgets.VBox):
     def turn(self, chosen: Set[str]) -> None:
         """Draw what was chosen; a click can choose several of what a view `follows`."""
         self.refresh()
+
+    def whole(self) -> Content | None:
+        """Return the content with all of a text of which a part is on screen, for who keeps it."""
+
+    def fixed(self, content: Content) -> Collection[str]:
+        """Return the fields of the selection for which alone a content was made."""
+        return self.follows
 
     def region(self, wish: dict[str, Any]) -> None:
         """Draw a part of a panel finer: ``{"panel", "x": [from, to], "y": [from, to]}``."""
@@ -237,9 +245,23 @@ class View(ipywidgets.VBox):
         Raises:
             FileNotFoundError: no folder to write it to.
         """
-        self.tell()
+        text = page_of([self.state()], self.title)
         with whole(path) as part:
-            part.write_text(page([self.board], self.title), encoding="utf-8")
+            part.write_text(text, encoding="utf-8")
+
+    def state(self) -> dict[str, Any]:
+        """Return what a page without a kernel needs: of a long text all, as far as it has room."""
+        self.tell()
+        found = self.board.state()
+        if not self.board.problem:
+            with self.moment.computing():
+                content = self.whole()
+            size = sum(len(array["data"]) for array in content.arrays.values()) if content else 0
+            content = content if content and size <= _KEPT else self._own
+            kept = {field: self.selection.shared[field] for field in self.fixed(content)}
+            content = content.beside(self._beside._own) if self._beside else content
+            found["content"] = replace(content, kept=kept).message()
+        return found
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         """Add a picture and a sentence, for pages that run no script."""

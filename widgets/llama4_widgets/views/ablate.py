@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -383,6 +383,9 @@ class AblateView(View):
         columns = ["next token", "clean (%)", "edited (%)"]
         content.table("answers", title, columns, self._answers(token), wide=False)
         return content
+
+    def fixed(self, content: Content) -> Collection[str]:
+        return ("token",)  # the controls, which follow the layer, are no part of it
 
     def _answers(self, token: int) -> list[list[Any]]:
         run = self.moment.edited_run

@@ -1,6 +1,6 @@
 """Where does each head look, how far, and across which borders?"""
 
-from collections.abc import Set
+from collections.abc import Collection, Set
 from functools import partial
 from typing import Any
 
@@ -300,12 +300,20 @@ class AttentionView(View):
         if not self._is_offering:
             self.selection.layer = change["new"]
 
+    def fixed(self, content: Content) -> Collection[str]:
+        return ("layer",) if _has_all_rows(content) else self.follows
+
     def turn(self, chosen: Set[str]) -> None:
-        is_there = "query" in self.board.content.arrays.get("row", {}).get("axes", ())
-        if is_there and "layer" not in chosen:
+        if _has_all_rows(self.board.content) and "layer" not in chosen:
             self.board.summary = self.summary()  # the browser has all heads and rows
         else:
             self.refresh()
+
+
+def _has_all_rows(content: Content) -> bool:
+    """Whether the browser has the rows of all heads and tokens of the layer."""
+    rows = (array for name, array in content.arrays.items() if name.startswith("row"))
+    return all("query" in array["axes"] for array in rows) and bool(content.arrays)
 
 
 def _kind(layer: Layer) -> str:

@@ -1,6 +1,6 @@
 """What does an answer owe to each token, image patch or expert?"""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import replace
 from typing import Any
 
@@ -173,6 +173,9 @@ class AttributionView(View):
             f"{name} map", title, one.values.reshape(len(layers), -1), ("all", "expert"),
             diverging(bound, "nats"), wide=False,
         )  # fmt: skip
+
+    def fixed(self, content: Content) -> Collection[str]:
+        return ("token",) if self.after == PLACES[1] else ()
 
     def summary(self) -> str:
         target = self._target()

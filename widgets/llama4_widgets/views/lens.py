@@ -23,6 +23,7 @@ from llama4_widgets.words import number, token_id, visible
 
 COLOURS = ("top word", "final answer", "change by the edits")
 _CELLS = 8192  # words of one update
+_WORK = 1 << 37  # multiplications for a page that is kept: some 10 s on one core
 _MOST = 14  # parts that are shown
 _ROUNDING = 1e-3  # logits; sums of a float32 model are far below it
 
@@ -56,7 +57,15 @@ class LensView(View):
     # ---- what is shown
 
     def content(self) -> Content:
-        clean, edited = self._lenses(self.moment)
+        return self._of(*self._lenses(self.moment))
+
+    def whole(self) -> Content | None:
+        count, config = len(self.moment.words), self.moment.model.config
+        work = _points(config) * count * config.hidden_size * config.vocab_size
+        is_part = count > _room(config)
+        return self._of(*self._lenses(self.moment, count)) if is_part and work <= _WORK else None
+
+    def _of(self, clean: Lens, edited: Lens) -> Content:
         names = self._names(edited)
         low, high = int(edited.positions[0]), int(edited.positions[-1]) + 1
         count = len(self.moment.words)
@@ -150,10 +159,9 @@ class LensView(View):
         self._lenses(moment)
         yield
 
-    def _lenses(self, moment: Moment) -> tuple[Lens, Lens]:
+    def _lenses(self, moment: Moment, most: int | None = None) -> tuple[Lens, Lens]:
         """Return the clean and the edited lens around the token, both asked about one word."""
-        points = 1 + 2 * moment.model.config.num_hidden_layers
-        most = max(_CELLS // points, 16)
+        most = most or _room(moment.model.config)
         at = tuple(near(self.selection.token, len(moment.words), most))
         clean = moment.clean(logit_lens, at, target=self._goal(), top=1, kept=written)
         before, after = moment.clean(written), moment.edited(written)
@@ -255,6 +263,15 @@ class LensView(View):
             name, title, ["part", *heads], rows, choices, wide=len(found) > 1,
             bars=[None, *(bound for _ in heads)], note="red: for it; blue: against it",
         )  # fmt: skip
+
+
+def _points(config: Llama4Config) -> int:
+    return 1 + 2 * config.num_hidden_layers
+
+
+def _room(config: Llama4Config) -> int:
+    """Return of how many tokens an update shows the lens."""
+    return max(_CELLS // _points(config), 16)
 
 
 def _instead(clean: Lens, edited: Lens) -> Lens:

@@ -1,6 +1,6 @@
 """Which expert does each token choose, how surely, and what do edits change?"""
 
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
@@ -32,22 +32,36 @@ class RouterView(View):
     _most = 0  # of them
 
     def content(self) -> Content:
+        self._most = self._room()
+        self._near = self._around()
+        return self._of(self._near)
+
+    def whole(self) -> Content | None:
+        count = len(self.moment.tokens)
+        return self._of(range(count)) if len(self._near) < count else None
+
+    def fixed(self, content: Content) -> Collection[str]:
+        return ("token",) if content.axes["token"].size < len(self.moment.tokens) else ()
+
+    def _runs(self) -> tuple[Routing, Routing, np.ndarray, bool]:
+        """Return the clean and the edited run, the flips, and whether others than the strongest
+        experts are among them."""
         clean, edited = self.moment.clean(routing_of), self.moment.edited(routing_of)
-        is_edited = bool(self.moment.edits)
         changed = flips(clean, edited)
-        # Whether others than the strongest experts changed, too.
         is_marked = bool((changed != (clean.expert[..., 0] != edited.expert[..., 0])).any())
-        self._most = self._room([edited, clean][: 1 + is_edited], is_marked)
-        count, self._near = len(edited.tokens), self._around()
+        return clean, edited, changed, is_marked
+
+    def _of(self, tokens: range) -> Content:
+        """Return what is drawn of some tokens."""
+        clean, edited, changed, is_marked = self._runs()
+        is_edited, count = bool(self.moment.edits), len(edited.tokens)
         content, part = Content(self.axes()), ""
-        if len(self._near) < count:
-            axis, at = content.axes["token"], slice(self._near.start, self._near.stop)
+        if len(tokens) < count:
+            axis, at = content.axes["token"], slice(tokens.start, tokens.stop)
             labels = self.moment.words[at]
-            content.axes["token"] = replace(
-                axis, size=len(labels), labels=labels, values=[*self._near]
-            )
+            content.axes["token"] = replace(axis, size=len(labels), labels=labels, values=[*tokens])
             part = f"; tokens {at.start} to {at.stop - 1} of {count}"
-        here, before = (_cut(each, self._near) for each in (edited, clean))
+        here, before = (_cut(each, tokens) for each in (edited, clean))
         scale = experts(edited.num_experts)
         chosen = _add_choices(content, here, before if is_edited else None)
         topk = here.expert.shape[-1]
@@ -58,7 +72,7 @@ class RouterView(View):
             note=part[2:],
         )  # fmt: skip
         if is_marked:
-            content.array("flips", changed[:, self._near], _BOTH)
+            content.array("flips", changed[:, tokens], _BOTH)
         content.add(
             "chosen", "Chosen expert", here.expert[..., 0], _BOTH, scale,
             clean="clean chosen" if is_edited else None, marks="flips" if is_marked else None,
@@ -100,12 +114,13 @@ class RouterView(View):
     def _around(self) -> range:
         return near(self.selection.token, len(self.moment.tokens), self._most)
 
-    def _room(self, runs: Sequence[Routing], is_marked: bool) -> int:
+    def _room(self) -> int:
         """Return how many tokens an update has room for, after what each takes."""
-        words, is_edited = self.moment.words, len(runs) > 1
-        layers, _, topk = runs[0].expert.shape
-        each = layers * (3 + is_edited + is_marked) + runs[0].num_experts * (1 + 2 * is_edited)
-        each += 3 + 2 * (topk + is_edited * runs[-1].expert.shape[-1])
+        clean, edited, _, is_marked = self._runs()
+        words, is_edited = self.moment.words, bool(self.moment.edits)
+        layers, _, topk = edited.expert.shape
+        each = layers * (3 + is_edited + is_marked) + edited.num_experts * (1 + 2 * is_edited)
+        each += 3 + 2 * (topk + is_edited * clean.expert.shape[-1])
         each += 4 + sum(len(word.encode()) for word in words) / len(words)  # as JSON
         return len(words) if each * len(words) <= _WHOLE else int(_PART / each)
 
