@@ -1,5 +1,6 @@
 """The core of the lab without a browser: selection, panels, board, moment, the router's view."""
 
+import asyncio
 import base64
 import gzip
 import re
@@ -14,6 +15,7 @@ import traitlets
 import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_of
+from llama4_widgets import slices
 from llama4_widgets.app import LabApp
 from llama4_widgets.board import Board, page, unflat
 from llama4_widgets.moment import Moment
@@ -290,6 +292,48 @@ def test_an_interrupt_marks_what_is_behind(model, monkeypatch):
     assert {view.moment for view in app.views.values()} == {app.moment}
     app.selection.token = 3
     assert "After token 3 " in app.views["lens"].board.summary
+
+
+def heeded(content):
+    """Return a view's content, during which the kernel is interrupted."""
+    return lambda view: (slices._hear(), content(view))[1]
+
+
+def test_an_interrupt_between_cells_ends_what_is_drawn(model, monkeypatch):
+    app = LabApp(model, TEXT, shown=["router", "attention", "lens"])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(AttentionView, "content", heeded(AttentionView.content))
+        app.run("one two three")
+    behind = ["interrupted: run the prompt again to draw this"] * 2
+    assert [view.board.problem for view in app.views.values()] == ["", *behind]
+    app.run("one two")
+    assert {view.board.problem for view in app.views.values()} == {""}
+
+
+def test_an_interrupt_leaves_the_loop_that_draws_behind_a_slider(model, monkeypatch):
+    async def drag() -> None:
+        app = LabApp(model, TEXT, shown=["ablate", "attention", "lens"])
+        attention, lens, ablate = (app.views[n] for n in ("attention", "lens", "ablate"))
+        with monkeypatch.context() as patched:
+            patched.setattr(AttentionView, "content", heeded(AttentionView.content))
+            ablate.edits = (E.SkipLayer(1),)
+            while not lens.board.problem:
+                await asyncio.sleep(0.01)
+        assert "interrupted" in attention.board.problem
+        ablate.edits = ()
+        while lens.board.problem:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(drag())
+
+
+def test_measuring_is_stopped_by_an_interrupt(moment, monkeypatch):
+    view = ExpertsView(moment, domains={"a": TEXT * 90, "b": TEXT * 90})
+    monkeypatch.setattr(view, "_texts", lambda: (slices._hear(), view._domains)[1])
+    with pytest.raises(KeyboardInterrupt):
+        view.measure()
+    assert view.board.summary == "Stopped: the kernel was interrupted."
+    assert view.state()["content"]["panels"]
 
 
 def test_a_control_draws_what_an_interrupt_left(model, monkeypatch):

@@ -13,6 +13,7 @@ from llama4_lab.analysis.attribution import attribute
 from llama4_lab.analysis.expert_features import expert_features
 from llama4_lab.analysis.features import Target, patch_features, token_features
 from llama4_lab.train.scenes import sample
+from llama4_widgets import slices
 from llama4_widgets.moment import Moment
 from llama4_widgets.slices import sliced
 from llama4_widgets.views.attribution import AttributionView
@@ -126,6 +127,23 @@ def test_work_can_be_cancelled_and_leaves_the_model_as_it_was(moment, model):
     assert view.board.busy == "" and view.board.content.panels == []
     assert (model(**moment.prompt) == before).all()
     assert threading.active_count() < 50
+
+
+def test_an_interrupt_of_the_kernel_stops_work_which_can_begin_anew(moment):
+    view = AttributionView(moment)
+
+    async def press() -> None:
+        view.work.start()
+        await asyncio.sleep(0.02)
+        slices._hear()
+        while view.work.begin.disabled:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(press())
+    assert view.board.summary == "Stopped: the kernel was interrupted."
+    assert view.board.busy == "" and view.board.content.panels == []
+    view.work.start()
+    assert "nats with all parts off" in view.board.summary and len(view.board.content.panels) == 1
 
 
 def test_sliced_work_moves_only_while_it_is_waited_for():

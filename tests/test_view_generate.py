@@ -14,6 +14,7 @@ import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_of
 from llama4_lab.generate import sample
+from llama4_widgets import slices
 from llama4_widgets.app import LabApp
 from llama4_widgets.moment import Moment
 from llama4_widgets.still import unpack
@@ -153,6 +154,21 @@ def test_play_writes_until_pause_and_lets_the_kernel_work(view):
 
     count = asyncio.run(press())
     assert count == len(view.written) and 3 <= count < 50
+
+
+def test_an_interrupt_of_the_kernel_ends_play(view):
+    async def press() -> None:
+        view._play.value = True
+        while len(view.written) < 3:
+            await asyncio.sleep(0.01)
+        slices._hear()
+        while view._play.value:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(press())
+    assert len(view.written) < 50 and view.board.summary == "Stopped: the kernel was interrupted."
+    view._write()
+    assert "new tokens; the last had" in view.board.summary
 
 
 def test_what_was_written_can_be_looked_at_in_all_views(model):

@@ -446,6 +446,12 @@ def test_attribution_runs_shows_progress_and_can_be_cancelled(lab, model, prompt
     expect(run).to_be_enabled()
     expect(panel(view, "clean")).to_have_count(0)
 
+    run.click()
+    expect(root).to_have_attribute("data-busy", re.compile(r"^shapley_sampling: \d+ runs"))
+    lab.on.page.evaluate("() => jupyterapp.commands.execute('notebook:interrupt-kernel')")
+    expect(root).to_contain_text("Stopped: the kernel was interrupted.")
+    expect(run).to_be_enabled()
+
     method.select_option(label="feature_ablation")
     run.click()
     found = attribute(token_features(model, prompt), "feature_ablation")

@@ -313,8 +313,9 @@ class LabApp(ipywidgets.VBox):
         return True
 
     def _catch_up_next(self, loop: asyncio.AbstractEventLoop, steps: Iterator[float]) -> None:
-        with self._marking(), self.moment.computing():
-            pause = next(steps, None)
+        pause = None
+        with suppress(KeyboardInterrupt), self._marking(), self.moment.computing():
+            pause = next(steps, None)  # an interrupt, which the views tell, would end the loop
         if pause is not None:
             self._timer = loop.call_later(pause, self._catch_up_next, loop, steps)
 

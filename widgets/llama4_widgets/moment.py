@@ -24,7 +24,7 @@ from llama4_lab.experts import probe
 from llama4_lab.model import Llama4
 from llama4_lab.prompt import Prompt
 from llama4_lab.replay import Edited, Replay
-from llama4_widgets.slices import running_loop
+from llama4_widgets.slices import running_loop, stoppable
 from llama4_widgets.words import visible, word_of
 
 T = TypeVar("T")
@@ -176,8 +176,11 @@ class Moment:
         Of the others, those that wait for work would take the processors that the browser needs.
         In a notebook, compiled experts, whose loading keeps Python busy for most of a second, come
         when all is drawn; until then the plain ones do.
+
+        Raises:
+            KeyboardInterrupt: the kernel was interrupted since the outermost such block began.
         """
-        with _TURN:
+        with _TURN, stoppable():
             if running_loop():
                 probe.LOADING.put_off(_REST)
             threads = torch.get_num_threads()

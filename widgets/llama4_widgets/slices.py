@@ -2,16 +2,22 @@
 
 import asyncio
 import queue
+import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from IPython.core.getipython import get_ipython
+
 from llama4_widgets.board import Board
-from llama4_widgets.view import button
+from llama4_widgets.view import STOPPED, button
 
 T = TypeVar("T")
 _SLICE = 0.05  # seconds from one look at the page to the next
+_interrupts = 0  # of the kernel, between its cells
+_begun: list[int] = []  # how many there were before each `stoppable` block that is under way
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
@@ -22,11 +28,66 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
+def interrupts() -> int:
+    """Return how often the kernel was interrupted between its cells, and hear of the next one.
+
+    JupyterLab's stop button sends a signal, which a kernel takes to end its cell, and ignores
+    between cells; what people do in a view has a thread of its own, which no signal reaches.
+    """
+    kernel = getattr(get_ipython(), "kernel", None)
+    if kernel is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        kernel.io_loop.add_callback(_listen)  # in the main thread, as signals want it
+    return _interrupts
+
+
+def _listen() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # no cell came first
+        signal.signal(signal.SIGINT, _hear)
+
+
+def _hear(*_: Any) -> None:
+    global _interrupts
+    _interrupts += 1
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise KeyboardInterrupt if the kernel was interrupted since the outermost such block began.
+
+    One thread at a time may be inside.
+    """
+    _begun.append(_begun[0] if _begun else interrupts())
+    try:
+        if _interrupts != _begun[0]:
+            raise KeyboardInterrupt
+        yield
+    finally:
+        _begun.pop()
+
+
+@contextmanager
+def watched(board: Board) -> Iterator[Callable[[], None]]:
+    """Give a function that raises KeyboardInterrupt if the kernel was interrupted since the start.
+
+    It ends the block, and the board says so: a task that let it out would take its loop with it.
+    """
+    before = interrupts()
+
+    def look() -> None:
+        if interrupts() != before:
+            raise KeyboardInterrupt
+
+    try:
+        yield look
+    except KeyboardInterrupt:
+        board.summary = STOPPED
+
+
 class Work:
     """A button that begins work which comes in `steps`, and a button that cancels it.
 
     The board says what each step yields, and why the work failed if it did. `then` is called when
-    all is done, and not after a cancel.
+    all is done, and not after a cancel or an interrupt.
     """
 
     def __init__(
@@ -69,12 +130,14 @@ class Work:
         self.begin.disabled, self.stop.disabled = True, False
         steps, heard = self._steps(), 0.0
         try:
-            for said in steps:
-                if time.monotonic() - heard > _SLICE:
-                    self._board.busy = f"{said} …"
-                    await asyncio.sleep(0.005)  # lets the kernel hear of a click on Cancel
-                    heard = time.monotonic()
-            self._then()
+            with watched(self._board) as look:
+                for said in steps:
+                    if time.monotonic() - heard > _SLICE:
+                        self._board.busy = f"{said} …"
+                        await asyncio.sleep(0.005)  # lets the kernel hear of a click on Cancel
+                        heard = time.monotonic()
+                    look()
+                self._then()
         except (ValueError, RuntimeError) as error:
             self._board.problem = str(error)
         finally:

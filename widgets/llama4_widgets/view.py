@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FAILURES = (ValueError, KeyError, RuntimeError)
 """What the model and the analyses refuse something with; a view says it."""
+STOPPED = "Stopped: the kernel was interrupted."  # what is on screen stays
 _DRAWING = "drawing …"
 _LATE = "interrupted: run the prompt again to draw this"
 _KEPT = 6_000_000  # bytes of a view on a page, before they are packed
@@ -215,6 +216,9 @@ class View(ipywidgets.VBox):
             yield
         except (*FAILURES, OSError, traitlets.TraitError) as error:
             self.board.problem = str(error.args[0] if error.args else error)
+        except KeyboardInterrupt:
+            self.board.summary = STOPPED
+            raise
         finally:
             self.board.busy = ""
 

@@ -1,6 +1,6 @@
 """Who works how much, for what kind of text, and who follows whom."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ipywidgets
@@ -50,9 +50,15 @@ class ExpertsView(View):
         """Count which experts the tokens of each kind of text choose, without any edits."""
         model = self.moment.model
         with self.working("counting experts over held-out texts"), self.moment.computing():
-            rows = {name: _rows(model, name, text) for name, text in self._texts().items()}
+            rows = {name: self._rows(name, text) for name, text in self._texts().items()}
             self.specialised = specialisation(model, rows)
             self.refresh()
+
+    def _rows(self, name: str, text: str) -> Iterator[torch.Tensor]:
+        """Give a text's tokens when they are asked for, unless the kernel was interrupted."""
+        with self.moment.computing():
+            rows = _rows(self.moment.model, name, text)
+        yield from rows
 
     def _texts(self) -> dict[str, str]:
         if self._domains is None:

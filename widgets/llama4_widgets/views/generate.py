@@ -14,7 +14,7 @@ from llama4_lab.generate import sample
 from llama4_lab.trace import trace
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, experts, sequential
-from llama4_widgets.slices import running_loop
+from llama4_widgets.slices import running_loop, watched
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.words import NO_NUMBERS
 
@@ -160,9 +160,12 @@ class GenerateView(View):
                 self._write_one()
 
     async def _write_on(self) -> None:
-        while self._play.value:
-            self._write_one()
-            await asyncio.sleep(0.01)  # lets the kernel hear what was pressed meanwhile
+        with watched(self.board) as look:
+            while self._play.value:
+                self._write_one()
+                await asyncio.sleep(0.01)  # lets the kernel hear what was pressed meanwhile
+                look()
+        self._play.value = False
 
     def _write(self) -> None:
         """Write one token and show it, or what went wrong."""
