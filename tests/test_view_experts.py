@@ -9,6 +9,7 @@ from llama4_lab import edits as E
 from llama4_lab.analysis.routing import routing_of
 from llama4_widgets.moment import Moment
 from llama4_widgets.still import unpack
+from llama4_widgets.views import experts
 from llama4_widgets.views.experts import ExpertsView
 
 TEXT = "def add(a, b):\n    return a + b\nThe old man looked at the sea."
@@ -37,9 +38,15 @@ def test_load_and_flow_are_counted_over_the_prompt(view, model):
     assert np.isnan(flow[-1]).all()  # nothing follows the last layer
     unused = sorted(set(range(routing.num_experts)) - set(first.tolist()))
     assert unused and np.isnan(flow[1, unused]).all()
-    assert panel(view, "flow")["note"] == "of the tokens of an expert (down); empty: it has none"
+    note = "of the tokens of an expert of the layer (down); empty: it has none"
+    assert panel(view, "flow")["note"] == note
     view.moment = view.moment.with_edits([E.TopK(1, 2)])
     assert panel(view, "flow")["note"].endswith(", first choices only")
+
+
+def test_the_context_of_a_token_leaves_it_in_sight():
+    words = ["<|begin_of_text|>", "<|header_start|>", "user", "<|header_end|>", "What"]
+    assert experts._context(words, 2) == "ader_start|>[user]<|header_end"
 
 
 def test_the_tokens_of_the_selected_expert_are_listed_in_context(view, model):

@@ -177,6 +177,25 @@ def test_a_kept_page_links_views_without_a_kernel(browser: Browser, model, tmp_p
         photograph(browser, model, tmp_path)
 
 
+def test_a_longer_sentence_under_the_pointer_is_not_cut_off(browser: Browser, model, tmp_path):
+    app = LabApp(model, "def add(a, b):\n    return a + b", shown=["router"])
+    app.edits, app.selection.token = (E.SkipLayer(0),), 2
+    app.to_html(tmp_path / "lab.html")
+    page = browser.new_page()
+    page.goto((tmp_path / "lab.html").as_uri())
+    summary, begin = page.locator(".l4-summary"), page.locator(".l4-words span").first
+    for width in range(500, 1300, 50):  # of one to three lines
+        page.set_viewport_size({"width": width, "height": 800})
+        page.mouse.move(0, 0)
+        expect(summary).not_to_contain_text("begin_of_text")
+        top = begin.bounding_box()["y"]
+        begin.hover()
+        expect(summary).to_contain_text("begin_of_text")
+        assert summary.evaluate("node => node.scrollHeight - node.clientHeight") <= 0, width
+        assert begin.bounding_box()["y"] == top
+    page.close()
+
+
 def test_a_kept_page_says_for_what_its_views_were_kept(browser: Browser, model, tmp_path):
     app = LabApp(model, "def add(a, b):\n    return a + b", shown=["router", "ablate", "lens"])
     app.selection.layer, app.selection.token = 3, 5

@@ -184,13 +184,13 @@ function render({ model, el, signal }) {
         return digits && Number.isFinite(value(name)) ? (value(name) / 10 ** digits).toFixed(digits) : written(value(name));
       });
     summary.setAttribute("aria-live", Object.keys(pointed).length ? "off" : "polite");
-    summary.style.minHeight = text && body.wide < 640 ? "3em" : ""; // two lines
+    if (!summary.style.height) summary.style.minHeight = `${1.5 * Math.ceil((8 * text.length) / body.wide)}em`; // room for a longer one
     write(summary, text || `${only.length ? `Kept for ${only.join(", ")} only. ` : ""}${model.get("summary")}`);
   }
 
   // Shows what is under the pointer before it is chosen; nothing may move away from there.
   function look(place) {
-    summary.style.height = Object.keys(place).length ? `${summary.offsetHeight}px` : "";
+    summary.style.height = Object.keys(place).length ? `${summary.getBoundingClientRect().height}px` : "";
     pointed = place;
     for (const each of drawn) if (each.panel.kind === "bars") show(each);
     say();

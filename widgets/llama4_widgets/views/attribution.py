@@ -56,7 +56,7 @@ class AttributionView(View):
             description="Word", placeholder="the model's answer", continuous_update=False
         )
         controls = self.linked(method=method, features=features, after=after, word=word)
-        return [in_row(*controls, self.work.begin, self.work.stop)]
+        return [in_row(*controls, in_row(self.work.begin, self.work.stop))]
 
     def refresh(self) -> None:
         """Draw anew; what is under way for another moment stops."""

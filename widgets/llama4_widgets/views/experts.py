@@ -18,7 +18,7 @@ from llama4_widgets.view import View, button, in_row
 from llama4_widgets.views.router import add_load
 
 _ROWS, _LENGTH = 4, 96  # documents of each kind of text, and their tokens, at most
-_CONTEXT = 4  # tokens on either side
+_CONTEXT, _SHORT = 4, 12  # tokens on either side, and characters at most
 _MOST = 40  # tokens in the list
 
 
@@ -73,7 +73,7 @@ class ExpertsView(View):
         content = Content(self.axes() | {"next": Axis("next layer's expert", edited.num_experts)})
         both = ("moe layer", "expert")
         before = clean if self.moment.edits else None
-        add_load(content, edited, before, f"layer {self._layer(edited)}")
+        add_load(content, edited, before)
         content.add(
             "loads",
             "Load of all layers",
@@ -117,7 +117,7 @@ class ExpertsView(View):
                 sequential(0, 100, "%"),
                 wide=False,
                 paged=True,
-                note="of the tokens of an expert (down); empty: it has none"
+                note="of the tokens of an expert of the layer (down); empty: it has none"
                 + ", first choices only" * (edited.expert.shape[-1] > 1),
             )
         if self.specialised is not None:
@@ -156,8 +156,8 @@ class ExpertsView(View):
             np.moveaxis(above, 1, 0),
             ("moe layer", "domain", "expert"),
             diverging(float(abs(above).max()), "points"),
-            note="of the clean model: share of a kind's tokens above the mean of all kinds, in "
-            "percentage points",
+            note="in the layer, of the clean model: share of a kind's tokens above the mean of all "
+            "kinds, in percentage points",
         )
         low, high = found.information_band()
         null = np.quantile(found.shuffled_information(), 0.95, axis=0)
@@ -203,4 +203,4 @@ def _rows(model: Any, name: str, text: str) -> list[torch.Tensor]:
 
 def _context(words: Sequence[str], i: int) -> str:
     before, after = words[max(0, i - _CONTEXT) : i], words[i + 1 : i + 1 + _CONTEXT]
-    return f"{''.join(before)}[{words[i]}]{''.join(after)}"
+    return f"{''.join(before)[-_SHORT:]}[{words[i]}]{''.join(after)[:_SHORT]}"

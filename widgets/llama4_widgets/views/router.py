@@ -90,7 +90,7 @@ class RouterView(View):
             clean="clean probability" if is_edited else None, paged=True,
             note="sigmoid of the logit, each alone: no sum to 1" + ("; marks: clean" * is_edited),
         )  # fmt: skip
-        add_load(content, edited, clean if is_edited else None, "the layer", chosen)
+        add_load(content, edited, clean if is_edited else None, chosen)
         content.add(
             "score", "Score", here.score[..., 0], _BOTH, sequential(0, 1), wide=False,
             note=_told_of_scores(edited) + strongest,
@@ -156,7 +156,6 @@ def add_load(
     content: Content,
     routing: Routing,
     clean: Routing | None,
-    of: str,
     chosen: list[str] | None = None,
 ) -> None:
     """Add the load of a layer as bars, beside that of a clean run."""
@@ -168,7 +167,7 @@ def add_load(
         content.array("clean load", 100 * clean.load, axes)
     content.add(
         "load",
-        f"Load of {of}",
+        "Load of the layer",
         100 * routing.load,
         axes,
         sequential(0, high, "%"),
