@@ -83,6 +83,13 @@ def test_a_short_prompt_has_every_head_and_row_in_the_browser(model, moment, lay
     assert f"looks most at token {best} " in view.board.summary
 
 
+def test_a_token_of_a_short_edited_prompt_asks_the_kernel_for_nothing(model):
+    view = AttentionView(Moment(model, model.prompt("two times two"), (E.SkipLayer(1),)))
+    before = view.board.content
+    view.selection.token, view.selection.head = 2, 1
+    assert view.board.content is before and "head 1: token 2 " in view.board.summary
+
+
 @pytest.mark.parametrize("how", ["max", "mean"])
 @pytest.mark.parametrize("layer", [0, 3])
 def test_a_long_prompt_is_pooled_and_its_row_exact(model, moment, is_long, monkeypatch, layer, how):
