@@ -129,8 +129,8 @@ KINDS = {
         "single",
         lambda at: edit_json(at / "config.json", quantization_config={"quant_method": "gptq"}),
         ValueError,
-        "{at}/config.json: quant_method 'gptq': only files that llama4-lab or compressed-tensors "
-        "quantised are read; convert the bfloat16 checkpoint with `llama4-lab convert --quantize`",
+        "{at}/config.json: quant_method 'gptq': of quantised files those of {programs} are read; "
+        "convert the bfloat16 checkpoint with `llama4-lab convert --quantize`",
     ),
     "no weights": (
         "single",
@@ -241,8 +241,7 @@ KINDS = {
         ),
         ValueError,
         "{at}/model.safetensors: model.norm.weight holds I64 where weights are float32, bfloat16, "
-        "float16, float64; of quantised files only those of "
-        "llama4-lab and of compressed-tensors are read",
+        "float16, float64; of quantised files those of {programs} are read",
     ),
     "two kinds of numbers": (
         "single",
@@ -391,8 +390,8 @@ KINDS = {
         ),
         ValueError,
         "{at}/consolidated.00.pth: layers.0.attention.wqkv.weight holds float8_e4m3fn where "
-        "weights are float32, bfloat16, float16, float64; of quantised files only those of "
-        "llama4-lab and of compressed-tensors are read",
+        "weights are float32, bfloat16, float16, float64; of quantised files those of {programs} "
+        "are read",
     ),
 }
 
@@ -417,7 +416,9 @@ def test_a_bad_folder_is_refused_in_one_sentence(good, tmp_path, monkeypatch, ki
     monkeypatch.setattr(meta, "fill", never)
     with pytest.raises(exception) as caught:
         load(at)
-    assert str(caught.value) == sentence.format(at=at, **sizes(good / "single/model.safetensors"))
+    known = {"programs": "llama4-lab, compressed-tensors, MLX and llama.cpp (GGUF)"}
+    known |= sizes(good / "single/model.safetensors")
+    assert str(caught.value) == sentence.format(at=at, **known)
 
 
 @pytest.mark.parametrize("folder", ["single", "shards", "meta", "pictures"])

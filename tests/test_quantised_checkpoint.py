@@ -10,14 +10,16 @@ import pytest
 import torch
 from compressed_folder import write_compressed
 from meta_folder import PARAMS, write_meta
+from mlx_folder import packed, write_mlx
 from parity import VISION, pair, text_config
 from peak_memory import peak_of_loading
 from safetensors.torch import load_file, save_file
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
-from llama4_lab.checkpoint import convert
+from llama4_lab.checkpoint import convert, mlx, parts
 from llama4_lab.checkpoint.params import config_from_params
+from llama4_lab.checkpoint.parts import unpack
 from llama4_lab.checkpoint.quantised import packable
 from llama4_lab.packed import KINDS, Packed, pack
 from llama4_lab.prompt import Prompt, Spans
@@ -391,6 +393,31 @@ def theirs(tmp_path_factory):
     return hf, folder
 
 
+def check_opens_as(folder, rounded, hf):
+    """Compare a folder of codes with transformers on the weights that they stand for."""
+    ids = torch.arange(5, 29)[None]
+    found, expected = l4.load(folder), l4.load(rounded)
+    assert found.dtype == torch.float32 and found.config == expected.config
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+    again = type(hf).from_pretrained(rounded).eval()
+    torch.testing.assert_close(found(ids), again(ids).logits, atol=1e-5, rtol=0)
+
+    found.backend, left = "loop", l4.load(folder, experts="mmap")
+    assert torch.equal(left(ids), found(ids))
+    experts = {name: t for name, t in stored(folder).items() if ".experts." in name}
+    assert (
+        0
+        < left.expert_memory.bytes_read
+        <= sum(t.nbytes for name, t in experts.items() if not name.endswith("_shape"))
+    )
+
+    ours = folder.with_name("ours")
+    l4.convert(folder, ours)
+    assert torch.equal(l4.load(ours)(ids), expected(ids))
+    return found
+
+
 @pytest.mark.parametrize("also", [(), ("self_attn.q_proj", "shared_expert")])
 @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
 @torch.no_grad()
@@ -399,26 +426,9 @@ def test_weights_of_compressed_tensors_are_those_of_its_codes(theirs, kind, also
                  for part in also)  # fmt: skip
     hf, plain = theirs
     rounded = write_compressed(plain, tmp_path / "q", kind, also)
+    found = check_opens_as(tmp_path / "q", rounded, hf)
     ids = torch.arange(5, 29)[None]
-    found, expected = l4.load(tmp_path / "q"), l4.load(rounded)
-    assert found.dtype == torch.float32 and found.config == expected.config
-    for name, weight in expected.state_dict().items():
-        assert torch.equal(found.state_dict()[name], weight), name
-    again = type(hf).from_pretrained(rounded).eval()
-    torch.testing.assert_close(found(ids), again(ids).logits, atol=1e-5, rtol=0)
     assert (found(ids) - hf(ids).logits).abs().max() > 0.01
-
-    found.backend, left = "loop", l4.load(tmp_path / "q", experts="mmap")
-    assert torch.equal(left(ids), found(ids))
-    experts = {name: t for name, t in stored(tmp_path / "q").items() if ".experts." in name}
-    assert (
-        0
-        < left.expert_memory.bytes_read
-        <= sum(t.nbytes for name, t in experts.items() if not name.endswith("_shape"))
-    )
-
-    l4.convert(tmp_path / "q", tmp_path / "ours")
-    assert torch.equal(l4.load(tmp_path / "ours")(ids), expected(ids))
 
 
 def test_fp8_codes_are_kept_by_our_own_format(theirs, tmp_path):
@@ -478,6 +488,147 @@ def test_codes_that_cannot_be_read_are_refused_in_one_sentence(folder, change, s
     state = load_file(tmp_path / "q" / "model.safetensors")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     change(state, config["quantization_config"])
+    save_file(state, tmp_path / "q" / "model.safetensors")
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        l4.load(tmp_path / "q")
+
+
+# --- of MLX
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """The same with rows that groups of 32 divide."""
+    folder = tmp_path_factory.mktemp("wide") / "plain"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "intermediate_size_mlp": 128}
+    hf, _ = pair(text_config(interleave_moe_layer_step=2, **sizes), VISION)
+    hf.save_pretrained(folder)
+    return hf, folder
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_are_unpacked_bit_after_bit(bits):
+    codes = torch.randint(2**bits, (3, 64), generator=torch.Generator().manual_seed(bits))
+    found = unpack(torch.from_numpy(packed(codes.numpy(), bits)), bits)
+    assert torch.equal(found.long(), codes)
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "others"),
+    [
+        (None, 4, {}),
+        ("affine", 4, {}),
+        ("affine", 2, {"down_proj": 6, "lm_head": 8, "layers.0.self_attn.v_proj": 3}),
+        *((mode, 4, {}) for mode in ("mxfp4", "mxfp8", "nvfp4")),
+    ],
+)
+@torch.no_grad()
+def test_weights_of_mlx_are_those_of_its_codes(wide, mode, bits, others, tmp_path):
+    hf, plain = wide
+    rounded = write_mlx(plain, tmp_path / "q", mode, bits, others=others)
+    check_opens_as(tmp_path / "q", rounded, hf)
+
+
+@torch.no_grad()
+def test_what_mlx_left_of_a_model_opens_in_other_ways(wide, tmp_path):
+    ids = torch.arange(5, 29)[None]
+    rounded = write_mlx(wide[1], tmp_path / "q", "affine")
+    # The routed experts stay in few bits, and the others are packed.
+    left = l4.load(tmp_path / "q", experts="mmap", quantize="int8")
+    expected = l4.load(rounded, quantize="int8")
+    found, plain = (model.layers[1].feed_forward.experts for model in (left, l4.load(rounded)))
+    assert torch.equal(found.down_proj[2], plain.down_proj[2])
+    found, expected = (model.layers[0].self_attn.q_proj.weight for model in (left, expected))
+    assert torch.equal(found.codes, expected.codes)
+    # A model whose read-out is its table of embeddings has one of them, or the same codes twice.
+    state, config = stored(tmp_path / "q"), json.loads((tmp_path / "q/config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = True
+    # Other programs put what mlx-lm says of codes where the text model is described.
+    config["text_config"]["quantization"] = config.pop("quantization")
+    del config["quantization_config"]
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    base = "language_model."
+    for part in ("weight", "scales", "biases"):
+        state[f"{base}lm_head.{part}"] = state[f"{base}model.embed_tokens.{part}"].clone()
+    save_file(state, tmp_path / "q" / "model.safetensors")
+    twice = l4.load(tmp_path / "q")
+    for part in ("weight", "scales", "biases"):
+        del state[f"{base}lm_head.{part}"]
+    save_file(state, tmp_path / "q" / "model.safetensors")
+    once = l4.load(tmp_path / "q")
+    assert once.lm_head.weight is once.embed_tokens.weight
+    assert torch.equal(twice(ids), once(ids))
+
+
+def test_large_matrices_are_turned_back_some_rows_at_a_time(wide, tmp_path, monkeypatch):
+    write_mlx(wide[1], tmp_path / "q", "affine")
+    whole, sizes = l4.load(tmp_path / "q"), []
+    turn_back = mlx.Coded.turn_back
+    monkeypatch.setattr(parts, "PIECE", 64 * 40)
+    monkeypatch.setattr(
+        mlx.Coded, "turn_back", lambda *held: sizes.append(held[1].shape[0]) or turn_back(*held)
+    )
+    in_pieces = l4.load(tmp_path / "q")
+    assert max(sizes) == 40
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(in_pieces.state_dict()[name], weight), name
+
+
+GATES = "language_model.model.layers.1.feed_forward.experts.gate_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda state, layout: layout.update(mode="fp3"),
+            "MLX's mode 'fp3' with 4 bits in groups of 32: only affine codes of 1 to 6 or 8 bits",
+        ),
+        (
+            lambda state, layout: layout.update({GATES: {"bits": 7, "group_size": 32}}),
+            "MLX's mode 'affine' with 7 bits in groups of 32: only affine codes of 1 to 6 or 8",
+        ),
+        (
+            lambda state, layout: layout.update({GATES: {"bits": 6}}),
+            "config.json does not describe a Llama 4 (KeyError: 'group_size')",
+        ),
+        (
+            lambda state, layout: layout.update(bits=8),
+            "is [97, 8] where config.json asks for [97, 16]",
+        ),
+        (
+            lambda state, layout: layout.update({GATES: {"bits": 4, "group_size": 128}}),
+            f"{GATES}.weight has groups of 128 weights, which do not divide its rows of 64",
+        ),
+        (
+            lambda state, layout: state.pop(f"{GATES}.weight"),
+            f"lacks {GATES[21:]}.weight, which config.json asks for",
+        ),
+        (
+            lambda state, layout: state.pop(f"{GATES}.biases"),
+            f"lacks {GATES}.biases, which config.json asks for",
+        ),
+        (
+            lambda state, layout: state.update(
+                {f"{GATES}.weight": state[f"{GATES}.weight"][:3].contiguous()}
+            ),
+            f"{GATES}.weight is [3, 96, 8] where config.json asks for [5, 96, 8]",
+        ),
+        (
+            lambda state, layout: state.update(
+                {f"{GATES}.weight": state[f"{GATES}.weight"].view(torch.int32)}
+            ),
+            f"{GATES}.weight holds I32 where config.json asks for uint32",
+        ),
+    ],
+)
+def test_codes_of_mlx_that_do_not_fit_are_refused_in_one_sentence(wide, change, sentence, tmp_path):
+    write_mlx(wide[1], tmp_path / "q", "affine")
+    state = stored(tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    change(state, config["quantization"])
+    config["quantization_config"] = config["quantization"]
     save_file(state, tmp_path / "q" / "model.safetensors")
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=re.escape(sentence)):

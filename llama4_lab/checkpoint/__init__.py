@@ -1,7 +1,7 @@
 """Files in and out: `load`, `save` and `convert`.
 
-Read `llama4_lab.checkpoint.huggingface`, `.meta` and `.gguf` for the formats, `.files` for the
-checks.
+Read `llama4_lab.checkpoint.huggingface`, `.meta` and `.gguf` for the formats, `.parts` for what
+other programs quantised, `.files` for the checks.
 """
 
 import shlex
@@ -57,12 +57,11 @@ def load(
             memory at a time; `llama4_lab.packed` says how. Routers decide by small differences and
             norms are small, embeddings are looked up and not multiplied with, and the vision
             encoder has 1% of the weights: these stay. None takes the weights as the folder has
-            them, in few bits if they were saved so; those of compressed-tensors and GGUF become
-            plain.
+            them, in few bits if they were saved so; other programs' codes become plain.
         experts: "mmap" leaves the routed experts in the files, quantised or not. One is read when a
             token asks for it, once in a forward pass for all its tokens: a batch of prompts, or the
-            variants that `Replay` runs together. The readable backend computes with them. Those of
-            GGUF stay in its kinds of numbers whatever `quantize` says.
+            variants that `Replay` runs together. The readable backend computes with them. Those
+            that another program quantised stay as it wrote them whatever `quantize` says.
         memory_limit: bytes of such experts that stay in memory, those read last; None stands for
             those of two layers. ``model.expert_memory`` counts ``bytes_read`` and ``bytes_held``.
         text_only: leave the vision encoder out.
@@ -212,7 +211,8 @@ def _check_experts(
     if memory_limit is not None and not (isinstance(memory_limit, int) and memory_limit >= 0):
         raise ValueError(f"memory_limit={memory_limit!r}: give bytes, a whole number from 0 up")
     command = f"llama4-lab convert {shlex.quote(str(folder))} TARGET"
-    if quantize is not None and source.quantisation is None and not isinstance(source, GgufFile):
+    is_coded = isinstance(source, GgufFile) or getattr(source, "is_coded", False)
+    if quantize is not None and source.quantisation is None and not is_coded:
         raise ValueError(
             f"{folder} is not quantised, and its experts cannot be both packed and left there: "
             f"run `{command} --quantize {quantize}`, and load TARGET"

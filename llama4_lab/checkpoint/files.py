@@ -36,8 +36,11 @@ CODES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+# The programs whose weights of few bits are read.
+PROGRAMS = "llama4-lab, compressed-tensors, MLX and llama.cpp (GGUF)"
 PIECE = 1 << 26  # weights in memory at once, of what is read in pieces
 
 
@@ -318,7 +321,7 @@ def check(
             raise ValueError(
                 f"{tensor.file}: {name} holds {tensor.dtype} where weights are "
                 f"{', '.join(map(spelled, DTYPES.values()))}; of quantised files "
-                "only those of llama4-lab and of compressed-tensors are read"
+                f"those of {PROGRAMS} are read"
             )
 
 

@@ -2,9 +2,11 @@
 
 Parameters carry the same names in our model, up to a prefix; the routed experts' matrices are
 stored transposed. Read `llama4_lab.checkpoint.quantised` for our own layout, which `convert`
-writes, `.compressed` for published weights in few bits, and `.meta` for Meta's format.
+writes, `.parts` for weights that lie otherwise, most of them in few bits, and `.meta` for Meta's
+format.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llama4_lab.checkpoint import compressed
+from llama4_lab.checkpoint import compressed, mlx
 from llama4_lab.checkpoint.files import (
     PIECE,
     PartReader,
@@ -33,6 +35,7 @@ from llama4_lab.checkpoint.files import (
     map_tensor,
     read_json,
 )
+from llama4_lab.checkpoint.parts import Format, Rows, check_parts, take_parts
 from llama4_lab.checkpoint.quantised import OF_PACKED, Quantisation
 from llama4_lab.config import Llama4Config
 from llama4_lab.experts.mapped import ExpertMemory, Mapped
@@ -96,7 +99,8 @@ class HuggingFaceFolder:
     tensors: dict[str, Stored]
     quantisation: Quantisation | None  # of packed weights
     is_ours: bool  # in our own layout: no tensor is transposed
-    parts: dict[str, list[compressed.Part]]  # what stands for weights that lie otherwise
+    parts: dict[str, list[Rows]]  # what stands for weights that lie otherwise
+    is_coded: bool  # by another program, whose codes become plain weights
 
     @classmethod
     def open(cls, folder: Path, text_only: bool = False) -> "HuggingFaceFolder":
@@ -109,9 +113,8 @@ class HuggingFaceFolder:
             FileNotFoundError, ValueError: files missing or broken, another model, or quantised.
         """
         config, layout = _read_config(folder / CONFIG)
-        is_compressed = layout.get("quant_method") == compressed.METHOD
-        is_ours = bool(layout) and not is_compressed
-        bits = compressed.packed_bits(layout, folder / CONFIG) if is_compressed else None
+        form = _format(layout, folder / CONFIG)
+        is_ours = form is None
         quantisation = Quantisation.from_dict(layout, folder / CONFIG) if is_ours else None
         listing, files = _files(folder)
         tensors: dict[str, Stored] = {}
@@ -145,9 +148,11 @@ class HuggingFaceFolder:
                 )
                 config = config.replace(tie_word_embeddings=False)
             else:
-                del tensors["lm_head.weight"]  # the table of embeddings serves as both
-        parts = compressed.take_parts(tensors, config, bits, listing) if is_compressed else {}
-        return cls(config, listing, tensors, quantisation, is_ours, parts)
+                for name in [name for name in tensors if name.startswith("lm_head.")]:
+                    del tensors[name]  # the table of embeddings serves as both
+        parts = take_parts(tensors, config, form, listing) if form else {}
+        is_coded = bool(layout) and not is_ours
+        return cls(config, listing, tensors, quantisation, is_ours, parts, is_coded)
 
     def as_ours(self, name: str, stored: Tensor) -> Tensor:
         """Return a tensor of a file, or one of its experts, as a view in our layout."""
@@ -167,7 +172,7 @@ class HuggingFaceFolder:
         for name, tensor in ours.items():
             shape = tuple(tensor.shape)
             if parts := self.parts.get(name):
-                compressed.check_parts(parts, shape, listing=self.listing, config=CONFIG)
+                check_parts(parts, shape, listing=self.listing, config=CONFIG)
                 continue
             stored = self.tensors.get(name)
             theirs = stored.name if stored else their_name(name, multimodal)
@@ -205,14 +210,16 @@ class HuggingFaceFolder:
                     yield name, target
         for name in self.parts.keys() & shapes.keys():
             target = torch.empty(shapes[name], dtype=dtype, device=device)
-            fill_rows(target, self.pieces(name, shapes))
+            if device.type != "meta":
+                fill_rows(target, self.pieces(name, shapes))
             yield name, target
 
     @property
     def files(self) -> set[Path]:
         """The files that hold the weights."""
-        in_parts = {part.codes.file for parts in self.parts.values() for part in parts}
-        return {stored.file for stored in self.tensors.values()} | in_parts
+        parts = [part for parts in self.parts.values() for part in parts]
+        held = [*self.tensors.values(), *(stored for part in parts for stored in part.held)]
+        return {stored.file for stored in held}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -228,10 +235,12 @@ class HuggingFaceFolder:
 
         Each piece has a mapping of its own, whose pages go when it goes.
         """
-        if name in self.parts:
-            yield from (part.read() for part in self.parts[name])
+        shape = shapes[name]
+        if parts := self.parts.get(name):
+            for part in parts:
+                yield from part.pieces(math.prod(shape[:-1]) // len(parts), shape[-1])
             return
-        stored, shape = self.tensors[name], shapes[name]
+        stored = self.tensors[name]
         if len(shape) == 3:
             for expert in range(shape[0]):
                 yield self.as_ours(name, map_tensor(stored)[expert])
@@ -290,11 +299,23 @@ def _has_own_head(tensors: Mapping[str, Stored]) -> bool:
 def _read_config(path: Path) -> tuple[Llama4Config, dict[str, Any]]:
     """Return the config, and what it says of how weights are quantised."""
     raw = read_json(path)
-    layout = raw.get("quantization_config") or {}
+    text = raw.get("text_config")
+    places = (raw, text if isinstance(text, dict) else {})
+    names = ("quantization_config", "quantization")  # the second is MLX's
+    layout = next((place[name] for place in places for name in names if place.get(name)), {})
     if not isinstance(layout, dict):
         layout = {"method": layout}
     with describing(path):
         return Llama4Config.from_dict(raw), layout
+
+
+def _format(layout: Mapping[str, Any], path: Path) -> Format | None:
+    """Return how weights lie, and None where config.json says it in our own way or unknown ones."""
+    if not layout:
+        return Format()
+    if layout.get("quant_method") == compressed.METHOD:
+        return compressed.format_of(layout, path)
+    return mlx.format_of(layout, path) if mlx.is_layout(layout) else None
 
 
 def _files(folder: Path) -> tuple[Path, dict[Path, list[str]]]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from llama4_lab.checkpoint.files import PROGRAMS
 from llama4_lab.experts.mapped import Mapped
 from llama4_lab.model import Llama4
 from llama4_lab.model.linear import Linear, Packable
@@ -64,9 +65,8 @@ class Quantisation:
         method = raw.get("method", raw.get("quant_method")) if isinstance(raw, dict) else raw
         if not isinstance(raw, dict) or method != METHOD:
             raise ValueError(
-                f"{path}: quant_method {method!r}: only files that llama4-lab or "
-                "compressed-tensors quantised are read; convert the bfloat16 checkpoint with "
-                "`llama4-lab convert --quantize`"
+                f"{path}: quant_method {method!r}: of quantised files those of {PROGRAMS} are "
+                "read; convert the bfloat16 checkpoint with `llama4-lab convert --quantize`"
             )
         kind, group = raw.get("kind"), raw.get("group_size", GROUP)
         if kind == PLAIN["kind"]:
