@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from mlx_folder import write_mlx
 from test_edits import ALL, in_full, some_prompt
 from test_intervene import other
 from tiny import CONFIG, tiny
@@ -248,6 +249,16 @@ def packed_weights_are_divided_too(mesh, folder):
     )
 
 
+def another_programs_codes_are_divided_too(mesh, folder):
+    if mesh.get_rank() == 0:
+        l4.save(tiny(**EVEN, hidden_size=64), folder / "wide")
+        write_mlx(folder / "wide", folder / "mlx", "affine")
+    dist.barrier()
+    expected = l4.load(folder / "mlx")(**some_prompt(0))
+    for mode in MODES:
+        close(parallel.load(folder / "mlx", mesh, experts=mode)(**some_prompt(0)), expected)
+
+
 def what_cannot_be_is_refused(mesh, folder):
     model, rank = shared(mesh, "sliced"), mesh.get_rank()
     refuses(
@@ -317,6 +328,7 @@ CHECKS = [
     a_model_apart_has_rules_of_its_own,
     loading_and_seeding_make_only_this_ranks_part,
     packed_weights_are_divided_too,
+    another_programs_codes_are_divided_too,
     what_cannot_be_is_refused,
 ]
 

@@ -120,8 +120,9 @@ def load(
 ) -> Llama4:
     """Load each rank's part of a Hugging Face checkpoint or a converted one, onto its device.
 
-    Files are mapped and only the part is read, so that no rank ever holds the whole. `experts` is
-    that of `parallelise`, the other options are those of `llama4_lab.load`.
+    Files are mapped and only the part is read, so that no rank ever holds the whole; of another
+    program's codes each rank makes one weight, or a layer's experts, at a time. `experts` is that
+    of `parallelise`, the other options are those of `llama4_lab.load`.
 
     Raises:
         ValueError: as `parallelise`; or a checkpoint of Meta's format, whose files are cut
@@ -139,8 +140,12 @@ def load(
     )
     ranks = Ranks(mesh, model.config, experts)
     source = HuggingFaceFolder.open(folder, text_only)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, stored in source.tensors.items():
         ranks.take(model, name, source.as_ours(name, map_tensor(stored)))
+    for made in source.parts:
+        for name, whole in source.read({made: shapes[made]}, torch.device("cpu"), dtype):
+            ranks.take(model, name, whole)
     return join(model, ranks)
 
 
