@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes_folder import write_bitsandbytes
 from compressed_folder import write_compressed
 from meta_folder import PARAMS, write_meta
 from mlx_folder import packed, write_mlx
@@ -631,5 +632,72 @@ def test_codes_of_mlx_that_do_not_fit_are_refused_in_one_sentence(wide, change, 
     config["quantization_config"] = config["quantization"]
     save_file(state, tmp_path / "q" / "model.safetensors")
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        l4.load(tmp_path / "q")
+
+
+# --- of bitsandbytes
+
+
+@pytest.mark.parametrize("experts", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "nf4 twice", "int8"])
+@torch.no_grad()
+def test_weights_of_bitsandbytes_are_those_of_its_codes(theirs, kind, experts, tmp_path):
+    hf, plain = theirs
+    rounded = write_bitsandbytes(plain, tmp_path / "q", kind, experts)
+    check_opens_as(tmp_path / "q", rounded, hf)
+
+
+ONE = "language_model.model.layers.1.feed_forward.experts.2.up_proj.weight"
+STACK = "language_model.model.layers.1.feed_forward.experts.up_proj.weight"
+
+
+def renamed(state, new, old=ONE):
+    for name in [name for name in state if name.startswith(old)]:
+        state[name.replace(old, new)] = state.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda state: state.pop(f"{ONE}.absmax"),
+            f"lacks {ONE[21:]}.absmax, which {ONE}.quant_state.bitsandbytes__nf4 asks for",
+        ),
+        (
+            lambda state: state.update({f"{ONE}.absmax": torch.zeros(30).byte()}),
+            f"{ONE}.absmax holds U8 where weights are",
+        ),
+        (
+            lambda state: state.update({f"{ONE}.absmax": torch.zeros(29)}),
+            f"{ONE}.absmax is [29] where config.json asks for [30]",
+        ),
+        (
+            lambda state: state.update({ONE: state[ONE].to(torch.bfloat16)}),
+            f"{ONE} holds bfloat16 where config.json asks for uint8",
+        ),
+        (
+            lambda state: renamed(state, ONE.replace("experts.2", "experts.7")),
+            f"lacks {ONE[21:]}, which config.json asks for",
+        ),
+        (
+            lambda state: (
+                renamed(state, STACK),
+                renamed(state, STACK.replace("up", "gate"), ONE.replace("up", "gate")),
+            ),
+            f"{STACK.replace('up', 'gate')} stands for [40, 48]; of routed experts only those that "
+            "lie one by one are read",
+        ),
+        (
+            lambda state: state[f"{ONE}.quant_state.bitsandbytes__nf4"].fill_(65),
+            "model.safetensors: Expecting value",
+        ),
+    ],
+)
+def test_codes_of_bitsandbytes_that_do_not_fit_are_refused(theirs, change, sentence, tmp_path):
+    write_bitsandbytes(theirs[1], tmp_path / "q", "nf4")
+    state = stored(tmp_path / "q")
+    change(state)
+    save_file(state, tmp_path / "q" / "model.safetensors")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         l4.load(tmp_path / "q")

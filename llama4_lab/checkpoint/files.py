@@ -40,7 +40,7 @@ CODES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 # The programs whose weights of few bits are read.
-PROGRAMS = "llama4-lab, compressed-tensors, MLX and llama.cpp (GGUF)"
+PROGRAMS = "llama4-lab, compressed-tensors, bitsandbytes, MLX and llama.cpp"
 PIECE = 1 << 26  # weights in memory at once, of what is read in pieces
 
 
@@ -126,6 +126,15 @@ def map_tensor(stored: Stored) -> Tensor:
     """Map one tensor of a safetensors file into memory; its pages go when it goes."""
     with safe_open(stored.file, "pt") as file:
         return file.get_tensor(stored.name)
+
+
+def map_tensors(stored: Sequence[Stored]) -> list[Tensor]:
+    """Map several tensors, opening each file once: headers of thousands of names take a while."""
+    tensors: dict[Stored, Tensor] = {}
+    for file in {one.file for one in stored}:
+        with safe_open(file, "pt") as opened:
+            tensors |= {one: opened.get_tensor(one.name) for one in stored if one.file == file}
+    return [tensors[one] for one in stored]
 
 
 class PartReader:

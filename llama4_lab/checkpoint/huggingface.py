@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llama4_lab.checkpoint import compressed, mlx
+from llama4_lab.checkpoint import bitsandbytes, compressed, mlx
 from llama4_lab.checkpoint.files import (
     PIECE,
     PartReader,
@@ -315,6 +315,8 @@ def _format(layout: Mapping[str, Any], path: Path) -> Format | None:
         return Format()
     if layout.get("quant_method") == compressed.METHOD:
         return compressed.format_of(layout, path)
+    if layout.get("quant_method") == bitsandbytes.METHOD:
+        return bitsandbytes.format_of()
     return mlx.format_of(layout, path) if mlx.is_layout(layout) else None
 
 

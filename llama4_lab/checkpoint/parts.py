@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
-from llama4_lab.checkpoint.files import CODES, PIECE, Stored, check, first_of, map_tensor
+from llama4_lab.checkpoint.files import CODES, PIECE, Stored, check, first_of, map_tensors
 from llama4_lab.config import Llama4Config
 
 # The halves of a stack, which lie apart: one expert's ``gate_proj.weight``, or those of all.
@@ -72,7 +72,7 @@ class Rows:
         return sum(sizes)
 
     def _tensors(self) -> list[Tensor]:
-        tensors = [map_tensor(stored) for stored in self.held]
+        tensors = map_tensors(self.held)
         return tensors if self.expert is None else [tensor[self.expert] for tensor in tensors]
 
 

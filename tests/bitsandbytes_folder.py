@@ -1,0 +1,92 @@
+"""Write a model's weights as transformers does with bitsandbytes: linears in blocks of codes.
+
+Spelled out from ``bitsandbytes.functional``, so that it shares nothing with the reader.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+BLOCK, OF_BLOCKS = 64, 256
+# The middles of 16 equally likely slices of a normal distribution, as of QLoRA's nf4.
+NORMAL = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.03, 0.97, 16))
+HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def write_bitsandbytes(plain: Path, folder: Path, kind: str, experts: bool = True) -> Path:
+    """Quantise the linears of transformers' folder but the router, the read-out and the projector.
+
+    `experts` puts routed experts one by one, and quantises them; else they stay. Kinds are "nf4",
+    "nf4 twice" and "int8". Returns a folder in transformers' layout with the weights that the codes
+    stand for.
+    """
+    folder.mkdir()
+    rounded = folder.with_name(f"{folder.name}_rounded")
+    rounded.mkdir()
+    written, meant = {}, {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        base, _, last = name.rpartition(".")
+        if ".experts." in name and experts:
+            made = []
+            for e, matrix in enumerate(weight):
+                halves = zip(HALVES[last], matrix.T.chunk(len(HALVES[last])), strict=True)
+                coded = [_coded(f"{base}.{e}.{half}.weight", rows, kind) for half, rows in halves]
+                for tensors, _ in coded:
+                    written |= tensors
+                made.append(torch.cat([rows for _, rows in coded]).T)
+            meant[name] = torch.stack(made).contiguous()
+        elif name.endswith(("_proj.weight", "fc1.weight", "fc2.weight")):
+            tensors, meant[name] = _coded(name, weight, kind)
+            written |= tensors
+        else:
+            written[name] = meant[name] = weight
+    save_file(written, folder / "model.safetensors", {"format": "pt"})
+    save_file(meant, rounded / "model.safetensors", {"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    (rounded / "config.json").write_text(json.dumps(config))
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "_load_in_4bit": kind != "int8",
+        "_load_in_8bit": kind == "int8",
+        "llm_int8_skip_modules": ["lm_head", "multi_modal_projector", "router"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return rounded
+
+
+def _coded(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Return what is stored of a weight, and the weight that it stands for."""
+    if kind == "int8":
+        largest = weight.abs().amax(-1)
+        codes = (weight * 127 / largest[:, None]).round().to(torch.int8)
+        tensors = {name: codes.contiguous(), f"{name.removesuffix('weight')}SCB": largest}
+        tensors[f"{name.removesuffix('.weight')}.weight_format"] = torch.tensor(0).byte()
+        return tensors, codes.float() * largest[:, None] * (1 / 127)
+    numbers = NORMAL / NORMAL.max()
+    flat = weight.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    absmax = blocks.abs().amax(-1)
+    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "float32"}
+    tensors = {f"{name}.quant_map": numbers, f"{name}.absmax": absmax}
+    if kind == "nf4 twice":
+        table, offset = torch.linspace(-1, 1, 256), float(absmax.mean())
+        rest = absmax - offset
+        largest = torch.stack([block.abs().max() for block in rest.split(OF_BLOCKS)])
+        each = torch.cat([largest[i // OF_BLOCKS].view(1) for i in range(len(rest))])
+        codes = ((rest / each)[:, None] - table).abs().argmin(-1)
+        absmax = table[codes] * each + offset
+        state |= {"nested_blocksize": OF_BLOCKS, "nested_dtype": "float32"}
+        state |= {"nested_offset": offset}
+        tensors[f"{name}.absmax"] = codes.byte()
+        tensors |= {f"{name}.nested_absmax": largest, f"{name}.nested_quant_map": table}
+    each = torch.stack([absmax[i // BLOCK] for i in range(len(flat))])
+    codes = ((flat / each)[:, None] - numbers).abs().argmin(-1)
+    pairs = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
+    tensors[name] = (pairs[:, 0] * 16 + pairs[:, 1]).byte()[:, None]
+    state |= {"shape": list(weight.shape)}
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f"{name}.quant_state.bitsandbytes__nf4"] = text
+    return tensors, (numbers[codes] * each).view(weight.shape)
