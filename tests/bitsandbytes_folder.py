@@ -75,14 +75,14 @@ def _coded(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Ten
         table, offset = torch.linspace(-1, 1, 256), float(absmax.mean())
         rest = absmax - offset
         largest = torch.stack([block.abs().max() for block in rest.split(OF_BLOCKS)])
-        each = torch.cat([largest[i // OF_BLOCKS].view(1) for i in range(len(rest))])
+        each = largest[:, None].expand(-1, OF_BLOCKS).flatten()[: len(rest)]
         codes = ((rest / each)[:, None] - table).abs().argmin(-1)
         absmax = table[codes] * each + offset
         state |= {"nested_blocksize": OF_BLOCKS, "nested_dtype": "float32"}
         state |= {"nested_offset": offset}
         tensors[f"{name}.absmax"] = codes.byte()
         tensors |= {f"{name}.nested_absmax": largest, f"{name}.nested_quant_map": table}
-    each = torch.stack([absmax[i // BLOCK] for i in range(len(flat))])
+    each = absmax[:, None].expand(-1, BLOCK).flatten()[: len(flat)]
     codes = ((flat / each)[:, None] - numbers).abs().argmin(-1)
     pairs = torch.nn.functional.pad(codes, (0, len(codes) % 2)).view(-1, 2)
     tensors[name] = (pairs[:, 0] * 16 + pairs[:, 1]).byte()[:, None]

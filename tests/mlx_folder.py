@@ -84,7 +84,7 @@ def _floats(
     weight: Tensor, mode: str, _: int, group: int
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Take the nearest of the numbers that a code can be."""
-    values = torch.tensor([_float(code, 4 if mode == "mxfp8" else 2) for code in range(256)])
+    values = torch.tensor([float_of(code, 4 if mode == "mxfp8" else 2) for code in range(256)])
     values = values if mode == "mxfp8" else values[:16]
     values = values.nan_to_num(1e9)
     groups = weight.unflatten(-1, (-1, group))
@@ -100,7 +100,7 @@ def _floats(
     return codes.flatten(-2).float(), {"scales": kept}, meant
 
 
-def _float(code: int, exponent_bits: int) -> float:
+def float_of(code: int, exponent_bits: int) -> float:
     """Return what a float of four or eight bits is, the highest bit of which is its sign."""
     mantissa_bits = 3 if exponent_bits == 4 else 1
     bias = 2 ** (exponent_bits - 1) - 1

@@ -416,7 +416,9 @@ def test_a_bad_folder_is_refused_in_one_sentence(good, tmp_path, monkeypatch, ki
     monkeypatch.setattr(meta, "fill", never)
     with pytest.raises(exception) as caught:
         load(at)
-    known = {"programs": "llama4-lab, compressed-tensors, bitsandbytes, MLX and llama.cpp"}
+    known = {
+        "programs": "llama4-lab, compressed-tensors, ModelOpt, bitsandbytes, MLX and llama.cpp"
+    }
     known |= sizes(good / "single/model.safetensors")
     assert str(caught.value) == sentence.format(at=at, **known)
 

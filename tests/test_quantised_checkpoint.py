@@ -12,6 +12,7 @@ from bitsandbytes_folder import write_bitsandbytes
 from compressed_folder import write_compressed
 from meta_folder import PARAMS, write_meta
 from mlx_folder import packed, write_mlx
+from modelopt_folder import write_modelopt
 from parity import VISION, pair, text_config
 from peak_memory import peak_of_loading
 from safetensors.torch import load_file, save_file
@@ -571,7 +572,7 @@ def test_large_matrices_are_turned_back_some_rows_at_a_time(wide, tmp_path, monk
         mlx.Coded, "turn_back", lambda *held: sizes.append(held[1].shape[0]) or turn_back(*held)
     )
     in_pieces = l4.load(tmp_path / "q")
-    assert max(sizes) == 40
+    assert 40 in sizes and max(sizes) == 96  # of an expert
     for name, weight in whole.state_dict().items():
         assert torch.equal(in_pieces.state_dict()[name], weight), name
 
@@ -699,5 +700,52 @@ def test_codes_of_bitsandbytes_that_do_not_fit_are_refused(theirs, change, sente
     state = stored(tmp_path / "q")
     change(state)
     save_file(state, tmp_path / "q" / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        l4.load(tmp_path / "q")
+
+
+# --- of ModelOpt
+
+
+@pytest.mark.parametrize("is_beside", [False, True])
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4"])
+@torch.no_grad()
+def test_weights_of_modelopt_are_those_of_its_codes(wide, algorithm, is_beside, tmp_path):
+    hf, plain = wide
+    rounded = write_modelopt(plain, tmp_path / "q", algorithm, is_beside)
+    check_opens_as(tmp_path / "q", rounded, hf)
+
+
+STACKED = "language_model.model.layers.1.feed_forward.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda state, layout: layout.update(quant_algo="W4A8_AWQ"),
+            "weights of modelopt by 'W4A8_AWQ': only FP8 and NVFP4 are read",
+        ),
+        (
+            lambda state, layout: state.pop(f"{STACKED}_weight_scale"),
+            f"holds {STACKED}_weight_scale_2, for which config.json has no place",
+        ),
+        (
+            lambda state, layout: state.update({STACKED: state[STACKED].mT.contiguous()}),
+            f"{STACKED} is [5, 64, 48] where config.json asks for [5, 48, 64]",
+        ),
+        (
+            lambda state, layout: state.update({f"{STACKED}_weight_scale_2": torch.ones(2)}),
+            f"{STACKED}_weight_scale_2 is [2] where config.json asks for [5]",
+        ),
+    ],
+)
+def test_codes_of_modelopt_that_do_not_fit_are_refused(wide, change, sentence, tmp_path):
+    write_modelopt(wide[1], tmp_path / "q", "NVFP4")
+    state = stored(tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    change(state, config["quantization_config"])
+    save_file(state, tmp_path / "q" / "model.safetensors")
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=re.escape(sentence)):
         l4.load(tmp_path / "q")

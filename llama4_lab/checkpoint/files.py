@@ -40,7 +40,7 @@ CODES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 # The programs whose weights of few bits are read.
-PROGRAMS = "llama4-lab, compressed-tensors, bitsandbytes, MLX and llama.cpp"
+PROGRAMS = "llama4-lab, compressed-tensors, ModelOpt, bitsandbytes, MLX and llama.cpp"
 PIECE = 1 << 26  # weights in memory at once, of what is read in pieces
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llama4_lab.checkpoint import bitsandbytes, compressed, mlx
+from llama4_lab.checkpoint import bitsandbytes, compressed, mlx, modelopt
 from llama4_lab.checkpoint.files import (
     PIECE,
     PartReader,
@@ -303,6 +303,9 @@ def _read_config(path: Path) -> tuple[Llama4Config, dict[str, Any]]:
     places = (raw, text if isinstance(text, dict) else {})
     names = ("quantization_config", "quantization")  # the second is MLX's
     layout = next((place[name] for place in places for name in names if place.get(name)), {})
+    if not layout and (listing := path.with_name(modelopt.LISTING)).is_file():
+        said = read_json(listing).get("quantization")
+        layout = {"quant_method": modelopt.METHOD, **(said if isinstance(said, dict) else {})}
     if not isinstance(layout, dict):
         layout = {"method": layout}
     with describing(path):
@@ -313,10 +316,12 @@ def _format(layout: Mapping[str, Any], path: Path) -> Format | None:
     """Return how weights lie, and None where config.json says it in our own way or unknown ones."""
     if not layout:
         return Format()
-    if layout.get("quant_method") == compressed.METHOD:
-        return compressed.format_of(layout, path)
-    if layout.get("quant_method") == bitsandbytes.METHOD:
+    method = layout.get("quant_method")
+    if method == bitsandbytes.METHOD:
         return bitsandbytes.format_of()
+    for program in (compressed, modelopt):
+        if method == program.METHOD:
+            return program.format_of(layout, path)
     return mlx.format_of(layout, path) if mlx.is_layout(layout) else None
 
 

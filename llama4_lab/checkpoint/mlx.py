@@ -19,13 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama4_lab.checkpoint.files import Stored, describing
-from llama4_lab.checkpoint.parts import Format, Layout, Rows, unpack
+from llama4_lab.checkpoint.parts import Format, Layout, Rows, check_groups, e2m1, unpack
 
 AFFINE = "affine"
 _FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits of a code, group
 _ENDS = ("weight", "scales", "biases", "global_scale")  # of the names of a module's tensors
 _OF_TEXT = "language_model."
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LARGEST = 448.0 * 6.0  # that a code of nvfp4 times its scale can be
 
 
@@ -42,10 +41,8 @@ class Coded(Rows):
         if self.mode == "mxfp8":
             numbers = codes.contiguous().view(torch.float8_e4m3fn).float()
         else:
-            numbers = unpack(codes, self.bits).float()
-        if self.mode in ("mxfp4", "nvfp4"):
-            table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
-            numbers = table[numbers.int()]
+            whole = unpack(codes, self.bits)
+            numbers = whole.float() if self.mode == AFFINE else e2m1(whole)
         numbers = numbers.unflatten(-1, (-1, self.group))
         if self.mode == "nvfp4":
             scales = scales.view(torch.float8_e4m3fn).float()
@@ -60,12 +57,7 @@ class Coded(Rows):
         return numbers.flatten(-2)
 
     def layout(self, rows: int, k: int) -> Layout:
-        if k % self.group:
-            weight = self.held[0]
-            raise ValueError(
-                f"{weight.file}: {weight.name} has groups of {self.group} weights, which do not "
-                f"divide its rows of {k}"
-            )
+        check_groups(self.held[0], self.group, k)
         groups = rows, k // self.group
         codes = (rows, k * self.bits // 32), torch.uint32
         if self.mode == AFFINE:

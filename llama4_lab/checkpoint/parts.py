@@ -1,8 +1,8 @@
 """Weights that lie in files otherwise than the model holds them, and are made when they are read.
 
 A weight of ours is a list of `Rows` then, which follow each other along its rows; those of a stack
-are of expert after expert. `llama4_lab.checkpoint.compressed`, `.mlx` and `.bitsandbytes` say what
-the codes of those programs stand for.
+are of expert after expert. `llama4_lab.checkpoint.compressed`, `.modelopt`, `.bitsandbytes` and
+`.mlx` say what the codes of those programs stand for.
 """
 
 import math
@@ -52,8 +52,8 @@ class Rows:
         return self.turn_back(*self._tensors())
 
     def pieces(self, rows: int, k: int) -> Iterator[Float[Tensor, "piece k"]]:
-        """Yield the rows in order, some 64 million weights at a time."""
-        step = max(1, PIECE // k)
+        """Yield the rows in order, an expert's or some 64 million weights at a time."""
+        step = max(1, PIECE // k) if self.expert is None else rows
         for start in range(0, rows, step):
             held = self._tensors()
             yield self.turn_back(
@@ -67,13 +67,15 @@ class Rows:
         for stored in self.held:
             dtype = CODES.get(str(stored.dtype), stored.dtype)
             assert isinstance(dtype, torch.dtype)
-            shape = stored.shape if self.expert is None else stored.shape[1:]
+            shape = stored.shape[self.expert is not None :]
             sizes.append(math.prod(shape) * dtype.itemsize)
         return sum(sizes)
 
     def _tensors(self) -> list[Tensor]:
         tensors = map_tensors(self.held)
-        return tensors if self.expert is None else [tensor[self.expert] for tensor in tensors]
+        if self.expert is None:
+            return tensors
+        return [tensor[self.expert] if tensor.ndim else tensor for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ def take_parts(
     for i in config.routed_layers:
         base = f"layers.{i}.feed_forward.experts"
         for ours, halves in HALVES.items():
-            if f"{base}.{ours}" in tensors:
+            if f"{base}.{ours}" in tensors:  # transformers' stack, and plain if nothing tells
+                if (stack := form.coded(f"{base}.{ours}", tensors)) is not None:
+                    parts[f"{base}.{ours}"] = [replace(stack, expert=e) for e in experts]
                 continue
             names = [f"{base}.{half}.weight" for half in halves]
             stacks = {name: found(name) for name in names}
@@ -140,10 +144,24 @@ def check_parts(
     for part in parts:
         for stored, (each, dtype) in zip(part.held, part.layout(rows, k), strict=True):
             found[stored.name] = stored
-            expected[stored.name] = each if part.expert is None else (shape[0], *each)
+            is_stack = part.expert is not None and stored.shape  # and no number for all experts
+            expected[stored.name] = (shape[0], *each) if is_stack else each
             if dtype is not None:
                 dtypes[stored.name] = dtype
     check(found, expected, listing=listing, config=config, dtypes=dtypes)
+
+
+def check_groups(codes: Stored, group: int, k: int) -> None:
+    """Refuse groups of neighbours that do not divide rows.
+
+    Raises:
+        ValueError: with the sizes.
+    """
+    if k % group:
+        raise ValueError(
+            f"{codes.file}: {codes.name} has groups of {group} weights, which do not divide its "
+            f"rows of {k}"
+        )
 
 
 def unpack(packed: Integer[Tensor, "rows w"], bits: int) -> UInt8[Tensor, "rows k"]:
@@ -162,3 +180,13 @@ def unpack(packed: Integer[Tensor, "rows w"], bits: int) -> UInt8[Tensor, "rows 
             code |= eights[..., byte + 1] << (8 - start)
         codes[..., i] = code & ((1 << bits) - 1)
     return codes.flatten(-2)
+
+
+def e2m1(codes: UInt8[Tensor, "rows k"]) -> Float[Tensor, "rows k"]:
+    """Return floats of 4 bits: a sign, two of an exponent, and one after the point.
+
+    >>> e2m1(torch.tensor([[1, 2, 7, 9]], dtype=torch.uint8))
+    tensor([[ 0.5000,  1.0000,  6.0000, -0.5000]])
+    """
+    sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    return torch.cat([sizes, -sizes])[codes.int()]
