@@ -4,12 +4,21 @@ import json
 from pathlib import Path
 
 import torch
+from mlx_folder import float_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GROUP = 8  # neighbours that share a scale, of packed codes
+BLOCK = (24, 32)  # rows and columns that share one, of "fp8 blocks"
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
-FORMATS = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}
+FORMATS = {
+    "fp8": "float-quantized",
+    "fp8 blocks": "float-quantized",
+    "int8": "int-quantized",
+    "int4": "pack-quantized",
+    "int4 zeros": "pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
 HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -45,12 +54,16 @@ def write_compressed(plain: Path, folder: Path, kind: str, also: tuple[str, ...]
     config = json.loads((plain / "config.json").read_text())
     (rounded / "config.json").write_text(json.dumps(config))
     scheme = {
-        "num_bits": 4 if kind == "int4" else 8,
-        "type": "float" if kind == "fp8" else "int",
-        "symmetric": True,
+        "num_bits": 8 if "8" in kind else 4,
+        "type": "float" if "fp" in kind else "int",
+        "symmetric": kind != "int4 zeros",
         **(
             {"strategy": "group", "group_size": GROUP}
-            if kind == "int4"
+            if "int4" in kind
+            else {"strategy": "block", "block_structure": list(BLOCK)}
+            if kind == "fp8 blocks"
+            else {"strategy": "tensor_group", "group_size": 16}
+            if kind == "nvfp4"
             else {"strategy": "channel"}
         ),
     }
@@ -68,6 +81,12 @@ def write_compressed(plain: Path, folder: Path, kind: str, also: tuple[str, ...]
 
 def _coded(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
     """Return what is stored of a weight, and the weight that it stands for."""
+    if kind == "fp8 blocks":
+        return _in_blocks(name, weight)
+    if kind == "int4 zeros":
+        return _with_zeros(name, weight)
+    if kind == "nvfp4":
+        return _nvfp4(name, weight)
     groups = weight.float().unflatten(-1, (-1, GROUP if kind == "int4" else weight.shape[-1]))
     largest = groups.abs().amax(dim=-1, keepdim=True)
     if "q_proj" in name and kind != "int4":
@@ -80,11 +99,62 @@ def _coded(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Ten
     if kind != "int4":
         scales = scales[:1, 0] if "q_proj" in name else scales
         return {name: codes, f"{name}_scale": scales.contiguous()}, meant
-    shifts = torch.arange(0, 32, 4)
-    nibbles = (codes.long() + 8).unflatten(-1, (-1, 8)) << shifts
     tensors = {
-        f"{name}_packed": nibbles.sum(-1).to(torch.int32),
+        f"{name}_packed": _nibbles(codes.long() + 8),
         f"{name}_scale": scales.contiguous(),
         f"{name}_shape": torch.tensor(weight.shape),
     }
     return tensors, meant
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """Put eight numbers from 0 to 15 into an int32, the last of a row perhaps fewer."""
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
+    return (codes.unflatten(-1, (-1, 8)) << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
+
+
+def _in_blocks(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    down, across = BLOCK
+    starts = range(0, weight.shape[0], down), range(0, weight.shape[1], across)
+    codes, meant = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty(weight.shape)
+    scales = torch.empty(len(starts[0]), len(starts[1]))
+    for i, top in enumerate(starts[0]):
+        for j, left in enumerate(starts[1]):
+            at = slice(top, top + down), slice(left, left + across)
+            scales[i, j] = weight[at].abs().max() / LARGEST["fp8"]
+            codes[at] = (weight[at] / scales[i, j]).to(torch.float8_e4m3fn)
+            meant[at] = codes[at].float() * scales[i, j]
+    return {name: codes, f"{name}_scale": scales}, meant
+
+
+def _with_zeros(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    groups = weight.unflatten(-1, (-1, GROUP))
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scales = (most - least) / 15
+    zeros = (-least / scales).round().clamp(0, 15)
+    codes = (groups / scales + zeros).round().clamp(0, 15)
+    tensors = {
+        f"{name}_packed": _nibbles(codes.flatten(-2).long()),
+        f"{name}_scale": scales[..., 0].contiguous(),
+        f"{name}_zero_point": _nibbles(zeros[..., 0].long().mT).mT.contiguous(),
+        f"{name}_shape": torch.tensor(weight.shape),
+    }
+    return tensors, ((codes - zeros) * scales).flatten(-2)
+
+
+def _nvfp4(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    values = torch.tensor([float_of(code, 2) for code in range(16)])
+    groups = weight.unflatten(-1, (-1, 16))
+    largest = groups.abs().amax(-1)
+    of_all = (448 * 6 / largest.max()).reshape(1)
+    scales = (largest / 6 * of_all).to(torch.float8_e4m3fn)
+    each = (scales.float() / of_all)[..., None]
+    codes = ((groups / each)[..., None] - values).abs().argmin(-1)
+    pairs = codes.flatten(-2).byte().unflatten(-1, (-1, 2))
+    tensors = {
+        f"{name}_packed": pairs[..., 0] + 16 * pairs[..., 1],
+        f"{name}_scale": scales,
+        f"{name}_global_scale": of_all,
+        f"{name.removesuffix('weight')}input_global_scale": torch.ones(1),
+    }
+    return tensors, (values[codes] * each).flatten(-2)

@@ -395,6 +395,16 @@ def theirs(tmp_path_factory):
     return hf, folder
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """The same with rows that groups of 32 divide."""
+    folder = tmp_path_factory.mktemp("wide") / "plain"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "intermediate_size_mlp": 128}
+    hf, _ = pair(text_config(interleave_moe_layer_step=2, **sizes), VISION)
+    hf.save_pretrained(folder)
+    return hf, folder
+
+
 def check_opens_as(folder, rounded, hf):
     """Compare a folder of codes with transformers on the weights that they stand for."""
     ids = torch.arange(5, 29)[None]
@@ -433,6 +443,18 @@ def test_weights_of_compressed_tensors_are_those_of_its_codes(theirs, kind, also
     assert (found(ids) - hf(ids).logits).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("kind", ["fp8 blocks", "int4 zeros", "nvfp4"])
+@torch.no_grad()
+def test_weights_of_its_other_kinds_are_those_of_its_codes(wide, kind, tmp_path, monkeypatch):
+    hf, plain = wide
+    also = ("language_model.model.layers.1.self_attn.v_proj", "lm_head")
+    rounded = write_compressed(plain, tmp_path / "q", kind, also)
+    check_opens_as(tmp_path / "q", rounded, hf)
+    monkeypatch.setattr(parts, "PIECE", 64 * 40)  # what rows share is there in every piece
+    expected = l4.load(rounded).lm_head.weight
+    assert torch.equal(l4.load(tmp_path / "q").lm_head.weight, expected)
+
+
 def test_fp8_codes_are_kept_by_our_own_format(theirs, tmp_path):
     write_compressed(theirs[1], tmp_path / "q", "fp8")
     codes = stored(tmp_path / "q")
@@ -451,8 +473,8 @@ def test_fp8_codes_are_kept_by_our_own_format(theirs, tmp_path):
     ("change", "sentence"),
     [
         (
-            lambda state, layout: layout.update(format="nvfp4-pack-quantized"),
-            "weights of compressed-tensors in the format 'nvfp4-pack-quantized': only float-",
+            lambda state, layout: layout.update(format="marlin-24"),
+            "weights of compressed-tensors in the format 'marlin-24': only float-",
         ),
         (
             lambda state, layout: layout["config_groups"]["group_0"]["weights"].update(num_bits=3),
@@ -468,7 +490,7 @@ def test_fp8_codes_are_kept_by_our_own_format(theirs, tmp_path):
         ),
         (
             lambda state, layout: state.update({f"{UP}_zero_point": torch.zeros(3)}),
-            f"holds {UP}_zero_point, for which config.json has no place",
+            f"{UP}_zero_point is [3] where config.json asks for [5, 6]",
         ),
         (
             lambda state, layout: state.update({f"{UP}_scale": torch.zeros(3)}),
@@ -497,16 +519,6 @@ def test_codes_that_cannot_be_read_are_refused_in_one_sentence(folder, change, s
 
 
 # --- of MLX
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """The same with rows that groups of 32 divide."""
-    folder = tmp_path_factory.mktemp("wide") / "plain"
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "intermediate_size_mlp": 128}
-    hf, _ = pair(text_config(interleave_moe_layer_step=2, **sizes), VISION)
-    hf.save_pretrained(folder)
-    return hf, folder
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -211,8 +211,7 @@ def _check_experts(
     if memory_limit is not None and not (isinstance(memory_limit, int) and memory_limit >= 0):
         raise ValueError(f"memory_limit={memory_limit!r}: give bytes, a whole number from 0 up")
     command = f"llama4-lab convert {shlex.quote(str(folder))} TARGET"
-    is_coded = isinstance(source, GgufFile) or getattr(source, "is_coded", False)
-    if quantize is not None and source.quantisation is None and not is_coded:
+    if quantize is not None and source.quantisation is None and not source.is_coded:
         raise ValueError(
             f"{folder} is not quantised, and its experts cannot be both packed and left there: "
             f"run `{command} --quantize {quantize}`, and load TARGET"

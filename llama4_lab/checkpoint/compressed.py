@@ -1,14 +1,17 @@
 """Checkpoints of compressed-tensors, such as the published FP8 Maverick, read as plain weights.
 
 A weight is stored as codes beside its ``weight_scale``, and stands for ``scale · code``: fp8 or
-int8, with a scale for each row or one for all; or 4 or 8 bits, several packed into an int32, the
-first in its lowest bits, with a scale for each row and group of neighbours. Routed experts lie one
-by one, gate and up apart (github.com/vllm-project/compressed-tensors, `compressors`). Programs that
-serve such weights may round activations too; here these stay as they are.
+int8, with a scale for each row, one for all, or one for each block of a matrix; or 4 or 8 bits,
+several packed into an int32, the first in its lowest bits, with a scale for each row and group of
+neighbours. With a ``weight_zero_point``, which is packed down the rows, it is
+``scale · (code - zero)``. In NVFP4, floats of 4 bits, two in a byte, have a scale in fp8 for each
+row and 16 neighbours, divided by a ``weight_global_scale``. Routed experts lie one by one, gate and
+up apart (github.com/vllm-project/compressed-tensors, `compressors`). Programs that serve such
+weights may round activations too; here these stay as they are.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +21,46 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llama4_lab.checkpoint.files import Stored, describing
-from llama4_lab.checkpoint.parts import Format, Layout, Rows, unpack
+from llama4_lab.checkpoint.parts import Format, Layout, Rows, check_groups, e2m1, unpack
 
 METHOD = "compressed-tensors"
 _PACKED = "pack-quantized"
-_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", _PACKED)
-_UNUSED = (".input_scale", ".output_scale", ".weight_shape")
+_NVFP4 = "nvfp4-pack-quantized"
+_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", _PACKED, _NVFP4)
+_GROUP = 16  # of NVFP4
+_UNUSED = (".input_scale", ".output_scale", ".input_global_scale", ".weight_shape")
 
 
 @dataclass(frozen=True)
 class Scaled(Rows):
-    """Codes with their scales."""
+    """Codes with their scales, and packed ones also with their zero points."""
 
     bits: int | None  # of each of several codes that an int32 holds
+    block: tuple[int, int] | None  # rows and columns that share a scale
 
     def turn_back(self, *held: Tensor) -> Float[Tensor, "rows k"]:
-        codes, scales = held
+        codes, scales, *zeros = held
+        if self.block is not None:
+            down, across = self.block
+            numbers, scales = codes.float(), scales.float().repeat_interleave(across, 1)
+            for rows, its in zip(numbers.split(down), scales, strict=True):
+                rows.mul_(its[: numbers.shape[1]])
+            return numbers
         groups = scales.shape[1] if scales.ndim == 2 else 1
         numbers = (codes if self.bits is None else unpack(codes, self.bits)).float()
-        if self.bits is not None:
-            numbers -= 1 << self.bits - 1
         numbers = numbers.unflatten(-1, (groups, -1))
+        if self.bits is not None and zeros:
+            (packed,) = zeros
+            numbers -= unpack(packed.mT, self.bits).mT[: len(codes), :, None].float()
+        elif self.bits is not None:
+            numbers -= 1 << self.bits - 1
         return numbers.mul_(scales.float().reshape(-1, groups, 1)).flatten(-2)
+
+    def pieces(self, rows: int, k: int) -> Iterator[Float[Tensor, "piece k"]]:
+        if self.block is not None or len(self.held) == 3:
+            yield self.read()  # what some rows share is not cut
+        else:
+            yield from super().pieces(rows, k)
 
     def layout(self, rows: int, k: int) -> Layout:
         codes, scales = self.held[0], self.held[1].shape
@@ -49,7 +70,28 @@ class Scaled(Rows):
             held = (rows, k * self.bits // 32), torch.int32
         else:
             held = (rows, k), torch.int8 if codes.dtype == "I8" else torch.float8_e4m3fn
-        return [held, (scales if is_known else (rows, 1), None)]
+        if self.block is not None:
+            down, across = self.block
+            return [held, ((-(-rows // down), -(-k // across)), None)]
+        layout: Layout = [held, (scales if is_known else (rows, 1), None)]
+        if self.bits is not None and len(self.held) == 3:
+            layout.append(((-(-rows * self.bits // 32), math.prod(scales) // rows), torch.int32))
+        return layout
+
+
+@dataclass(frozen=True)
+class Nvfp4(Rows):
+    """Floats of 4 bits, the scales of their groups, and what those are divided by."""
+
+    def turn_back(self, *held: Tensor) -> Float[Tensor, "rows k"]:
+        codes, scales, of_all = held
+        numbers = e2m1(unpack(codes, 4)).unflatten(-1, (-1, _GROUP))
+        return numbers.mul_((scales.float() / of_all)[..., None]).flatten(-2)
+
+    def layout(self, rows: int, k: int) -> Layout:
+        check_groups(self.held[0], _GROUP, k)
+        scales = (rows, k // _GROUP), torch.float8_e4m3fn
+        return [((rows, k // 2), torch.uint8), scales, ((1,), None)]
 
 
 def format_of(layout: Mapping[str, Any], path: Path) -> Format:
@@ -63,21 +105,37 @@ def format_of(layout: Mapping[str, Any], path: Path) -> Format:
             f"{path}: weights of {METHOD} in the format {found!r}: only {', '.join(_FORMATS)} are "
             "read; convert the bfloat16 checkpoint with `llama4-lab convert --quantize`"
         )
-    bits = None
-    if found == _PACKED:
-        with describing(path):
-            sizes = {group["weights"]["num_bits"] for group in layout["config_groups"].values()}
-        if sizes not in ({4}, {8}):
-            raise ValueError(
-                f"{path}: packed weights of {sorted(sizes)} bits: only 4 or 8 are read"
-            )
-        bits = sizes.pop()
+    with describing(path):
+        groups = [group["weights"] for group in layout.get("config_groups", {}).values()]
+        block = _block([weights.get("block_structure") for weights in groups])
+        sizes = {weights["num_bits"] for weights in groups} if found == _PACKED else set()
+    if found == _PACKED and sizes not in ({4}, {8}):
+        raise ValueError(f"{path}: packed weights of {sorted(sizes)} bits: only 4 or 8 are read")
+    bits = sizes.pop() if sizes else None
 
     def coded(name: str, tensors: Mapping[str, Stored]) -> Rows | None:
         plain, scales = tensors.get(name), tensors.get(f"{name}_scale")
         codes = plain or tensors.get(f"{name}_packed")
         if codes is None or scales is None:
             return None
-        return Scaled((codes, scales), None if plain else bits)
+        if of_all := tensors.get(f"{name}_global_scale"):
+            return Nvfp4((codes, scales, of_all))
+        zeros = None if plain else tensors.get(f"{name}_zero_point")
+        held = (codes, scales, zeros) if zeros else (codes, scales)
+        return Scaled(held, None if plain else bits, block)
 
     return Format(coded, _UNUSED)
+
+
+def _block(blocks: Sequence[Sequence[int] | None]) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale; None where no blocks do.
+
+    Raises:
+        ValueError: blocks of several sizes.
+    """
+    if any(block != blocks[0] for block in blocks):
+        raise ValueError(f"blocks of weights are {blocks}: only one size is read")
+    if not blocks or blocks[0] is None:
+        return None
+    down, across = blocks[0]
+    return down, across

@@ -137,6 +137,7 @@ class GgufFile:
     tensors: Mapping[str, Coded]
     tokenizer: Tokenizer | None
     quantisation: None = None  # all weights are plain when they are read
+    is_coded: bool = True
 
     @classmethod
     def open(cls, path: Path, text_only: bool = False) -> "GgufFile":

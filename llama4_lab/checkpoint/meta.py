@@ -217,6 +217,7 @@ class MetaFolder:
     files: list[Path]
     tensors: list[dict[str, Stored]]  # of each file, under Meta's names
     quantisation = None  # the weights are plain
+    is_coded = False
 
     @classmethod
     def open(cls, folder: Path, text_only: bool = False) -> "MetaFolder":
