@@ -388,7 +388,12 @@ def fill_rows(target: Tensor, pieces: Iterable[Tensor]) -> None:
         start += len(piece)
 
 
-def joined(parts: Sequence[Part], count: int, index: int) -> tuple[Tensor, int]:
-    """Return an expert that is made from `count` parts, and the bytes that were read."""
+def joined(
+    parts: Sequence[Part], shape: tuple[int, ...], dtype: torch.dtype, index: int
+) -> tuple[Tensor, int]:
+    """Return an expert of a stack ``[e, out, in]``, made from its parts, and the bytes read."""
+    count = len(parts) // shape[0]
     own = parts[index * count : (index + 1) * count]
-    return torch.cat([part.read() for part in own]), sum(part.nbytes for part in own)
+    expert = pages(shape[1:], dtype)
+    fill_rows(expert, (part.read() for part in own))
+    return expert, sum(part.nbytes for part in own)

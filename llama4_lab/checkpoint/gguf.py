@@ -219,9 +219,8 @@ class GgufFile:
         dtype: torch.dtype | None,
     ) -> Mapped:
         """Return a stack of experts that stays in its file."""
-        parts = self._parts_of(name, is_stack=True)
-        expert = partial(joined, parts, len(parts) // shape[0])
         like = torch.empty(0, dtype=dtype or self.dtype, device=device)
+        expert = partial(joined, self._parts_of(name, is_stack=True), shape, like.dtype)
         return Mapped(name, (shape[1], shape[2]), range(shape[0]), expert, memory, like, None)
 
     def _parts_of(self, name: str, is_stack: bool) -> list[Coded]:

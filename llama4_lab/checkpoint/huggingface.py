@@ -258,8 +258,9 @@ class HuggingFaceFolder:
         dtype: torch.dtype | None,
     ) -> Mapped:
         """Return a stack of experts that stays in its file, as it lies there or packed."""
+        like = torch.empty(0, dtype=dtype or self.dtype, device=device)
         if parts := self.parts.get(name):
-            expert = partial(joined, parts, len(parts) // shape[0])
+            expert = partial(joined, parts, shape, like.dtype)
         elif self.quantisation is None:
             expert = partial(_plain, PartReader(self.tensors[name]), self.is_transposed(name))
         else:
@@ -268,7 +269,6 @@ class HuggingFaceFolder:
         packed_size = None
         if self.quantisation is not None:
             packed_size = self.quantisation.empty(shape[1:], "meta").nbytes
-        like = torch.empty(0, dtype=dtype or self.dtype, device=device)
         every = range(shape[0])
         return Mapped(name, (shape[1], shape[2]), every, expert, memory, like, packed_size)
 
