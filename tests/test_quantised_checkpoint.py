@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import re
 from functools import partial
 from pathlib import Path
@@ -573,6 +574,23 @@ def test_what_mlx_left_of_a_model_opens_in_other_ways(wide, tmp_path):
     once = l4.load(tmp_path / "q")
     assert once.lm_head.weight is once.embed_tokens.weight
     assert torch.equal(twice(ids), once(ids))
+
+
+@torch.no_grad()
+def test_what_stands_for_a_weight_may_lie_in_several_files(wide, tmp_path):
+    write_mlx(wide[1], tmp_path / "q", "affine")
+    ids, whole = torch.arange(5, 29)[None], l4.load(tmp_path / "q", experts="mmap")
+    expected, state = whole(ids), stored(tmp_path / "q")
+    names, weight_map = sorted(state), {}
+    for i, of_file in enumerate((names[::2], names[1::2])):
+        save_file({name: state[name] for name in of_file}, tmp_path / "q" / f"{i}.safetensors")
+        weight_map |= dict.fromkeys(of_file, f"{i}.safetensors")
+    index = tmp_path / "q" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "q" / "model.safetensors").unlink()
+    left = l4.load(tmp_path / "q", experts="mmap")
+    assert torch.equal(left(ids), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(left))(ids), expected)
 
 
 def test_large_matrices_are_turned_back_some_rows_at_a_time(wide, tmp_path, monkeypatch):

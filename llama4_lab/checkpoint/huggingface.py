@@ -110,7 +110,8 @@ class HuggingFaceFolder:
         encoder and `text_only` does not leave it out.
 
         Raises:
-            FileNotFoundError, ValueError: files missing or broken, another model, or quantised.
+            FileNotFoundError, ValueError: files missing or broken, another model, or codes of an
+                unknown kind.
         """
         config, layout = _read_config(folder / CONFIG)
         form = _format(layout, folder / CONFIG)

@@ -20,7 +20,6 @@ from llama4_lab.config import Llama4Config
 # The halves of a stack, which lie apart: one expert's ``gate_proj.weight``, or those of all.
 HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
-
 Layout = list[tuple[tuple[int, ...], torch.dtype | None]]
 """Shapes and dtypes of the tensors that hold some rows; None is the dtype of a weight."""
 
