@@ -591,6 +591,18 @@ def test_what_stands_for_a_weight_may_lie_in_several_files(wide, tmp_path):
     left = l4.load(tmp_path / "q", experts="mmap")
     assert torch.equal(left(ids), expected)
     assert torch.equal(pickle.loads(pickle.dumps(left))(ids), expected)
+    # Another checkpoint that takes the names is not read.
+    for file in sorted((tmp_path / "q").glob("*.safetensors")):
+        file.replace(file.with_suffix(".old"))
+        save_file(
+            {
+                name: torch.zeros_like(t)
+                for name, t in load_file(f"{file.with_suffix('.old')}").items()
+            },
+            file,
+        )
+    left.expert_memory.clear()
+    assert torch.equal(left(ids), expected)
 
 
 def test_large_matrices_are_turned_back_some_rows_at_a_time(wide, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -138,7 +139,7 @@ def map_tensors(stored: Sequence[Stored]) -> list[Tensor]:
 
 
 class PartReader:
-    """Reads one item of a tensor's first axis, and nothing else.
+    """Reads a tensor, or one item of its first axis, and nothing else.
 
     It reads into memory of its own: pages of a mapped file would count as ours while they live.
     The file stays open: one that takes its name later is another, whose parts are not these.
@@ -149,20 +150,20 @@ class PartReader:
 
     def __init__(self, stored: Stored):
         self.stored, self.file = stored, Held.of(stored.file)
-        start = bytearray(8)
-        self.file.fill(memoryview(start), 0)
-        header_size = int.from_bytes(start, "little")
-        header = bytearray(header_size)
-        self.file.fill(memoryview(header), 8)
-        entry = json.loads(header)[stored.name]
-        self.begin, end = (8 + header_size + offset for offset in entry["data_offsets"])
+        start, header = self.file.header
+        entry = header[stored.name]
+        self.begin, end = (start + offset for offset in entry["data_offsets"])
         self.dtype = (DTYPES | CODES)[entry["dtype"]]
-        self.size = (end - self.begin) // stored.shape[0]
+        self.size = end - self.begin
 
-    def __call__(self, index: int) -> Tensor:
-        part = pages((self.size,), torch.uint8)
-        self.file.fill(memoryview(part.numpy().data), self.begin + index * self.size)
-        return part.view(self.dtype).view(self.stored.shape[1:])
+    def __call__(self, index: int | None = None) -> Tensor:
+        begin, size, shape = self.begin, self.size, self.stored.shape
+        if index is not None:
+            size //= shape[0]
+            begin, shape = begin + index * size, shape[1:]
+        part = pages((size,), torch.uint8)
+        self.file.fill(memoryview(part.numpy().data), begin)
+        return part.view(self.dtype).view(shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PartReader, (self.stored,)  # other processes open the file again
@@ -190,6 +191,15 @@ class Held:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Held.of, (self.path,)  # other processes open the file again
+
+    @cached_property
+    def header(self) -> tuple[int, dict[str, Any]]:
+        """Where the tensors of a safetensors file begin, and what it says of each."""
+        start = bytearray(8)
+        self.fill(memoryview(start), 0)
+        text = bytearray(int.from_bytes(start, "little"))
+        self.fill(memoryview(text), 8)
+        return 8 + len(text), json.loads(text)
 
     def fill(self, room: memoryview, start: int) -> None:
         """Read as many bytes as there is room for.

@@ -35,7 +35,7 @@ from llama4_lab.checkpoint.files import (
     map_tensor,
     read_json,
 )
-from llama4_lab.checkpoint.parts import Format, Rows, check_parts, take_parts
+from llama4_lab.checkpoint.parts import Format, Opened, Rows, check_parts, take_parts
 from llama4_lab.checkpoint.quantised import OF_PACKED, Quantisation
 from llama4_lab.config import Llama4Config
 from llama4_lab.experts.mapped import ExpertMemory, Mapped
@@ -261,7 +261,7 @@ class HuggingFaceFolder:
         """Return a stack of experts that stays in its file, as it lies there or packed."""
         like = torch.empty(0, dtype=dtype or self.dtype, device=device)
         if parts := self.parts.get(name):
-            expert = partial(joined, parts, shape, like.dtype)
+            expert = partial(joined, [*map(Opened.of, parts)], shape, like.dtype)
         elif self.quantisation is None:
             expert = partial(_plain, PartReader(self.tensors[name]), self.is_transposed(name))
         else:

@@ -14,7 +14,15 @@ import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
-from llama4_lab.checkpoint.files import CODES, PIECE, Stored, check, first_of, map_tensors
+from llama4_lab.checkpoint.files import (
+    CODES,
+    PIECE,
+    PartReader,
+    Stored,
+    check,
+    first_of,
+    map_tensors,
+)
 from llama4_lab.config import Llama4Config
 
 # The halves of a stack, which lie apart: one expert's ``gate_proj.weight``, or those of all.
@@ -75,6 +83,28 @@ class Rows:
         if self.expert is None:
             return tensors
         return [tensor[self.expert] if tensor.ndim else tensor for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Rows that are read again and again, from files that stay open."""
+
+    rows: Rows
+    readers: tuple[PartReader, ...]
+
+    @classmethod
+    def of(cls, rows: Rows) -> "Opened":
+        return cls(rows, tuple(map(PartReader, rows.held)))
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def read(self) -> Float[Tensor, "rows k"]:
+        expert = self.rows.expert
+        return self.rows.turn_back(
+            *(read(expert if read.stored.shape else None) for read in self.readers)
+        )
 
 
 @dataclass(frozen=True)
