@@ -593,14 +593,9 @@ def test_what_stands_for_a_weight_may_lie_in_several_files(wide, tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(left))(ids), expected)
     # Another checkpoint that takes the names is not read.
     for file in sorted((tmp_path / "q").glob("*.safetensors")):
-        file.replace(file.with_suffix(".old"))
-        save_file(
-            {
-                name: torch.zeros_like(t)
-                for name, t in load_file(f"{file.with_suffix('.old')}").items()
-            },
-            file,
-        )
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}
+        file.unlink()
+        save_file(zeros, file)
     left.expert_memory.clear()
     assert torch.equal(left(ids), expected)
 
