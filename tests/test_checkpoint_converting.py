@@ -1,6 +1,7 @@
 """Conversion, plain or to few bits: what is written, what an interruption leaves, what it takes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -357,7 +358,10 @@ def test_converting_takes_the_memory_of_one_expert(tmp_path, kind):
     expert = 2 * 1024 * 512 * 4
     del model
     command = [sys.executable, "-c", _PEAK, str(tmp_path / "a"), str(tmp_path / "b"), str(kind)]
-    peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # A matrix that is given up goes back to the system, or the heap keeps up to four, by chance.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    peak = int(done.stdout)
     # Beside an expert's larger matrix and its codes, rounding takes blocks of 262,144 weights,
     # five times in float32, and the modules that are imported on the way some 10 MB.
-    assert weights > 36 * expert and peak < expert + expert // 8 + 28e6
+    assert weights > 36 * expert and peak < expert + expert // 8 + 20e6
