@@ -103,6 +103,17 @@ def test_a_scene_asks_about_a_picture_with_known_boxes(mini):
     assert app.moment.pictures == [] and app.bar.shown.children == ()
 
 
+def test_a_picture_is_seen_by_the_token_that_is_selected(mini):
+    app = LabApp(mini, "The sea is calm.", shown=("image",))
+    app.bar.scene.click()
+    assert app.selection.token == len(app.moment.tokens) - 1  # the first ones stand before it
+    app.selection.token = shown = len(app.moment.tokens) - 3
+    app.bar.scene.click()
+    assert app.selection.token == min(shown, len(app.moment.tokens) - 1)
+    picture = np.zeros((48, 48, 3), np.uint8)
+    assert LabApp(mini, "What is this?", [picture], shown=()).selection.token > 36
+
+
 def test_pictures_can_be_uploaded_and_what_is_none_is_explained(mini):
     app = LabApp(mini, "What shape is red?", shown=["router"])
     pixels = np.full((48, 48, 3), 200, np.uint8)

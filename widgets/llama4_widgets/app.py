@@ -90,6 +90,7 @@ class LabApp(ipywidgets.VBox):
         self.run(prompt, pictures)
         self.selection.layer = self.moment.first_layer
         self.selection.token = min(1, len(self.moment.tokens) - 1)  # the first begins every text
+        self._see_pictures()
         self.shown = shown
 
     # ---- running
@@ -101,6 +102,13 @@ class LabApp(ipywidgets.VBox):
         what the picture shows, in its pixels.
         """
         self._show(prompt, self._moment_of(self.model, prompt, pictures, boxes))
+        self._see_pictures()
+
+    def _see_pictures(self) -> None:
+        """Select the last token, which is to answer, if the selected one sees no picture yet."""
+        shows = (self.moment.prompt.spans.patch[0] >= 0).nonzero()
+        if len(shows) and self.selection.token < int(shows[0]):
+            self.selection.token = len(self.moment.tokens) - 1
 
     def _show(self, asked: Any, moment: Moment) -> None:
         try:
