@@ -64,6 +64,15 @@ def test_everything_that_was_shown_is_there_again(app, file):
         assert np.array_equal(values, getattr(routing, name)), name
 
 
+def test_a_long_text_is_kept_with_a_bar(model, tmp_path, capsys):
+    app = LabApp(model, TEXT, shown=["router"])
+    app.save(tmp_path / "short.lab")
+    assert capsys.readouterr().err == ""
+    app.run(TEXT * 60)
+    app.save(tmp_path / "long.lab")
+    assert "keep:   0%" in capsys.readouterr().err  # before the first view
+
+
 @pytest.mark.parametrize("has_room", [True, False])
 def test_what_is_kept_has_all_of_a_text_where_there_is_room(model, monkeypatch, has_room):
     monkeypatch.setattr("llama4_widgets.views.router._WHOLE", 0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import ipywidgets
 import traitlets
+from tqdm.auto import tqdm
 
 from llama4_lab.edits import Edit
 from llama4_lab.model import Llama4
@@ -234,7 +235,9 @@ class LabApp(ipywidgets.VBox):
     def recording(self) -> Recording:
         """Return what is shown, as it is kept."""
         self._catch_up()
-        states = {name: view.state() for name, view in self._on_page()}
+        is_quick = len(self.moment.tokens) < 512  # less than a second
+        views = tqdm(self._on_page(), "keep", unit="view", leave=False, disable=is_quick)
+        states = {name: view.state() for name, view in views}
         told = "".join(self._told()) if self.difference else ""
         return record(self.prompt, self.moment, states, told)
 
