@@ -196,8 +196,8 @@ def check_groups(codes: Stored, group: int, k: int) -> None:
 def unpack(packed: Integer[Tensor, "rows w"], bits: int) -> UInt8[Tensor, "rows k"]:
     """Return codes of 1 to 8 bits that follow each other, each from its lowest bit on.
 
-    >>> unpack(torch.tensor([[0x21, 0x43]], dtype=torch.uint8), 4)
-    tensor([[1, 2, 3, 4]], dtype=torch.uint8)
+    >>> unpack(torch.tensor([[0x21, 0x43, 0x65, 0x87]], dtype=torch.uint8), 4)
+    tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.uint8)
     """
     # Eight codes fill as many bytes as a code has bits; each lies in one byte or in two.
     eights = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, bits))
