@@ -28,6 +28,9 @@ def replay(model):
 def test_a_map_equals_separate_forced_runs(model, replay, gate, token, read):
     found = counterfactual(replay, token, gate=gate, read=read)
     assert found.layers == (1, 3, 5)
+    assert (found.token, found.read, found.gate) == (token % 29, read % 29, gate)
+    for layer, chosen in zip(found.layers, found.chosen, strict=True):
+        assert chosen.tolist() == replay.experts[layer][token].tolist()
     clean = model(**some_prompt(0))[0, read].double().log_softmax(-1)
     for row, layer in enumerate(found.layers):
         for expert in range(CONFIG.num_local_experts):

@@ -102,12 +102,13 @@ def test_a_batch_is_refused(tmp_path):
         (lambda r: r.row(-1), "layer -1 has no experts: the MoE layers are 1, 3, 5"),
         (lambda r: r.position(99), "token 99 is out of range: this prompt has {n} tokens (0 to"),
         (lambda r: r.position(-99), "token -99 is out of range: this prompt has {n} tokens (0 to"),
+        (lambda r: r.position(len(r.tokens)), "token {n} is out of range: this prompt has {n} "),
     ],
 )
 def test_a_place_that_does_not_exist_is_explained(prompt, ask, sentence):
     routing: Routing = routing_of(model(), prompt)
     n = len(prompt.tokens)
     assert routing.row(3) == 1
-    assert routing.position(-1) == n - 1
+    assert [routing.position(i) for i in (0, n - 1, -1, -n)] == [0, n - 1, n - 1, 0]
     with pytest.raises(ValueError, match=re.escape(sentence.format(n=n))):
         ask(routing)

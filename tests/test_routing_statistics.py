@@ -15,6 +15,7 @@ import llama4_lab as l4
 from llama4_lab.analysis import load as load_of
 from llama4_lab.analysis.counts import RoutingCounts
 from llama4_lab.analysis.information import (
+    Dependence,
     against_shuffles,
     information,
     mutual_information,
@@ -22,6 +23,7 @@ from llama4_lab.analysis.information import (
     surprise,
 )
 from llama4_lab.analysis.margins import (
+    Margins,
     deviations,
     flip_distance,
     flipped,
@@ -98,6 +100,12 @@ def test_max_over_mean_goes_from_one_to_the_number_of_experts():
     assert float(load_of.max_over_mean(ZIPF)) == pytest.approx(E / HARMONIC)
 
 
+def test_each_load_of_a_batch_has_its_own_evenness():
+    loads = np.stack([UNIFORM, ONE_HOT, LINEAR])
+    for of in (load_of.normalised_entropy, load_of.effective_experts, load_of.gini):
+        np.testing.assert_allclose(of(loads), [of(load) for load in loads], atol=1e-12)
+
+
 def test_one_expert_is_neither_even_nor_uneven():
     alone = np.array([5])
     assert float(load_of.normalised_entropy(alone)) == 0
@@ -117,6 +125,9 @@ def test_the_balance_loss_is_transformers_own(topk):
     logits = torch.randn(3, 40, E, generator=torch.Generator().manual_seed(0)) + torch.arange(E)
     theirs = transformers.load_balancing_loss_func(tuple(logits), E, top_k=topk)
     torch.testing.assert_close(topk * load_of.switch_loss(logits, topk), theirs)
+    coarse = logits.bfloat16()
+    expected = load_of.switch_loss(coarse.float(), topk)
+    assert torch.equal(load_of.switch_loss(coarse, topk), expected)
 
 
 # Counting in one pass
@@ -173,6 +184,10 @@ def test_the_streamed_balance_loss_is_the_loss_of_all_tokens(rng):
         counts.update(part.topk(2).indices.numpy(), logits=part.numpy())
     expected = [float(load_of.switch_loss(layer, topk=2)) for layer in logits]
     np.testing.assert_allclose(counts.switch_loss, expected, rtol=1e-6)  # float32 there
+    coarse = RoutingCounts.empty(3, E)
+    coarse.update(logits.topk(2).indices.numpy(), logits=logits.float().numpy())
+    exact = logits.float().double().softmax(-1).sum(1)
+    np.testing.assert_allclose(coarse.probability, exact, rtol=1e-12)
     counts.update(np.zeros((3, 5, 2), dtype=int))
     with pytest.raises(ValueError, match="logits were given for 200 of 205 tokens"):
         _ = counts.switch_loss
@@ -231,6 +246,13 @@ def test_one_token_can_be_counted(tmp_path):
     for batch in (prompt, ids(1, 1)):
         found = choices(routed, batch)
         assert found.expert.shape[1] == 1 and found.row.tolist() == [0]
+
+
+def test_all_token_ids_of_a_batch_count():
+    found = choices(model(), torch.tensor([[0, 7, 0], [5, 0, 0]]))
+    assert found.token.tolist() == [0, 7, 0, 5, 0, 0]
+    assert found.row.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.num_rows == 2
 
 
 def test_the_information_of_identity_transitions_is_log2_of_the_experts():
@@ -297,6 +319,17 @@ def test_the_z_of_independent_layers_is_standard():
     assert (against_shuffles(np.diag([9, 0, 0])[None]).z == 0).all()
 
 
+def test_the_surprise_of_two_tokens_is_one_deviation():
+    # Shuffled, each count is 0 or 1 with equal chances: a mean and a deviation of a half.
+    assert surprise(np.eye(2, dtype=int)).tolist() == [[1, -1], [-1, 1]]
+
+
+def test_excess_and_z_are_counted_from_the_shuffles():
+    found = Dependence(np.array([4.0, 0.5]), np.array([[0.0, 0.5], [1.0, 0.5], [2.0, 0.5]]))
+    assert found.excess.tolist() == [3, 0]
+    assert found.z.tolist() == [3, 0]  # the three shuffles' sample deviation is 1
+
+
 def test_following_experts_sum_to_one(rng):
     expert = random_choices(rng, 3, 50, 1)
     expert[expert == 4] = 0
@@ -352,6 +385,15 @@ def test_labels_that_say_nothing_are_inside_the_bands_and_planted_ones_outside()
     low, high = found.shuffled_share_band()
     outside = (found.share < low) | (found.share > high)
     assert outside[:, 0, :2].all()
+
+
+def test_domains_weigh_alike_however_many_tokens_they_have():
+    by_label = np.zeros((2, 2, 1, E), dtype=int)
+    by_label[0, :, 0, 0] = 500
+    by_label[1, :, 0, 1] = 1
+    found = Specialisation(("a", "b"), (0,), by_label)
+    np.testing.assert_allclose(found.mixed[0, :3], [0.5, 0.5, 0])
+    np.testing.assert_allclose(found.mutual_information, 1)
 
 
 def test_95_percent_of_shuffles_are_inside_the_band(rng):
@@ -551,6 +593,8 @@ def test_layers_that_choose_different_numbers_of_experts_are_not_counted_togethe
     with edited(routed, every):
         assert choices(routed, ids(2)).expert.shape[2] == 1
         assert saturation(routed, routed, [ids(2)]).share.tolist() == [1, 1, 1]
+        with pytest.raises(ValueError, match=r"5, 1\) and .*5, 2\): compare checkpoints"):
+            saturation(routed, model(), [ids(2)])
 
 
 def test_depth_saturation_does_not_depend_on_the_names_of_experts(rng):
@@ -565,6 +609,9 @@ def test_depth_saturation_does_not_depend_on_the_names_of_experts(rng):
     told, whole = load_of.entropy(counts.load[[1, 3]])
     np.testing.assert_allclose(found[1], told / whole)
     assert found[0] < 0.02
+    counts = RoutingCounts.empty(2, E)
+    counts.update(np.stack([first, np.full_like(first, 5)]))  # nothing is left to tell
+    assert depth_saturation(counts.to_last).tolist() == [1, 1]
 
 
 # Margins
@@ -626,6 +673,7 @@ def test_rounding_goes_to_the_nearest_number_of_the_format(routers, format):
     x[1, 0] = 2.0**-3
     error = (rounded(x, format) - x).abs()
     assert (error <= step(x, format) / 2 * 1.0001).all()
+    assert not step(x, format)[0].any()  # zeros are not rounded
     assert error[2:].max() > 0.4 * step(x, format)[2:].min()
     assert torch.equal(rounded(rounded(x, format), format), rounded(x, format))
     if format == "bf16":
@@ -675,6 +723,20 @@ def test_the_margins_of_a_prompt_are_its_routers(tmp_path):
     assert found.recall(0) == 0
     assert found.precision(0) == 1
     assert found.expected_flips.shape == (3,)
+
+
+def test_expected_flips_are_the_tails_of_a_normal_distribution():
+    deviations = np.array([[0.0, 1.0, np.inf], [2.0, 2.0, 2.0]])
+    found = Margins((1, 3), deviations, deviations, deviations, deviations < 0)
+    np.testing.assert_allclose(found.expected_flips, [0.5 + 0.158655, 3 * 0.022750], atol=1e-5)
+
+
+def test_the_margins_of_a_batch_are_those_of_its_rows_without_padding(tmp_path):
+    routed = model(floor_scale=100)  # the temperature counts padding
+    tokenizer, texts = small_tokenizer(tmp_path), ["The user asks", "no"]
+    found = margins(routed, build_prompt(tokenizer, texts), "int8")
+    alone = [margins(routed, build_prompt(tokenizer, text), "int8").margin for text in texts]
+    np.testing.assert_allclose(found.margin, np.concatenate(alone, axis=1), atol=1e-5)
 
 
 def test_margins_follow_the_rules_of_a_layer_and_refuse_what_changes_its_router(tmp_path):
