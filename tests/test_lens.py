@@ -133,13 +133,14 @@ def test_each_point_is_read_through_the_final_norm(model, prompt):
 def test_the_lens_does_not_depend_on_how_many_positions_it_reads_at_once(
     model, prompt, monkeypatch
 ):
-    whole = logit_lens(model, prompt, target=9)
+    target = [*range(9, 9 + len(prompt.tokens))]
+    whole = logit_lens(model, prompt, target=target)
     monkeypatch.setattr(lens_module, "_LOGITS_AT_ONCE", 3 * 336)
-    pieces = logit_lens(model, prompt, target=9)
+    pieces = logit_lens(model, prompt, target=target)
     assert whole.logprobs is None
     np.testing.assert_array_equal(pieces.top_token, whole.top_token)
     np.testing.assert_array_equal(pieces.target_rank, whole.target_rank)
-    np.testing.assert_array_equal(pieces.target, [9] * len(prompt.tokens))
+    np.testing.assert_array_equal(pieces.target, target)
     for name in ("top_logprob", "target_logprob", "kl"):
         one, other = getattr(pieces, name), getattr(whole, name)
         np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-6)  # a few float32 roundings
@@ -150,6 +151,14 @@ def test_the_lens_reads_the_points_that_are_asked_for(model, prompt):
     usual = logit_lens(model, prompt, [4])
     assert lens.points == [f"layers.{i}.resid_pre" for i in range(6)]
     np.testing.assert_array_equal(lens.kl, usual.kl[:-1:2])
+
+
+def test_the_lens_keeps_the_whole_vocabulary_if_asked(model, prompt):
+    lens = logit_lens(model, prompt, [4], top=336, target=9)
+    np.testing.assert_allclose(np.exp(lens.top_logprob).sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal((lens.top_token == 9).argmax(-1), lens.target_rank)
+    with pytest.raises(ValueError, match="top 337 is out of range: choose 1 to 336"):
+        logit_lens(model, prompt, top=337)
 
 
 def test_the_lens_may_read_nowhere(model, prompt):
@@ -224,6 +233,14 @@ def test_what_an_edit_takes_from_heads_is_a_part_of_its_own(model, prompt, edit,
     assert len(cache) == 6
 
 
+@pytest.mark.parametrize("sources", [False, True])
+def test_what_an_edit_takes_from_a_routers_own_layer_is_a_part_too(model, prompt, sources):
+    with edited(model, [AblateAttention(3, "mean")], {"clean": prompt}):
+        parts = decompose_router(model, prompt, 3, sources=sources)
+    assert parts.residual < TOLERANCE
+    assert rows_of(parts, "edit", 3).keys() == {-1}
+
+
 def test_two_logits_can_be_compared(model, prompt):
     logits = model(**prompt)[0, -1]
     best, second = logits.topk(2).indices.tolist()
@@ -286,8 +303,9 @@ def test_each_part_is_what_the_stream_loses_without_it(model, prompt, patch, lay
     at = f"layers.{layer}."
     direction = frozen(model, prompt, "layers.5.resid_post", model.norm, model.lm_head.weight[50])
     chosen = traced(model, prompt, "layers.3.router.indices")[0]["layers.3.router.indices"][0]
+    falling = int((chosen[:, 0] > chosen[:, 1]).nonzero()[-1])  # experts in no order of numbers
 
-    for position in (patch, len(prompt.tokens) - 1):
+    for position in (patch, falling, len(prompt.tokens) - 1):
         parts = decompose_logit(model, prompt, position, target=50)
 
         def share(point, *where, written="resid_post", position=position):
