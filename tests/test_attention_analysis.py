@@ -23,6 +23,7 @@ from llama4_lab.analysis.attention import (
     summarise,
     tiles,
 )
+from llama4_lab.edits import Chunk, edited
 from llama4_lab.model.attention import visible
 from llama4_lab.prompt import Prompt, build_prompt
 
@@ -94,7 +95,9 @@ def check_pooled(q, k, chunk, pattern):
 
 @pytest.mark.parametrize("chunk", [None, 8, 1, 100])
 @pytest.mark.parametrize("block", [(1, 1), (3, 4), (10, 2), (2, 16), (29, 29), (64, 1), (1, 64)])
-@pytest.mark.parametrize("window", [(None, None), ((3, 26), (6, 22)), ((4, 5), (20, 29))])
+@pytest.mark.parametrize(
+    "window", [(None, None), ((3, 26), (6, 22)), ((9, 29), (2, 17)), ((4, 5), (20, 29))]
+)
 def test_tiles_of_any_window_and_zoom_are_the_pooled_pattern(monkeypatch, chunk, block, window):
     small_blocks(monkeypatch)
     q, k = drawn(29)
@@ -235,6 +238,16 @@ def test_head_summaries_are_averages_over_queries(prompt):
                 assert getattr(got, name)[row, head] == getattr(s, name).mean()
     assert (got.crossing[0] > 0).all()
     assert (got.crossing[1] == 0).all()
+    assert head_summaries(summarised, prompt, []).distance.shape == (0, 6)
+
+
+def test_borders_are_the_models_whatever_its_first_layer_may_see(prompt):
+    summarised = model()
+    with edited(summarised, [Chunk(0, None)]):
+        got = head_summaries(summarised, prompt)
+    assert got.border == 8
+    assert got.chunks == (None, 8, 8, None, 8, 8)
+    assert (got.crossing[[0, 3]] > 0).all()
 
 
 def test_changes_of_queries_are_seen_and_changes_of_the_pattern_refused(prompt):
