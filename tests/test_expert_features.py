@@ -47,14 +47,14 @@ def log_probability(model, prompt, changes=()) -> float:
 
 
 @torch.no_grad()
-def without_experts(model, prompt, pairs) -> float:
+def without_experts(model, prompt, pairs, changes=()) -> float:
     """Remove experts by emptying their matrices."""
     whole = model.state_dict()
     kept = {name: weight.clone() for name, weight in whole.items()}
     for layer, expert in pairs:
         whole[f"layers.{layer}.feed_forward.experts.down_proj"][expert] = 0
     try:
-        return log_probability(model, prompt)
+        return log_probability(model, prompt, changes)
     finally:
         model.load_state_dict(kept)
 
@@ -98,6 +98,25 @@ def test_ablation_of_an_expert_equals_emptying_its_matrix(model, prompt):
     for (layer, expert), value in zip(found.places.tolist(), found.values, strict=True):
         without = without_experts(model, prompt, [(layer, expert)])
         assert value == pytest.approx(clean - without, abs=1e-5)
+
+
+def test_later_routers_follow_the_ablation_of_an_expert_unless_they_are_fixed(prompt):
+    loud = opened()
+    with torch.no_grad():
+        loud.state_dict()["layers.1.feed_forward.experts.down_proj"].mul_(30)
+    pairs, name = [(1, expert) for expert in range(5)], "layers.3.router.indices"
+    with torch.no_grad(), l4.trace(loud, name) as cache:
+        loud(**prompt)
+    clean, held = log_probability(loud, prompt), {name: lambda _: cache[name]}
+    features = expert_features(loud, prompt, TARGET, pairs=pairs)
+    expected = {
+        is_fixed: [clean - without_experts(loud, prompt, [pair], changes) for pair in pairs]
+        for is_fixed, changes in ((False, ()), (True, held))
+    }
+    assert np.abs(np.subtract(*expected.values())).max() > 1e-3  # some experts change
+    for is_fixed, values in expected.items():
+        found = attribute(features, "feature_ablation", fixed_routing=is_fixed)
+        np.testing.assert_allclose(found.values, values, atol=1e-4)
 
 
 def test_ablation_of_a_decision_leaves_the_token_without_routed_experts(model, prompt):
