@@ -190,6 +190,18 @@ def test_a_silenced_expert_adds_exactly_nothing(model, prompt):
     torch.testing.assert_close(silent[names[1]][~there], plain[names[1]][~there])
 
 
+def test_edits_may_read_a_run_before_its_layers_and_inside_them(model, prompt, sources):
+    edits = [E.AblateEmbedding((4, 20), "mean", "other"), E.AblateHead(3, 1, "mean", "other")]
+    names = ["embed", "layers.3.attn.z"]
+    theirs = rows_of(model, names, sources["other"])
+    found = rows_of(model, names, prompt, edits, sources)
+    is_image = sources["other"]["input_ids"][0] == CONFIG.image_token_index
+    for token, kind in ((4, is_image), (20, ~is_image)):
+        torch.testing.assert_close(found["embed"][0, token], theirs["embed"][0, kind].mean(0))
+    mean = theirs["layers.3.attn.z"][0, :, 1].mean(0)
+    torch.testing.assert_close(found["layers.3.attn.z"][0, :, 1], mean.expand(29, -1))
+
+
 def test_the_mean_is_that_of_the_tokens_that_go_to_the_expert(model, prompt, sources):
     names = ["layers.3.router.indices", "layers.3.experts.out"]
     plain = rows_of(model, names, prompt)

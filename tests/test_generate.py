@@ -57,6 +57,12 @@ def test_generation_ends_at_a_stop_token_and_leaves_it_out(model, prompt):
     assert text == Letters().decode(free[: free.index(stop)])
 
 
+def test_each_new_token_takes_one_pass(model, prompt):
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert len([*tokens(model, prompt, 5, temperature=0.0, stop=())]) == len(passes) == 5
+
+
 def test_a_padded_batch_gives_each_row_its_own_text(model):
     model = tiny(vision_config=None, attn_temperature_tuning=False)  # else padding slots count
     model.tokenizer = Letters()

@@ -27,6 +27,18 @@ def test_decoding_equals_one_full_pass(pieces):
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("chunk", [8, 100])
+def test_buffers_that_grow_keep_what_they_hold(chunk):
+    model, ids = tiny(attention_chunk_size=chunk), some_ids(2, 300)
+    cache, sizes = model.new_cache(2), set()
+    parts = []
+    for part in ids.split([60, 10, *[1] * 70, 100, 60], dim=1):
+        parts.append(model(part, cache=cache))
+        sizes.add(tuple(layer.buffer.shape[3] for layer in cache.layers))
+    assert len(sizes) > 2
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("slots", [16, 18, 21])  # in the chunk of 8 that is under way
 def test_a_cache_that_is_set_back_has_forgotten_what_came_last(slots):
     model, ids = tiny(), some_ids()

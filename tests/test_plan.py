@@ -289,6 +289,11 @@ def test_weights_that_do_not_fit_leave_no_context():
             [1, 2],
             "4 GPUs cannot share 8194 neurons of an expert evenly; choose 1, 2",
         ),
+        (
+            {"moe_layers": (1, 3), "intermediate_size_mlp": 16388},
+            [1, 2, 4],
+            "8 GPUs cannot share 16388 neurons of an MLP evenly; choose 1, 2, 4",
+        ),
     ],
 )
 def test_gpus_can_share_what_parallel_ranks_can_divide(changes, possible, sentence):
