@@ -90,6 +90,8 @@ def test_of_a_product_shapley_halves_what_ablation_gives_twice():
     ablated = attribute(product, "feature_ablation")
     np.testing.assert_allclose(ablated.values, [1, 1, 0])
     assert ablated.completeness_error == 1.0
+    less = attribute(toy(lambda on: -on[:, 0] * on[:, 1], 3), "feature_ablation")
+    assert less.completeness_error == 1.0
 
 
 def test_completeness_of_nothing_is_perfect_and_of_something_from_nothing_hopeless():

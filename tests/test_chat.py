@@ -181,6 +181,24 @@ def test_a_prompt_is_what_a_model_is_called_with(tokenizer):
         prompt["spans"]
 
 
+def test_what_follows_a_prompt_belongs_to_its_last_message(tokenizer):
+    parts = [{"type": "image"}, {"type": "text", "text": "Hello"}]
+    prompt = build_prompt(
+        tokenizer, [{"role": "user", "content": parts}], np.zeros((20, 20, 3), np.uint8), **SIZES
+    )
+    ids, n = tokenizer.encode("Hello the"), len(prompt.tokens)
+    longer = prompt.followed_by(ids, ["Hello", " the"])
+    assert longer.input_ids.tolist() == [prompt.input_ids[0].tolist() + ids]
+    assert longer.attention_mask.tolist() == [[1] * (n + 2)]
+    assert longer.tokens == [*prompt.tokens, "Hello", " the"]
+    assert longer.pixel_values is prompt.pixel_values
+    assert longer.spans.message[0, n - 1 :].tolist() == [1, 1, 1]  # the assistant's open header
+    for name in ("image", "tile", "patch"):
+        labels = getattr(longer.spans, name)[0]
+        assert torch.equal(labels[:n], getattr(prompt.spans, name)[0])
+        assert labels[n:].tolist() == [-1, -1]
+
+
 def test_a_prompt_moves_to_a_device(tokenizer):
     prompt = build_prompt(tokenizer, "Hello", Image.new("RGB", (9, 9)), **SIZES).to("meta")
     assert {tensor.device.type for tensor in dict(**prompt).values()} == {"meta"}

@@ -106,12 +106,14 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p():
 def test_a_top_p_of_one_keeps_every_token(monkeypatch):
     def multinomial(probability, *_, **__):
         kept.append(probability)
-        return torch.zeros(1, 1, dtype=torch.long)
+        return torch.zeros(len(probability), 1, dtype=torch.long)
 
     kept = []
     monkeypatch.setattr(torch, "multinomial", multinomial)
-    sample(torch.linspace(0, -60, 500)[None], 1.0, 1)  # sums in float32 reach 1 long before the end
+    logits = torch.linspace(0, -60, 500) * torch.linspace(0.5, 1.2, 50)[:, None]
+    sample(logits, 1.0, 1)
     assert (kept[0] > 0).all()
+    assert (kept[0].cumsum(-1)[:, :-1] >= 1).any()  # in float32, long before the end
 
 
 def test_settings_may_be_any_numbers(model, prompt):

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gzip
 import re
+import time
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,9 +20,10 @@ from llama4_widgets import slices
 from llama4_widgets.app import LabApp
 from llama4_widgets.board import Board, page, unflat
 from llama4_widgets.moment import Moment
-from llama4_widgets.panels import Axis, Content, pack, sequential
+from llama4_widgets.panels import Axis, Content, diverging, pack, sequential
 from llama4_widgets.plots import figure
 from llama4_widgets.selection import Selection
+from llama4_widgets.slices import sliced
 from llama4_widgets.still import picked, svg, unpack
 from llama4_widgets.views.attention import AttentionView
 from llama4_widgets.views.difference import DifferenceView
@@ -102,10 +104,47 @@ def test_arrays_arrive_exactly_or_within_half_a_step():
     large[0, 0] = np.nan
     assert np.array_equal(unpack(pack(small)), small.astype(np.float32))
     assert np.array_equal(unpack(pack(np.arange(5))), np.arange(5))
+    for ends in ((-(2**15), 2**15 - 1), (-(2**15) - 1, 0), (0, 2**15), (-200, 54), (-200, 55)):
+        whole = np.array([*ends, 7])
+        assert np.array_equal(unpack(pack(whole)), whole)
     back = unpack(pack(large))
     step = (np.nanmax(large) - np.nanmin(large)) / 254
     assert np.isnan(back[0, 0]) and np.nanmax(abs(back - large)) <= step / 2 + 1e-12
     assert len(pack(large)["data"]) == large.size  # a byte each
+
+
+def test_scales_side_by_side_hold_the_numbers_of_both():
+    def content(scale):
+        one = Content({"y": Axis("y", 2), "x": Axis("x", 3)})
+        one.add("one", "One", np.zeros((2, 3)), ("y", "x"), scale)
+        return one
+
+    def beside(one, other):
+        scale = content(one).beside(content(other)).panels[0]["scale"]
+        return scale["low"], scale["high"]
+
+    assert beside(sequential(0, 3), sequential(-2, 1)) == (-2, 3)
+    assert beside(diverging(1), diverging(4)) == (-4, 4)
+    assert beside(sequential(0, 3), diverging(4)) == (0, 3)  # of another kind
+    assert beside(sequential(0, 3, "nats"), sequential(0, 9, "bits")) == (0, 3)
+
+
+def test_work_in_steps_has_ended_when_its_steps_are_closed():
+    begun, ended = [], []
+
+    def work(pause):
+        try:
+            for i in range(3):
+                begun.append(i)
+                pause(f"step {i}")
+        finally:
+            time.sleep(0.05)
+            ended.append(True)
+
+    steps = sliced(work)
+    assert (next(steps), next(steps)) == ("step 0", "step 1")
+    steps.close()
+    assert (begun, ended) == ([0, 1], [True])
 
 
 def test_a_panel_picks_what_it_does_not_show():
@@ -116,6 +155,11 @@ def test_a_panel_picks_what_it_does_not_show():
     content.add("one", "One", values, ("layer", "y", "x"), sequential(0, 1), shown=("x", "y"))
     found = picked(content, content.panels[0], {"layer": 5})
     assert np.array_equal(found, values[1].T)
+
+
+def test_a_moment_runs_once_for_all_who_look_at_it(moment):
+    for each in (moment, moment.with_edits([E.SkipLayer(1)])):
+        assert each.edited_run is each.edited_run
 
 
 def test_the_router_view_shows_the_librarys_numbers(moment, model):

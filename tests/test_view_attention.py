@@ -287,6 +287,18 @@ def test_a_pattern_is_pooled_like_its_keys_and_queries(model, moment, layer, how
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_averages_over_some_queries_lie_in_the_middle_of_all(monkeypatch):
+    even = torch.zeros(2, 400, 8)  # every query looks at all keys alike
+    layer = Layer(False, None, None, KeysAndQueries(3, even, even, None))
+    _, every, step = patterns.glance(layer, 100, 20)
+    assert step == 1
+    monkeypatch.setattr(patterns, "MOST_CELLS", 1 << 13)
+    _, some, step = patterns.glance(layer, 100, 20)
+    assert step > 8
+    np.testing.assert_allclose(every[:, 0], 399 / 4, rtol=1e-6)
+    np.testing.assert_allclose(some[:, 0], every[:, 0], atol=0.3)  # tokens
+
+
 @pytest.mark.parametrize("at_once", [4, 2])
 @pytest.mark.parametrize("edits", [(), (E.SkipLayer(1),)])
 def test_one_run_of_a_long_prompt_serves_many_layers(
