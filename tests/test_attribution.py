@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import CONFIG
 
 import llama4_lab as l4
+from llama4_lab.analysis import attribution
 from llama4_lab.analysis.attribution import METHODS, attribute, conductance
 from llama4_lab.analysis.captum_models import for_captum
 from llama4_lab.analysis.expert_features import expert_features
@@ -92,6 +93,13 @@ def test_of_a_product_shapley_halves_what_ablation_gives_twice():
     assert ablated.completeness_error == 1.0
     less = attribute(toy(lambda on: -on[:, 0] * on[:, 1], 3), "feature_ablation")
     assert less.completeness_error == 1.0
+
+
+def test_exact_shapley_values_take_so_many_features_and_no_more(monkeypatch):
+    monkeypatch.setattr(attribution, "_MOST_EXACT", 3)
+    assert len(attribute(toy(lambda on: on.sum(1), 3), "shapley").values) == 3
+    with pytest.raises(ValueError, match="take at most 3 features, these are 4"):
+        attribute(toy(lambda on: on.sum(1), 4), "shapley")
 
 
 def test_completeness_of_nothing_is_perfect_and_of_something_from_nothing_hopeless():

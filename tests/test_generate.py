@@ -116,6 +116,13 @@ def test_a_top_p_of_one_keeps_every_token(monkeypatch):
     assert (kept[0].cumsum(-1)[:, :-1] >= 1).any()  # in float32, long before the end
 
 
+def test_texts_and_tokens_are_made_alike_unless_told_otherwise():
+    ways = [inspect.signature(each).parameters for each in (l4.generate, tokens)]
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "stop")
+    for each in ways:
+        assert [each[name].default for name in names] == [64, 0.6, 0.9, None, None]
+
+
 def test_settings_may_be_any_numbers(model, prompt):
     steps = [
         [*inspect.unwrap(tokens)(model, prompt, 5, temperature=half, top_p=half, seed=0, stop=())]

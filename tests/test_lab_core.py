@@ -15,6 +15,7 @@ import traitlets
 
 import llama4_lab as l4
 from llama4_lab import edits as E
+from llama4_lab.analysis.decomposition import written
 from llama4_lab.analysis.routing import routing_of
 from llama4_widgets import slices
 from llama4_widgets.app import LabApp
@@ -147,6 +148,17 @@ def test_work_in_steps_has_ended_when_its_steps_are_closed():
     assert (begun, ended) == ([0, 1], [True])
 
 
+def test_work_that_fails_in_a_step_raises_there():
+    def work(pause):
+        pause("begun")
+        raise ValueError("no such thing")
+
+    steps = sliced(work)
+    assert next(steps) == "begun"
+    with pytest.raises(ValueError, match="no such thing"):
+        next(steps)
+
+
 def test_a_panel_picks_what_it_does_not_show():
     values = np.arange(24).reshape(2, 3, 4)
     content = Content(
@@ -160,6 +172,17 @@ def test_a_panel_picks_what_it_does_not_show():
 def test_a_moment_runs_once_for_all_who_look_at_it(moment):
     for each in (moment, moment.with_edits([E.SkipLayer(1)])):
         assert each.edited_run is each.edited_run
+
+
+def test_a_run_with_other_edits_keeps_what_was_asked_before(moment):
+    first = moment.with_edits([E.SkipLayer(1)])
+    for question in (routing_of, written):
+        first.edited(question)
+    second = first.with_edits([E.SkipLayer(2)])
+    second.edited(routing_of)
+    run = second.edited_run
+    second.edited(written)
+    assert second.edited_run is run
 
 
 def test_the_router_view_shows_the_librarys_numbers(moment, model):

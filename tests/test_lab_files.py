@@ -99,9 +99,11 @@ def test_what_is_kept_has_all_of_a_text_where_there_is_room(model, monkeypatch, 
         np.testing.assert_array_equal(chosen, app.moment.edited(routing_of).expert[..., 0])
 
 
-def test_a_kept_lab_keeps_its_selection_and_moves_it(file):
+def test_a_kept_lab_keeps_its_selection_and_moves_it(app, file):
     kept = open_lab(file)
     assert kept.selection.token == 3
+    for name in ("token", "layer", "expert"):
+        assert kept.selection.bounds[name] == app.moment.bounds[name], name
     board = kept.boards["router"]
     panel = next(each for each in board.content.panels if each["name"] == "probability")
     before = picked(board.content, panel, kept.selection.shared)

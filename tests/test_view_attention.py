@@ -287,6 +287,12 @@ def test_a_pattern_is_pooled_like_its_keys_and_queries(model, moment, layer, how
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_a_scale_of_decades_begins_at_a_tenth_of_an_even_share():
+    for tokens, low in ((10, -2), (100, -3), (101, -4)):
+        scale = patterns.decades(tokens)
+        assert (scale["low"], scale["high"]) == (low, 0)
+
+
 def test_averages_over_some_queries_lie_in_the_middle_of_all(monkeypatch):
     even = torch.zeros(2, 400, 8)  # every query looks at all keys alike
     layer = Layer(False, None, None, KeysAndQueries(3, even, even, None))
