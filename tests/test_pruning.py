@@ -211,6 +211,15 @@ def mean_loss(model: l4.Llama4, given: list[torch.Tensor]) -> float:
     return torch.cat(losses).mean().item()
 
 
+@torch.no_grad()
+def test_the_loss_of_bfloat16_logits_is_summed_exactly():
+    model, given = tiny().bfloat16(), batches((3, 40))
+    losses = pruning(model, given, survey(model, given), keep=[5]).loss
+    logits = model(given[0][:, :-1]).double().flatten(0, 1)
+    exact = F.cross_entropy(logits, given[0][:, 1:].flatten())
+    assert losses[0] == pytest.approx(float(exact), abs=1e-5)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_the_model_is_unchanged_afterwards_and_after_an_interrupt(how):
     model, given = tiny(), batches((2, 9))

@@ -75,6 +75,15 @@ def test_an_attack_tells_what_it_did(model, prompt, method):
     assert not found.flipped[:, 0].any()  # <|begin_of_text|> does not see the picture
 
 
+def test_a_step_of_pgd_is_as_long_as_it_is_asked_to_be(model, prompt):
+    found = attack(model, prompt, TARGET, radius=0.3, steps=2, step_size=0.01)
+    change = (found.pixel_values - prompt.pixel_values).abs()
+    assert change.max() == pytest.approx(0.02, abs=1e-6)
+    usual = attack(model, prompt, TARGET, radius=0.3, steps=5)
+    change = (usual.pixel_values - prompt.pixel_values).abs()
+    assert change.max() == pytest.approx(0.3, abs=1e-6)
+
+
 def test_pgd_goes_further_than_one_step_within_the_same_radius(model, prompt):
     found = {
         name: attack(model, prompt, TARGET, method=name, radius=0.3) for name in ("fgsm", "pgd")
