@@ -275,6 +275,16 @@ def test_the_longest_context_fits_and_one_token_more_does_not(num_gpus):
     assert not plan.fits(3, longest + 1)
 
 
+@pytest.mark.parametrize("precision", ["bf16", *KINDS])
+def test_biases_of_attention_stay_in_bfloat16(precision):
+    without, biased = (
+        weight_bytes(CONFIG.replace(attention_bias=on), precision) for on in (False, True)
+    )
+    biases = 6 * (6 * 16 + 2 * 2 * 16 + 48)  # of queries, keys and values, and the output
+    assert biased["attention"] - without["attention"] == pytest.approx(2 * biases)
+    assert biased["total"] - without["total"] == pytest.approx(2 * biases)
+
+
 def test_weights_that_do_not_fit_leave_no_context():
     assert Plan(l4.SCOUT, H100).longest_context() == 0
 

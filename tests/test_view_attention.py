@@ -287,6 +287,15 @@ def test_a_pattern_is_pooled_like_its_keys_and_queries(model, moment, layer, how
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+def test_the_rules_of_an_edited_layer_are_those_of_its_edits(moment):
+    chunk = moment.model.chunks[1]
+    edits = [E.Chunk(1, 8), E.Rope(1, False)]
+    found = dict(patterns.attended(moment.with_edits(edits), 1, False))
+    assert (found["clean"].chunk, found["clean"].uses_rope) == (chunk, True)
+    assert (found["edited"].chunk, found["edited"].uses_rope) == (8, False)
+    assert np.isfinite(found["edited"].row(0, 21)).nonzero()[0].tolist() == [16, 17, 18, 19, 20, 21]
+
+
 def test_a_scale_of_decades_begins_at_a_tenth_of_an_even_share():
     for tokens, low in ((10, -2), (100, -3), (101, -4)):
         scale = patterns.decades(tokens)

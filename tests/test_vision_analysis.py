@@ -311,7 +311,7 @@ def test_sinks_are_found_where_every_query_looks():
 
 def test_norms_of_registers_are_found_as_sinks_of_one_query():
     norms = np.ones((1, 5, 3, 3))
-    norms[0, 4, 0, 2] = 12
+    norms[0, 4, 0, 2], norms[0, 1, 1, 1] = 12, 9  # over and under ten times the median
     assert np.argwhere(sinks(norms)).tolist() == [[4, 0, 2]]
 
 
