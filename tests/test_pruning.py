@@ -95,6 +95,11 @@ def test_the_less_used_of_the_most_alike_goes_first_by_similarity():
     assert one_layer(LOAD, PAIRS).order(1, "similarity").tolist() == [0, 2, 4, 3, 1]
 
 
+def test_experts_that_are_all_unlike_go_in_order_too():
+    unlike = np.array([[1, -0.1, -0.5], [-0.1, 1, -0.6], [-0.5, -0.6, 1]])
+    assert one_layer([9, 5, 1], unlike).order(1, "similarity").tolist() == [1, 2, 0]
+
+
 def test_the_experts_that_go_join_the_most_similar_one_left():
     found = one_layer(LOAD, PAIRS)
     assert found.heirs(1, 3, "similarity").tolist() == [1, 1, 3, 3, 4]
