@@ -159,6 +159,22 @@ def test_work_that_fails_in_a_step_raises_there():
         next(steps)
 
 
+def test_a_place_that_an_axis_does_not_have_is_its_nearest_or_its_first():
+    plain, named = Axis("token", 3, "token"), Axis("layer", 2, "layer", values=[1, 5])
+    assert [plain.index({"token": i}) for i in (-1, 0, 2, 3, 9)] == [0, 0, 2, 2, 2]
+    assert [named.index({"layer": i}) for i in (1, 5, 3, 6)] == [0, 1, 0, 0]
+    assert plain.index({}) == 0
+
+
+def test_the_likeliest_words_of_two_runs_are_ordered_by_one(moment):
+    one, other = torch.zeros(2, moment.model.config.vocab_size)
+    one[[40, 41]], other[[41, 42]] = torch.tensor([0.7, 0.3]), torch.tensor([0.1, 0.9])
+    for by, ids in ((0, [40, 41, 42]), (1, [42, 41, 40])):
+        found = moment.likeliest(one, other, by=by)[:3]
+        percents = {40: [70, 0], 41: [30, 10], 42: [0, 90]}
+        assert found == [[moment.word(i), *map(pytest.approx, percents[i])] for i in ids]
+
+
 def test_a_panel_picks_what_it_does_not_show():
     values = np.arange(24).reshape(2, 3, 4)
     content = Content(
