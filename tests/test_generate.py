@@ -55,6 +55,8 @@ def test_generation_ends_at_a_stop_token_and_leaves_it_out(model, prompt):
     stop = free[4]
     text = l4.generate(model, prompt, 12, temperature=0.0, stop=(stop,))
     assert text == Letters().decode(free[: free.index(stop)])
+    pieces = l4.generate(model, prompt, 12, temperature=0.0, stop=(stop,), stream=True)
+    assert "".join(pieces) == text
 
 
 def test_each_new_token_takes_one_pass(model, prompt):
