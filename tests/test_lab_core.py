@@ -159,6 +159,20 @@ def test_work_that_fails_in_a_step_raises_there():
         next(steps)
 
 
+def test_of_large_arrays_a_browser_gets_the_page_that_is_selected():
+    values = np.random.default_rng(0).integers(0, 200, (3, 200, 150))
+    axes = {"layer": Axis("layer", 3, "layer", values=[1, 3, 5]), "y": Axis("y", 200)}
+    content = Content(axes | {"x": Axis("x", 150)})
+    content.array("map", values, ("layer", "y", "x"), paged=True)
+    assert "data" not in content.message(is_whole=False)["arrays"]["map"]
+    whole = content.message()["arrays"]["map"]
+    for page, layer in enumerate((1, 3, 5)):
+        found = content.pages({"layer": layer})["map"]
+        assert found["page"] == page
+        one = whole | {"data": found["data"], "shape": [200, 150]}
+        assert np.array_equal(unpack(one), values[page])
+
+
 def test_a_place_that_an_axis_does_not_have_is_its_nearest_or_its_first():
     plain, named = Axis("token", 3, "token"), Axis("layer", 2, "layer", values=[1, 5])
     assert [plain.index({"token": i}) for i in (-1, 0, 2, 3, 9)] == [0, 0, 2, 2, 2]
