@@ -166,11 +166,11 @@ def test_of_large_arrays_a_browser_gets_the_page_that_is_selected():
     content.array("map", values, ("layer", "y", "x"), paged=True)
     assert "data" not in content.message(is_whole=False)["arrays"]["map"]
     whole = content.message()["arrays"]["map"]
-    for page, layer in enumerate((1, 3, 5)):
+    for place, layer in enumerate((1, 3, 5)):
         found = content.pages({"layer": layer})["map"]
-        assert found["page"] == page
+        assert found["page"] == place
         one = whole | {"data": found["data"], "shape": [200, 150]}
-        assert np.array_equal(unpack(one), values[page])
+        assert np.array_equal(unpack(one), values[place])
 
 
 def test_a_place_that_an_axis_does_not_have_is_its_nearest_or_its_first():

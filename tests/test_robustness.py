@@ -75,6 +75,21 @@ def test_an_attack_tells_what_it_did(model, prompt, method):
     assert not found.flipped[:, 0].any()  # <|begin_of_text|> does not see the picture
 
 
+def test_a_level_is_how_far_apart_two_neighbouring_greys_are(tokenizer):
+    one, other = (
+        build_prompt(
+            tokenizer,
+            "is it",
+            [Image.new("RGB", (24, 24), (grey, grey, grey))],
+            image_size=24,
+            patch_size=4,
+            shuffle_ratio=0.5,
+        ).pixel_values
+        for grey in (100, 101)
+    )
+    torch.testing.assert_close(other - one, torch.full_like(one, LEVEL), atol=1e-6, rtol=0)
+
+
 def test_a_step_of_pgd_is_as_long_as_it_is_asked_to_be(model, prompt):
     found = attack(model, prompt, TARGET, radius=0.3, steps=2, step_size=0.01)
     change = (found.pixel_values - prompt.pixel_values).abs()
