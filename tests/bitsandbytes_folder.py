@@ -4,16 +4,17 @@ Spelled out from ``bitsandbytes.functional``, so that it shares nothing with the
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
+from compressed_folder import one_by_one
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 BLOCK, OF_BLOCKS = 64, 256
 # The middles of 16 equally likely slices of a normal distribution, as of QLoRA's nf4.
 NORMAL = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.03, 0.97, 16))
-HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def write_bitsandbytes(plain: Path, folder: Path, kind: str, experts: bool = True) -> Path:
@@ -28,16 +29,9 @@ def write_bitsandbytes(plain: Path, folder: Path, kind: str, experts: bool = Tru
     rounded.mkdir()
     written, meant = {}, {}
     for name, weight in load_file(plain / "model.safetensors").items():
-        base, _, last = name.rpartition(".")
         if ".experts." in name and experts:
-            made = []
-            for e, matrix in enumerate(weight):
-                halves = zip(HALVES[last], matrix.T.chunk(len(HALVES[last])), strict=True)
-                coded = [_coded(f"{base}.{e}.{half}.weight", rows, kind) for half, rows in halves]
-                for tensors, _ in coded:
-                    written |= tensors
-                made.append(torch.cat([rows for _, rows in coded]).T)
-            meant[name] = torch.stack(made).contiguous()
+            tensors, meant[name] = one_by_one(name, weight, partial(_coded, kind=kind))
+            written |= tensors
         elif name.endswith(("_proj.weight", "fc1.weight", "fc2.weight")):
             tensors, meant[name] = _coded(name, weight, kind)
             written |= tensors

@@ -1,6 +1,8 @@
 """Write a model's weights as compressed-tensors does: experts one by one, codes with scales."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,17 +35,9 @@ def write_compressed(plain: Path, folder: Path, kind: str, also: tuple[str, ...]
     rounded.mkdir()
     written, meant = {}, {}
     for name, weight in load_file(plain / "model.safetensors").items():
-        base, _, last = name.rpartition(".")
-        if last in HALVES and ".experts." in name:
-            experts = []
-            for e, matrix in enumerate(weight):
-                halves = matrix.T.chunk(len(HALVES[last]))
-                parts = zip(HALVES[last], halves, strict=True)
-                made = [_coded(f"{base}.{e}.{half}.weight", rows, kind) for half, rows in parts]
-                for tensors, _ in made:
-                    written |= tensors
-                experts.append(torch.cat([rows for _, rows in made]).T)
-            meant[name] = torch.stack(experts).contiguous()
+        if name.endswith(tuple(HALVES)) and ".experts." in name:
+            tensors, meant[name] = one_by_one(name, weight, partial(_coded, kind=kind))
+            written |= tensors
         elif any(part in name for part in also):
             tensors, meant[name] = _coded(name, weight, kind)
             written |= tensors
@@ -77,6 +71,21 @@ def write_compressed(plain: Path, folder: Path, kind: str, also: tuple[str, ...]
     }
     (folder / "config.json").write_text(json.dumps(config))
     return rounded
+
+
+def one_by_one(
+    name: str, stack: Tensor, coded: Callable[[str, Tensor], tuple[dict[str, Tensor], Tensor]]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return what is stored of transformers' stack expert by expert, and what it stands for."""
+    base, _, last = name.rpartition(".")
+    written, experts = {}, []
+    for e, matrix in enumerate(stack):
+        parts = zip(HALVES[last], matrix.T.chunk(len(HALVES[last])), strict=True)
+        made = [coded(f"{base}.{e}.{half}.weight", rows) for half, rows in parts]
+        for tensors, _ in made:
+            written |= tensors
+        experts.append(torch.cat([rows for _, rows in made]).T)
+    return written, torch.stack(experts).contiguous()
 
 
 def _coded(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:

@@ -43,6 +43,17 @@ def stored(folder):
     return load_file(folder / "model.safetensors")
 
 
+def assert_refused(folder, change, sentence, key="quantization_config"):
+    """Change tensors and what config.json says of them, and see that a sentence refuses both."""
+    state, config = stored(folder), json.loads((folder / "config.json").read_text())
+    change(state, config[key])
+    config["quantization_config"] = config[key]
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        l4.load(folder)
+
+
 def put_back(model):
     """Return a plain model with the weights that a quantised one stands for."""
     plain = tiny()
@@ -510,13 +521,7 @@ def test_fp8_codes_are_kept_by_our_own_format(theirs, tmp_path):
 def test_codes_that_cannot_be_read_are_refused_in_one_sentence(folder, change, sentence, tmp_path):
     l4.save(tiny(), tmp_path / "plain")
     write_compressed(tmp_path / "plain", tmp_path / "q", "int4")
-    state = load_file(tmp_path / "q" / "model.safetensors")
-    config = json.loads((tmp_path / "q" / "config.json").read_text())
-    change(state, config["quantization_config"])
-    save_file(state, tmp_path / "q" / "model.safetensors")
-    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=re.escape(sentence)):
-        l4.load(tmp_path / "q")
+    assert_refused(tmp_path / "q", change, sentence)
 
 
 # --- of MLX
@@ -664,14 +669,7 @@ GATES = "language_model.model.layers.1.feed_forward.experts.gate_proj"
 )
 def test_codes_of_mlx_that_do_not_fit_are_refused_in_one_sentence(wide, change, sentence, tmp_path):
     write_mlx(wide[1], tmp_path / "q", "affine")
-    state = stored(tmp_path / "q")
-    config = json.loads((tmp_path / "q" / "config.json").read_text())
-    change(state, config["quantization"])
-    config["quantization_config"] = config["quantization"]
-    save_file(state, tmp_path / "q" / "model.safetensors")
-    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=re.escape(sentence)):
-        l4.load(tmp_path / "q")
+    assert_refused(tmp_path / "q", change, sentence, "quantization")
 
 
 # --- of bitsandbytes
@@ -779,10 +777,4 @@ STACKED = "language_model.model.layers.1.feed_forward.experts.down_proj"
 )
 def test_codes_of_modelopt_that_do_not_fit_are_refused(wide, change, sentence, tmp_path):
     write_modelopt(wide[1], tmp_path / "q", "NVFP4")
-    state = stored(tmp_path / "q")
-    config = json.loads((tmp_path / "q" / "config.json").read_text())
-    change(state, config["quantization_config"])
-    save_file(state, tmp_path / "q" / "model.safetensors")
-    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=re.escape(sentence)):
-        l4.load(tmp_path / "q")
+    assert_refused(tmp_path / "q", change, sentence)
