@@ -22,7 +22,7 @@ from llama4_lab import experts, packed_triton
 from llama4_lab.experts import loop, triton
 from llama4_lab.model import flash_decode
 from llama4_lab.model.static import StaticDecoder, attend_live
-from llama4_lab.model.text import Router, rotate, unit_rms
+from llama4_lab.model.text import Router, rotate, turns, unit_rms
 from llama4_lab.packed import Packed, pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -221,7 +221,8 @@ def test_split_attention_equals_the_plain_one(dtype, rule, heads, kv_heads, size
 
     q, k, v = qkv.float().view(b, 1, -1, dh).split([heads, kv_heads, kv_heads], dim=2)
     if "rope" in rule:
-        q, k = rotate(q, angle[None]), rotate(k, angle[None])
+        turn = turns(angle[None])
+        q, k = rotate(q, turn), rotate(k, turn)
         if "norm" in rule:
             q, k = unit_rms(q, 1e-3), unit_rms(k, 1e-3)
     else:

@@ -33,6 +33,7 @@ from llama4_lab.model.text import (
     Step,
     rope_frequencies,
     temperature,
+    turns,
 )
 from llama4_lab.packed import Packed, cat
 from llama4_lab.points import Tap
@@ -203,7 +204,7 @@ class StaticDecoder:
     def _plain(self) -> Float[Tensor, "b v"]:
         model, position = self.model, self.slot - self.pad
         step = Step(
-            angle=self.slot.float()[None, None] * self.frequencies,
+            turn=turns(self.slot.float()[None, None] * self.frequencies),
             temperature=temperature(model.config, self.slot[None]),
             position=position[:, None],
             groups=[],

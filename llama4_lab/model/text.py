@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from llama4_lab import experts
@@ -66,13 +66,17 @@ def rope_frequencies(config: Llama4Config) -> Float[Tensor, " half"]:
     return kept * freq + (1 - kept) * freq / scaling.factor
 
 
+def turns(angle: Float[Tensor, "t half"]) -> Complex[Tensor, "t half"]:
+    """Return what rotates by these radians: the complex numbers of length one."""
+    return torch.polar(torch.ones_like(angle), angle)
+
+
 def rotate(
-    x: Float[Tensor, "b t heads dh"], angle: Float[Tensor, "t half"]
+    x: Float[Tensor, "b t heads dh"], turn: Complex[Tensor, "t half"]
 ) -> Float[Tensor, "b t heads dh"]:
-    """Rotate neighbouring pairs ``(x[2m], x[2m+1])`` by ``angle[t, m]`` radians, in float32."""
+    """Rotate neighbouring pairs ``(x[2m], x[2m+1])`` by ``turn[t, m]``, in float32."""
     pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
-    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
 
 
 def temperature(config: Llama4Config, position: Int[Tensor, " t"]) -> Float[Tensor, " t"]:
@@ -99,7 +103,7 @@ class Group(NamedTuple):
 class Step:
     """What all layers share in one forward pass over t slots."""
 
-    angle: Float[Tensor, "t half"]
+    turn: Complex[Tensor, "t half"]  # of RoPE
     temperature: Float[Tensor, " t"]
     position: Int[Tensor, "b t"]  # of the real tokens of a row, from 0; negative on padding
     groups: list[Group]
@@ -116,7 +120,7 @@ class Step:
         for row, count in enumerate(pad):
             padded.setdefault(count, []).append(row)
         return cls(
-            angle=slot.float()[:, None] * rope_frequencies(config).to(device),
+            turn=turns(slot.float()[:, None] * rope_frequencies(config).to(device)),
             # Counts slots, padding included, as transformers does (vLLM counts tokens). It is 1
             # below floor_scale, so only left-padded batches longer than that can tell.
             temperature=temperature(config, slot),
@@ -160,7 +164,7 @@ class Attention(nn.Module):
         )
         q, k, v = tap("attn.q", q), tap("attn.k", k), tap("attn.v", v)
         if self.uses_rope:
-            q, k = rotate(q, step.angle), rotate(k, step.angle)
+            q, k = rotate(q, step.turn), rotate(k, step.turn)
             if self.use_qk_norm:  # after the rotation, without weights, each head by itself
                 q, k = unit_rms(q, self.eps), unit_rms(k, self.eps)
         else:

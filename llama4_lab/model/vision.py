@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llama4_lab.config import VisionConfig
 from llama4_lab.model.attention import observed
 from llama4_lab.model.linear import Linear
-from llama4_lab.model.text import rotate
+from llama4_lab.model.text import rotate, turns
 from llama4_lab.points import Tap
 
 
@@ -57,13 +57,13 @@ class VisionAttention(nn.Module):
         self.v_proj, self.o_proj = Linear(d, d), Linear(d, d)
         self.head_dim = d // config.num_attention_heads
 
-    def forward(self, x: Float[Tensor, "b t d"], angle: Tensor, tap: Tap) -> Float[Tensor, "b t d"]:
+    def forward(self, x: Float[Tensor, "b t d"], turn: Tensor, tap: Tap) -> Float[Tensor, "b t d"]:
         q, k, v = (
             rearrange(project(x), "b t (h dh) -> b t h dh", dh=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k, v = tap("attn.q", q), tap("attn.k", k), tap("attn.v", v)
-        q, k = tap("attn.rot_q", rotate(q, angle)), tap("attn.rot_k", rotate(k, angle))
+        q, k = tap("attn.rot_q", rotate(q, turn)), tap("attn.rot_k", rotate(k, turn))
         q, k, v = (rearrange(y, "b t h dh -> b h t dh") for y in (q, k, v))
         if tap.watches("attn.scores") or tap.watches("attn.pattern"):
             z = observed(q, k, v, None, tap)
@@ -95,9 +95,9 @@ class VisionLayer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Float[Tensor, "b t d"], angle: Tensor, tap: Tap) -> Float[Tensor, "b t d"]:
+    def forward(self, x: Float[Tensor, "b t d"], turn: Tensor, tap: Tap) -> Float[Tensor, "b t d"]:
         x = tap("resid_pre", x)
-        x = tap("resid_mid", x + self.self_attn(self.input_layernorm(x), angle, tap))
+        x = tap("resid_mid", x + self.self_attn(self.input_layernorm(x), turn, tap))
         return tap("resid_post", x + self.mlp(self.post_attention_layernorm(x), tap))
 
 
@@ -108,9 +108,9 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Float[Tensor, "b t d"], angle: Tensor, tap: Tap) -> Float[Tensor, "b t d"]:
+    def forward(self, x: Float[Tensor, "b t d"], turn: Tensor, tap: Tap) -> Float[Tensor, "b t d"]:
         for i, layer in enumerate(self.layers):
-            x = layer(x, angle, tap.scope(f"layers.{i}."))
+            x = layer(x, turn, tap.scope(f"layers.{i}."))
         return x
 
 
@@ -167,6 +167,6 @@ class VisionModel(nn.Module):
         x = self.patch_embedding(pixels)
         x = torch.cat([x, self.class_embedding.expand(len(x), 1, -1)], dim=1)
         x = tap("embed", self.layernorm_pre(x + self.positional_embedding_vlm))
-        x = self.model(x, patch_angles(self.config).to(x.device), tap)
+        x = self.model(x, turns(patch_angles(self.config).to(x.device)), tap)
         x = self.layernorm_post(x)[:, :-1]
         return tap("out", self.vision_adapter(x))
