@@ -1,10 +1,11 @@
 """Which products are fastest on this machine: measured once, in about a second, and kept.
 
-The `numba` backend asks `best`. What is found lies in the user's cache folder, one file for each
-CPU, number of torch's threads and version of torch and numba; without a file that can be read or
-written, every process measures for itself, and where `LLAMA4_LAB_BACKEND` names a backend, nothing
-is measured at all. Kernels are compiled and measured in the background, the first time on a machine
-by another process: until they are there, "auto" is the loop.
+The `numba` backend asks `best`, and linear layers ask `library`. What is found lies in the user's
+cache folder, one file for each CPU, number of torch's threads and version of torch and numba;
+without a file that can be read or written, every process measures for itself, and where
+`LLAMA4_LAB_BACKEND` names a backend, nothing is measured at all. Kernels are compiled and measured
+in the background, the first time on a machine by another process: until they are there, "auto" is
+the loop.
 """
 
 import json
@@ -23,7 +24,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from llama4_lab.loading import Loading
 
@@ -42,8 +45,13 @@ class Best:
     library: str
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def onednn(
+    x: Float[Tensor, "*batch k"], weight: Float[Tensor, "out k"], bias: Tensor | None = None
+) -> Float[Tensor, "*batch out"]:
+    """Equal `F.linear`, by another library and without derivatives."""
+    if has_torch_function_unary(x):  # what watches torch's functions sees this as one of them
+        return handle_torch_function(onednn, (x,), x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 # ``x @ weight.T``. On AMD, oneDNN uses vectors twice as wide as MKL does; on Intel, MKL is ahead of
@@ -51,7 +59,7 @@ def _onednn(x: Tensor, weight: Tensor) -> Tensor:
 LIBRARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": F.linear,
     "transposed": lambda x, weight: torch.mm(weight, x.T).T,
-    "onednn": _onednn,
+    "onednn": onednn,
 }
 DEFAULT = {torch.float32: Best(_ALL, "linear"), torch.bfloat16: Best(2, "linear")}
 
@@ -59,6 +67,11 @@ DEFAULT = {torch.float32: Best(_ALL, "linear"), torch.bfloat16: Best(2, "linear"
 def best(dtype: torch.dtype) -> Best:
     """Return what is fastest for this dtype; the same all through a process."""
     return (DEFAULT if CHOSEN != "auto" else _measured())[dtype]
+
+
+def library(dtype: torch.dtype) -> str:
+    """Return what multiplies many rows fastest; PyTorch's own until that is measured."""
+    return best(dtype).library if CHOSEN != "auto" or LOADING.is_done() else "linear"
 
 
 @cache
