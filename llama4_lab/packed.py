@@ -261,7 +261,12 @@ def prepare() -> None:
 
 
 def is_for_kernels(*tensors: Tensor) -> bool:
-    """Whether compiled kernels take these: contiguous on the CPU, and only values are wanted.
+    """Whether compiled kernels take these: contiguous on the CPU, and only values are wanted."""
+    return are_only_values(*tensors) and all(t.is_contiguous() for t in tensors)
+
+
+def are_only_values(*tensors: Tensor) -> bool:
+    """Whether these lie on the CPU and nobody wants more than values that are made of them.
 
     Kernels have no derivatives, backward, forward or for torch.func, and PyTorch's observers of
     operators and compilers do not see them.
@@ -270,7 +275,7 @@ def is_for_kernels(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not _wants_derivatives(*tensors)
-        and all(t.is_cpu and t.is_contiguous() and type(t) in _PLAIN for t in tensors)
+        and all(t.is_cpu and type(t) in _PLAIN for t in tensors)
     )
 
 

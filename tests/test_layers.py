@@ -34,7 +34,7 @@ LAYERS = [
     "llama4_lab.cache",
     "llama4_lab.plan",
     "llama4_lab.points llama4_lab.packed",
-    "llama4_lab.packed_kernels llama4_lab.packed_triton llama4_lab.plain_kernels",
+    "llama4_lab.packed_kernels llama4_lab.packed_triton llama4_lab.plain_kernels llama4_lab.tile",
     "llama4_lab.compiled",
     "llama4_lab.config llama4_lab.hardware llama4_lab.loading llama4_lab.precision",
 ]

@@ -26,11 +26,11 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from llama4_lab import packed
 from llama4_lab.compiled import array, beside, compiled, floats, threads, wide
-from llama4_lab.experts import loop, probe, tile
-from llama4_lab.experts.tile import PANEL, ROWS
+from llama4_lab.experts import loop, probe
 from llama4_lab.packed import Packed, is_for_kernels
 from llama4_lab.plain_kernels import ADD, ONE, PRODUCTS_A_READ, SET, TIMES, product, rows
 from llama4_lab.points import INSIDE, NO_TAP, Tap
+from llama4_lab.tile import PANEL, panels
 
 inlined = partial(compiled, forceinline=True)
 f32 = numba.float32
@@ -74,14 +74,6 @@ def neurons_of(gate, up, x, tokens, score, hidden):
         for j in range(len(row)):
             row[j] = s * (s * row[j]) * sigmoid(s * row[j])
     product(up, x, tokens, hidden, own, TIMES)
-
-
-@compiled
-def panels(weights, x, out):
-    """Set ``out[p] = weights @ x[p]`` for each panel p."""
-    for row in range(0, len(weights), ROWS):
-        for p in range(len(x)):
-            tile.tile(weights, row, x, p, out)
 
 
 @compiled

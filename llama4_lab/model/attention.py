@@ -1,12 +1,25 @@
-"""Causal attention inside chunks (RoPE layers) or over the whole past (NoPE layers)."""
+"""Causal attention inside chunks (RoPE layers) or over the whole past (NoPE layers).
+
+`attention_kernel` holds a faster path for many queries on a CPU; it is imported, and compiled, at
+first use.
+"""
+
+from functools import cache, partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from llama4_lab.experts import probe
+from llama4_lab.loading import Loading
+from llama4_lab.packed import are_only_values
 from llama4_lab.points import Tap
+
+_MANY = 32  # queries from which the kernel is faster
 
 
 def attend(
@@ -72,6 +85,8 @@ def causal(
 ) -> Float[Tensor, "b h t dh"]:
     """Attend from the last t of s positions to all positions up to their own."""
     t, s = q.shape[2], k.shape[2]
+    if _is_for_kernel(q, k, v):
+        return _by_kernel(q, k, v, before=s - t)
     k, v = expand_heads(k, q.shape[1]), expand_heads(v, q.shape[1])
     mask = None
     if 1 < t < s:
@@ -81,6 +96,16 @@ def causal(
     if t == s > 1:  # a branch, because torch.compile takes no symbolic flag
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def full(
+    q: Float[Tensor, "b h t dh"], k: Float[Tensor, "b k s dh"], v: Float[Tensor, "b k s dh"]
+) -> Float[Tensor, "b h t dh"]:
+    """Attend from all positions to all others."""
+    if _is_for_kernel(q, k, v):
+        return _by_kernel(q, k, v, before=k.shape[2])
+    heads = q.shape[1]
+    return F.scaled_dot_product_attention(q, expand_heads(k, heads), expand_heads(v, heads))
 
 
 def expand_heads(x: Float[Tensor, "b k s dh"], heads: int) -> Float[Tensor, "b h s dh"]:
@@ -116,3 +141,64 @@ def observed(
     scores = tap("attn.scores", scores)
     pattern = tap("attn.pattern", scores.softmax(dim=-1).nan_to_num(0.0))
     return pattern @ v
+
+
+# ---- by compiled code
+
+
+def _is_for_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel takes these and is faster than PyTorch, which sees no more of them."""
+    given = q, k, v
+    return (
+        q.shape[2] >= _MANY
+        and all(x.dtype == torch.float32 and x.stride(-1) == 1 for x in given)
+        and are_only_values(*given)
+        and not torch.is_autocast_enabled("cpu")
+        and torch.get_num_threads() <= 2 * len(k) * k.shape[1]  # over these it is spread
+        and (LOADING.is_done() if probe.CHOSEN == "auto" else probe.CHOSEN == "numba")
+        and _has_wide_vectors()
+    )
+
+
+def _by_kernel(q: Tensor, k: Tensor, v: Tensor, before: int) -> Tensor:
+    """Attend by compiled code; the first query sees `before` keys and the one behind them."""
+    if has_torch_function_unary(q):  # what watches torch's functions sees this as one of them
+        return handle_torch_function(_by_kernel, (q, k, v), q, k, v, before)
+    from llama4_lab.compiled import beside, threads
+    from llama4_lab.model.attention_kernel import attend
+
+    (b, heads, t, dh), (_, kv_heads, s, _) = q.shape, k.shape
+    out = torch.empty(b, t, heads, dh, dtype=torch.float32, device="cpu").transpose(1, 2)
+    given = q, k, v, out
+    places = tuple(x.data_ptr() for x in given)
+    strides = tuple(x.stride()[:3] for x in given)
+    shares = min(threads(b * heads * t * s * dh), b * kv_heads)
+    ends = [i * b * kv_heads // shares for i in range(shares + 1)]
+    sizes = heads, kv_heads, t, s, dh
+    beside(partial(attend, places, strides, sizes, before, *share) for share in pairwise(ends))
+    return out
+
+
+@cache
+def _has_wide_vectors() -> bool:
+    """Whether vectors have 512 bits: with half of them, exponentials make up for all gains."""
+    from llama4_lab.compiled import LANES
+
+    return LANES == 16
+
+
+def _load() -> None:
+    if not _has_wide_vectors():
+        return
+    x = torch.zeros(1, 1, _MANY, 2, dtype=torch.float32, device="cpu")
+    _by_kernel(x, x, x, before=0)
+
+
+def _is_kept() -> bool:
+    from llama4_lab.compiled import is_kept
+    from llama4_lab.model.attention_kernel import attend
+
+    return is_kept(attend) or not _has_wide_vectors()
+
+
+LOADING = Loading("compiling attention", _load, _is_kept)

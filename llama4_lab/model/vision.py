@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llama4_lab.config import VisionConfig
-from llama4_lab.model.attention import observed
+from llama4_lab.model.attention import full, observed
 from llama4_lab.model.linear import Linear
 from llama4_lab.model.text import rotate, turns
 from llama4_lab.points import Tap
@@ -68,7 +68,7 @@ class VisionAttention(nn.Module):
         if tap.watches("attn.scores") or tap.watches("attn.pattern"):
             z = observed(q, k, v, None, tap)
         else:
-            z = F.scaled_dot_product_attention(q, k, v)
+            z = full(q, k, v)
         z = tap("attn.z", rearrange(z, "b h t dh -> b t h dh"))
         return tap("attn.out", self.o_proj(rearrange(z, "b t h dh -> b t (h dh)")))
 

@@ -21,7 +21,7 @@ from llama4_lab.analysis.decomposition import written, written_points
 from llama4_lab.analysis.routing import routing_in, routing_of
 from llama4_lab.edits import Edit, changes_of, check, edited
 from llama4_lab.experts import probe
-from llama4_lab.model import Llama4
+from llama4_lab.model import Llama4, attention
 from llama4_lab.prompt import Prompt
 from llama4_lab.replay import Edited, Replay
 from llama4_widgets.slices import running_loop, stoppable
@@ -182,7 +182,8 @@ class Moment:
         """
         with _TURN, stoppable():
             if running_loop():
-                probe.LOADING.put_off(_REST)
+                for part in (probe, attention):
+                    part.LOADING.put_off(_REST)
             threads = torch.get_num_threads()
             torch.set_num_threads(1 if len(self.tokens) <= _SHORT else threads)
             try:

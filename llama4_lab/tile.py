@@ -18,6 +18,7 @@ from llama4_lab.compiled import (
     add_product,
     at_most,
     begin_to_read,
+    compiled,
     in_all_lanes,
     in_llvm,
     vector,
@@ -34,8 +35,8 @@ PANEL = 2 * LANES
 def _tile(_typing, weights, row, x, panel, out):
     """Set ``out[panel, row:row + ROWS] = weights[row:row + ROWS] @ x[panel]``.
 
-    ``weights [n, k]``, ``x [p, k, PANEL]`` and ``out [p, n, PANEL]`` are contiguous; weights may be
-    bfloat16 as its 16 bits. The last row of weights stands in for those that are missing.
+    ``x [p, k, PANEL]`` and ``out [p, n, PANEL]`` are contiguous, and each row of ``weights [n, k]``
+    is; weights may be bfloat16 as its 16 bits. The last row stands in for those that are missing.
     """
     signature = types.void(weights, types.intp, x, types.intp, out)
 
@@ -45,6 +46,7 @@ def _tile(_typing, weights, row, x, panel, out):
         )
         row, panel = arguments[1], arguments[3]
         n, k = cgutils.unpack_tuple(builder, w.shape)
+        apart = builder.sdiv(cgutils.unpack_tuple(builder, w.strides)[0], w.itemsize)
 
         def index(value):
             return ir.Constant(n.type, value)
@@ -60,11 +62,11 @@ def _tile(_typing, weights, row, x, panel, out):
 
         last = builder.sub(n, index(1))
         at = [at_most(builder, builder.add(row, index(i)), last) for i in range(ROWS)]
-        starts = [builder.gep(w.data, [builder.mul(i, k)]) for i in at]
+        starts = [builder.gep(w.data, [builder.mul(i, apart)]) for i in at]
         x_begin, out_begin = builder.mul(panel, k), builder.mul(panel, n)
         zeros = ir.Constant(vector(NUMBER), [0.0] * LANES)
         sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(2)] for _ in at]
-        ahead = builder.mul(builder.mul(builder.add(row, index(2 * ROWS)), k), w.itemsize)
+        ahead = builder.mul(builder.mul(builder.add(row, index(2 * ROWS)), apart), w.itemsize)
         with cgutils.for_range(builder, k) as loop:
             # Rows of the next tile, which lie one after the other, a little with each column.
             byte = builder.mul(loop.index, builder.mul(w.itemsize, index(ROWS)))
@@ -85,3 +87,11 @@ def _tile(_typing, weights, row, x, panel, out):
 
 
 tile: Any = in_llvm(_tile)
+
+
+@compiled
+def panels(weights, x, out):
+    """Set ``out[p] = weights @ x[p]`` for each panel p; what is contiguous, `tile` says."""
+    for row in range(0, len(weights), ROWS):
+        for p in range(len(x)):
+            tile(weights, row, x, p, out)
