@@ -25,7 +25,8 @@ from table import layout, verdict
 from torch import Tensor
 
 import llama4_lab as l4
-from llama4_lab.model import one_token
+from llama4_lab.experts import probe
+from llama4_lab.model import attention, one_token
 from llama4_lab.model.attention import attend, visible
 
 CONFIG = l4.Llama4Config(
@@ -68,6 +69,7 @@ ROWS = {
     "routers": Row("prefill with every router traced / without", "×", both(1.01), True),
     "decode_routers": Row("decode with every router traced / without", "×", both(1.01), True),
     "attention": Row("attention under a mask / in chunks", "×", both(0.9 * CHUNKS)),
+    "causal": Row("attention to all before: PyTorch's / ours", "×", both(1.0)),
     "load": Row("load, our own float32 folder, file cache warm", "ms", both(30), True),
     "load_int8": Row("load, int8 folder, file cache warm", "ms", both(30), True),
     "load_theirs": Row("load, Hugging Face's float32 folder, file cache warm", "ms", {}),
@@ -97,7 +99,6 @@ class Bench:
     # ---- rows
 
     def decode(self) -> dict[str, Cell]:
-        one_token.compile()
         expected = self.theirs(self.ids[:, : PROMPT + STEPS]).logits[:, PROMPT:]
         check_equal("decode of transformers", Decoder.of_theirs(self).step(), expected, 1e-5)
         check_equal("decode", Decoder.of_ours(self).step(), expected, 1e-5)
@@ -144,7 +145,6 @@ class Bench:
         def plain() -> Tensor:
             return self.ours(self.ids)
 
-        one_token.compile()
         check_equal("prefill traced", traced(plain), plain(), 0.0)
         mine, watched = Decoder.of_ours(self), Decoder.of_ours(self)
         check_equal("decode traced", traced(watched.step), mine.step(), 0.0)
@@ -170,8 +170,18 @@ class Bench:
             return attend(q, k, v, none, none, CHUNK)
 
         check_equal("attention in chunks", folded(), masked(), 1e-5)
+
+        def theirs() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        def whole() -> Tensor:
+            return attend(q, k, v, none, none)
+
+        check_equal("attention in chunks", folded(), masked(), 1e-5)
+        check_equal("attention to all before", whole(), theirs(), 1e-5)
         cells = ratios(folded, {"attention": masked}, 2 * self.repeats)
-        return {"attention": cells["attention"]}
+        cells |= ratios(whole, {"causal": theirs}, 2 * self.repeats)
+        return {name: cells[name] for name in ("attention", "causal")}
 
     def load(self) -> dict[str, Cell]:
         found = {}
@@ -299,6 +309,8 @@ def main() -> None:
         parser.error(f"unknown row {unknown[0]!r}; choose from {', '.join(MEASURES)}")
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    for part in (probe, attention, one_token):
+        part.LOADING.wait()
     found: dict[int, dict[str, Cell]] = {}
     for experts in map(int, given.experts.split(",")):
         cells = found[experts] = {}
