@@ -102,14 +102,26 @@ def test_what_is_no_number_stays_none():
         assert found[1].isfinite().all()
 
 
-@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("before", [0, 40, 600])
+@pytest.mark.parametrize("threads", [1, 2, 5, 8])  # of 4 key heads: some share one
 @torch.no_grad()
-def test_several_threads_give_what_one_gives_to_the_bit(threads, monkeypatch):
-    q, k, v = heads(b=3)
-    expected = attention._by_kernel(q, k, v, 0)
+def test_several_threads_and_parts_give_what_one_gives_to_the_bit(threads, before, monkeypatch):
+    q, k, v = heads(t=600, s=640)
+    expected = attention._by_kernel(q, k, v, before)
+    torch.testing.assert_close(expected, exact(q, k, v, before), atol=2e-6, rtol=2e-6)
+    shares, beside = [], compiled.beside
+
+    def note(calls):
+        calls = list(calls)
+        shares.append(len(calls))
+        beside(calls)
+
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(compiled, "_PRODUCTS_A_THREAD", 1)
-    assert torch.equal(attention._by_kernel(q, k, v, 0), expected)
+    monkeypatch.setattr(compiled, "beside", note)
+    monkeypatch.setattr(attention, "_AT_ONCE", 224)
+    assert torch.equal(attention._by_kernel(q, k, v, before), expected)
+    assert shares == [threads]
 
 
 @torch.no_grad()
@@ -158,9 +170,6 @@ def test_it_is_left_to_pytorch_where_more_than_values_is_wanted(calls, monkeypat
     assert back(found)[0].any() and len(calls) == 1
     with monkeypatch.context() as m:
         m.setattr(probe, "CHOSEN", "padded")
-        check(q, k, v, count=1)
-    with monkeypatch.context() as m:  # more threads than it can be spread over
-        m.setattr(torch, "get_num_threads", lambda: 9)
         check(q, k, v, count=1)
     monkeypatch.setattr(attention, "_has_wide_vectors", lambda: False)
     check(q, k, v, count=1)

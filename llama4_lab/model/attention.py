@@ -5,7 +5,7 @@ first use.
 """
 
 from functools import cache, partial
-from itertools import pairwise
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from llama4_lab.packed import are_only_values
 from llama4_lab.points import Tap
 
 _MANY = 32  # queries from which the kernel is faster
+_FEWEST = 256  # that it is called for, if there are as many: each call packs the keys anew
+_AT_ONCE = 4096  # that it is called for: after a call, what runs can be interrupted
 
 
 def attend(
@@ -154,7 +156,6 @@ def _is_for_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and all(x.dtype == torch.float32 and x.stride(-1) == 1 for x in given)
         and are_only_values(*given)
         and not torch.is_autocast_enabled("cpu")
-        and torch.get_num_threads() <= 2 * len(k) * k.shape[1]  # over these it is spread
         and (LOADING.is_done() if probe.CHOSEN == "auto" else probe.CHOSEN == "numba")
         and _has_wide_vectors()
     )
@@ -172,10 +173,16 @@ def _by_kernel(q: Tensor, k: Tensor, v: Tensor, before: int) -> Tensor:
     given = q, k, v, out
     places = tuple(x.data_ptr() for x in given)
     strides = tuple(x.stride()[:3] for x in given)
-    shares = min(threads(b * heads * t * s * dh), b * kv_heads)
-    ends = [i * b * kv_heads // shares for i in range(shares + 1)]
-    sizes = heads, kv_heads, t, s, dh
-    beside(partial(attend, places, strides, sizes, before, *share) for share in pairwise(ends))
+    sizes = heads // kv_heads, s, dh
+    pairs, shares = list(product(range(b), range(kv_heads))), threads(b * heads * t * s * dh)
+    step = _AT_ONCE if shares <= len(pairs) else _FEWEST
+    parts = [(*pair, i, min(i + step, t)) for i in range(0, t, step) for pair in pairs]
+
+    def some(parts: list[tuple[int, int, int, int]]) -> None:
+        for part in parts:
+            attend(places, strides, sizes, before, *part)
+
+    beside(partial(some, parts[i::shares]) for i in range(min(shares, len(parts))))
     return out
 
 

@@ -35,35 +35,34 @@ def power_of_2(x):
 
 
 @compiled
-def attend(places, strides, sizes, before, begin, end):
-    """Set out to what the query heads gather that belong to some of the key/value heads.
+def attend(places, strides, sizes, before, row, head, begin, end):
+    """Set out to what some queries gather, in all heads that share a key/value head.
 
     Args:
         places: addresses of q and out ``[b, h, t, dh]`` and of k and v ``[b, kv, s, dh]``, in the
             order q, k, v, out; numbers of the last axis lie beside each other.
         strides: of each, the numbers between neighbours along the three other axes.
-        sizes: h, kv, t, s and dh.
+        sizes: h / kv, s and dh.
         before: keys that precede that of the first query: query i sees those up to before + i.
-        begin, end: of the key/value heads of all rows, ``b · kv``, that are taken.
+        row, head: of b and kv.
+        begin, end: of the t queries.
     """
     wide()
-    heads, kv_heads, t, s, dh = sizes
-    group = heads // kv_heads
-    keys, values = np.empty((s, dh), f32), np.empty((dh, s), f32)
-    for each in range(begin, end):
-        row, head = divmod(each, kv_heads)
-        for at in range(s):
-            key = vector(places[1], strides[1], row, head, at, dh)
-            value = vector(places[2], strides[2], row, head, at, dh)
-            for i in range(dh):
-                keys[at, i] = key[i]
-                values[i, at] = value[i]
-        for own in range(head * group, (head + 1) * group):
-            for start in range(0, t, PANEL):
-                gather(
-                    places, strides, row, own, start, min(PANEL, t - start), before + start,
-                    keys, values,
-                )  # fmt: skip
+    group, s, dh = sizes
+    seen = min(before + end, s)
+    keys, values = np.empty((seen, dh), f32), np.empty((dh, seen), f32)
+    for at in range(seen):
+        key = vector(places[1], strides[1], row, head, at, dh)
+        value = vector(places[2], strides[2], row, head, at, dh)
+        for i in range(dh):
+            keys[at, i] = key[i]
+            values[i, at] = value[i]
+    for own in range(head * group, (head + 1) * group):
+        for start in range(begin, end, PANEL):
+            gather(
+                places, strides, row, own, start, min(PANEL, end - start), before + start,
+                keys, values,
+            )  # fmt: skip
 
 
 @partial(compiled, forceinline=True)
