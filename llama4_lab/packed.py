@@ -212,6 +212,9 @@ _FEW = 32
 # Libraries take up to four times as long for so few rows, except where units multiply bfloat16.
 _FEWEST = {torch.float32: 8, torch.bfloat16: 2}
 _LEAST = 1 << 21  # products with plain weights: the library makes fewer before ours has begun
+# Rows of float32 from which oneDNN, where it is ahead of MKL, is so at every width.
+_MANY = 32
+_is_onednn_ahead = Event()  # see `prefer_onednn`
 _is_prepared = Event()  # whether the kernel for plain weights is there, see `prepare`
 _COMPILED = ("int8", "int4")
 _ROWS_OF_NUMBERS = {torch.float32: 2, torch.bfloat16: 1}  # see `packed_kernels.whole_numbers`
@@ -234,7 +237,7 @@ def linear(
         ValueError: rows of another width than a packed weight's.
     """
     if isinstance(w, Tensor) and not _is_slow_plain(x, w):
-        return F.linear(x, w, bias)
+        return _by_library(x, w, bias)
     if x.shape[-1:] != w.shape[1:]:
         raise ValueError(
             f"inputs of shape {tuple(x.shape)} do not fit a weight of shape {tuple(w.shape)}: "
@@ -258,6 +261,34 @@ def prepare() -> None:
     x = torch.ones(1, 16, **_CPU)
     _product_of_numbers(x, x)
     _is_prepared.set()
+
+
+def prefer_onednn() -> None:
+    """Let oneDNN multiply many rows of float32 from now on: on AMD it has twice MKL's rate."""
+    _is_onednn_ahead.set()
+
+
+def onednn(
+    x: Float[Tensor, "*batch k"], w: Float[Tensor, "out k"], bias: Tensor | None = None
+) -> Float[Tensor, "*batch out"]:
+    """Equal `F.linear`, by another library than PyTorch asks, and without derivatives."""
+    if has_torch_function_unary(x):  # what watches torch's functions sees this as one of them
+        return handle_torch_function(onednn, (x,), x, w, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+
+
+def _by_library(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not _is_onednn_ahead.is_set():
+        return F.linear(x, w, bias)
+    given = [x, w] if bias is None else [x, w, bias]
+    is_for_it = (
+        all(each.dtype == torch.float32 for each in given)
+        and x.shape[-1:] == w.shape[1:]
+        and is_for_kernels(*given)
+        and x.shape[:-1].numel() >= _MANY
+        and not torch.is_autocast_enabled("cpu")
+    )
+    return onednn(x, w, bias) if is_for_it else F.linear(x, w, bias)
 
 
 def is_for_kernels(*tensors: Tensor) -> bool:
@@ -335,7 +366,7 @@ def _product(x: Tensor, w: Tensor | Packed) -> Tensor:
         if found is not None:
             return found
     y = x.float() if _is_slow(x) else x
-    parts = [F.linear(y, block) for block in _blocks(w, y.dtype)]
+    parts = [_by_library(y, block) for block in _blocks(w, y.dtype)]
     return (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).to(x.dtype)
 
 

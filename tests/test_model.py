@@ -4,16 +4,11 @@ import inspect
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny import CONFIG, tiny
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import llama4_lab as l4
 from llama4_lab.cache import KVCache
-from llama4_lab.experts import probe
 from llama4_lab.model.attention import attend
-from llama4_lab.model.linear import Linear
 from llama4_lab.model.static import StaticDecoder
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -281,87 +276,6 @@ def test_a_shared_past_is_attended_to_like_copies_of_it(t):
     torch.testing.assert_close(shared, copied, atol=1e-6, rtol=0)
     later = attend(q, k, v.index_fill(2, torch.tensor([t - 1]), 9.0), past_k, past_v)
     assert torch.equal(later[:, :, : t - 1], shared[:, :, : t - 1])  # causal among the new ones
-
-
-@pytest.fixture
-def by_onednn(monkeypatch):
-    """Have a machine on which oneDNN is ahead, and note what it multiplies."""
-    noted, onednn = [], probe.onednn
-
-    def note(*given):
-        noted.append(given)
-        return onednn(*given)
-
-    monkeypatch.setitem(probe.DEFAULT, torch.float32, probe.Best(1 << 40, "onednn"))
-    monkeypatch.setattr(probe, "onednn", note)
-    return noted
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_many_rows_are_multiplied_by_the_library_that_is_ahead(by_onednn, bias):
-    layer = Linear(24, 40, bias=bias)
-    for parameter in layer.parameters():
-        parameter.normal_()
-    for shape in ((32, 24), (2, 16, 24), (1, 3, 50, 24)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(
-            layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5
-        )
-    assert len(by_onednn) == 3
-    layer(torch.randn(31, 24))
-    assert len(by_onednn) == 3
-
-
-def test_many_rows_are_left_to_pytorch_where_more_than_values_is_wanted(by_onednn, monkeypatch):
-    layer, x = Linear(24, 40), torch.randn(50, 24)
-    for parameter in layer.parameters():
-        parameter.normal_().requires_grad_(False)
-    with torch.enable_grad():
-        for wanted in (layer.bias, layer.weight, x):
-            layer(x).sum()
-            count = len(by_onednn)
-            wanted.requires_grad_()
-            (slope,) = torch.autograd.grad(layer(x).sum(), wanted)
-            assert slope.any() and len(by_onednn) == count
-            wanted.requires_grad_(False)
-    by_onednn.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    assert layer.double()(x.double()).dtype == torch.float64
-    layer.float()
-    _, slope = torch.func.jvp(layer, (x,), (x,))
-    torch.testing.assert_close(slope, F.linear(x, layer.weight), atol=1e-5, rtol=1e-5)
-    with FlopCounterMode(display=False) as counter:
-        layer(x)
-    assert counter.get_total_flops() == 2 * 50 * 24 * 40
-    strided = torch.randn(24, 50).T
-    torch.testing.assert_close(layer(strided), F.linear(strided, layer.weight, layer.bias))
-    assert not by_onednn
-    monkeypatch.setitem(probe.DEFAULT, torch.float32, probe.Best(1 << 40, "linear"))
-    layer(x)
-    assert not by_onednn
-    monkeypatch.setattr(probe, "CHOSEN", "auto")
-    monkeypatch.setattr(probe, "_measured", lambda: {torch.float32: probe.Best(0, "onednn")})
-    monkeypatch.setattr(probe.LOADING, "is_done", lambda: False)
-    layer(x)
-    assert not by_onednn
-    monkeypatch.setattr(probe.LOADING, "is_done", lambda: True)
-    layer(x)
-    assert len(by_onednn) == 1
-
-
-def test_what_watches_torchs_functions_sees_the_other_library(by_onednn):
-    seen, layer, x = [], Linear(24, 40), torch.randn(50, 24)
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.extend(args)
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
-        layer(x)
-    assert by_onednn and any(x is y for y in seen)
-    assert any(layer.weight is y for y in seen)
 
 
 def test_what_is_replaced_in_a_model_apart_stays_there():

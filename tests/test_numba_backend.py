@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny
 
-from llama4_lab import compiled, experts, intervene, loading, trace
+from llama4_lab import compiled, experts, intervene, loading, packed, trace
 from llama4_lab.experts import numba, probe
 from llama4_lab.points import Tap
 
@@ -381,6 +381,15 @@ def test_a_damaged_file_is_measured_anew(cache_folder, text):
 def test_a_folder_that_cannot_be_written_does_no_harm(cache_folder):
     (cache_folder / "llama4_lab").write_text("a file in the place of the folder")
     assert probe.best(torch.float32) == probe.Best(7, "linear")
+
+
+@pytest.mark.parametrize("library", ["linear", "onednn"])
+def test_other_products_are_told_which_library_is_ahead(cache_folder, library, monkeypatch):
+    told = []
+    monkeypatch.setattr(probe, "measure", lambda dtype: probe.Best(7, library))
+    monkeypatch.setattr(packed, "prefer_onednn", lambda: told.append(library))
+    probe._prepare()
+    assert told == [library] * (library == "onednn")
 
 
 def test_measuring_gives_a_product_that_exists(monkeypatch):

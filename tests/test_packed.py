@@ -1,5 +1,7 @@
 """Packed weights: what comes out is what went in, to half a step."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -419,3 +421,84 @@ def test_a_product_is_seen_as_a_torch_function(monkeypatch):
     with Watch():
         linear(x, plain)
     assert (linear, (x, plain, None)) in seen
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """Have a machine on which oneDNN is ahead, and note what it multiplies."""
+    noted, onednn = [], llama4_lab.packed.onednn
+
+    def note(*given):
+        noted.append(given)
+        return onednn(*given)
+
+    ahead = threading.Event()
+    ahead.set()
+    monkeypatch.setattr(llama4_lab.packed, "_is_onednn_ahead", ahead)
+    monkeypatch.setattr(llama4_lab.packed, "onednn", note)
+    return noted
+
+
+@pytest.mark.parametrize("bias", [None, weight(40)])
+def test_many_rows_are_multiplied_by_the_library_that_is_ahead(by_onednn, bias):
+    w = weight(40, 24)
+    for shape in ((32, 24), (2, 16, 24), (1, 3, 50, 24)):
+        x = inputs(*shape)
+        torch.testing.assert_close(linear(x, w, bias), F.linear(x, w, bias), atol=1e-5, rtol=1e-5)
+    assert len(by_onednn) == 3
+    linear(inputs(31, 24), w, bias)
+    assert len(by_onednn) == 3
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_many_rows_meet_unpacked_weights_in_the_library_that_is_ahead(by_onednn, kind, monkeypatch):
+    monkeypatch.setattr(llama4_lab.packed, "_BLOCK", 64 * 5)  # three rows of weights at a time
+    x, w, bias = inputs(40, 64).requires_grad_(), pack(weight(15, 64), kind), weight(15)
+    found = linear(x, w, bias)
+    assert len(by_onednn) == 3
+    torch.testing.assert_close(found, F.linear(x, w.unpack(), bias), atol=2e-5, rtol=1e-5)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(slope, w.unpack().sum(0).expand(40, -1), atol=2e-5, rtol=1e-5)
+
+
+def test_many_rows_are_left_to_pytorch_where_more_than_values_is_wanted(by_onednn):
+    x, w, bias = inputs(50, 24), weight(40, 24), weight(40)
+    for wanted in (x, w, bias):
+        wanted.requires_grad_()
+        (slope,) = torch.autograd.grad(linear(x, w, bias).sum(), wanted)
+        assert slope.any() and not by_onednn
+        wanted.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w, bias).dtype == torch.bfloat16
+    for dtype in (torch.float64, torch.bfloat16):
+        assert linear(x.to(dtype), w.to(dtype), bias.to(dtype)).dtype == dtype
+    _, slope = torch.func.jvp(lambda x: linear(x, w, bias), (x,), (x,))
+    torch.testing.assert_close(slope, F.linear(x, w), atol=1e-5, rtol=1e-5)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, w)
+    assert counter.get_total_flops() == 2 * 50 * 24 * 40
+    strided = weight(24, 50).T
+    torch.testing.assert_close(linear(strided, w, bias), F.linear(strided, w, bias))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        linear(x[:, :20].contiguous(), w)
+    assert not by_onednn
+    llama4_lab.packed._is_onednn_ahead.clear()
+    linear(x, w, bias)
+    assert not by_onednn
+    llama4_lab.packed.prefer_onednn()
+    linear(x, w, bias)
+    assert len(by_onednn) == 1
+
+
+def test_what_watches_torchs_functions_sees_the_other_library(by_onednn):
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.extend(args)
+            return func(*args, **(kwargs or {}))
+
+    x, w = inputs(50, 24), weight(40, 24)
+    with Watch():
+        linear(x, w)
+    assert by_onednn and any(x is y for y in seen) and any(w is y for y in seen)

@@ -1,8 +1,8 @@
 """Which products are fastest on this machine: measured once, in about a second, and kept.
 
-The `numba` backend asks `best`, and linear layers ask `library`. What is found lies in the user's
-cache folder, one file for each CPU, number of torch's threads and version of torch and numba;
-without a file that can be read or written, every process measures for itself, and where
+The `numba` backend asks `best`, and other products are told of the library. What is found lies in
+the user's cache folder, one file for each CPU, number of torch's threads and version of torch and
+numba; without a file that can be read or written, every process measures for itself, and where
 `LLAMA4_LAB_BACKEND` names a backend, nothing is measured at all. Kernels are compiled and measured
 in the background, the first time on a machine by another process: until they are there, "auto" is
 the loop.
@@ -24,10 +24,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from llama4_lab import packed
 from llama4_lab.loading import Loading
 
 CHOSEN = os.environ.get("LLAMA4_LAB_BACKEND", "auto")  # what "auto" stands for
@@ -45,21 +44,12 @@ class Best:
     library: str
 
 
-def onednn(
-    x: Float[Tensor, "*batch k"], weight: Float[Tensor, "out k"], bias: Tensor | None = None
-) -> Float[Tensor, "*batch out"]:
-    """Equal `F.linear`, by another library and without derivatives."""
-    if has_torch_function_unary(x):  # what watches torch's functions sees this as one of them
-        return handle_torch_function(onednn, (x,), x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 # ``x @ weight.T``. On AMD, oneDNN uses vectors twice as wide as MKL does; on Intel, MKL is ahead of
 # it, and for some tens of tokens best when asked for the transposed product.
 LIBRARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": F.linear,
     "transposed": lambda x, weight: torch.mm(weight, x.T).T,
-    "onednn": onednn,
+    "onednn": packed.onednn,
 }
 DEFAULT = {torch.float32: Best(_ALL, "linear"), torch.bfloat16: Best(2, "linear")}
 
@@ -67,11 +57,6 @@ DEFAULT = {torch.float32: Best(_ALL, "linear"), torch.bfloat16: Best(2, "linear"
 def best(dtype: torch.dtype) -> Best:
     """Return what is fastest for this dtype; the same all through a process."""
     return (DEFAULT if CHOSEN != "auto" else _measured())[dtype]
-
-
-def library(dtype: torch.dtype) -> str:
-    """Return what multiplies many rows fastest; PyTorch's own until that is measured."""
-    return best(dtype).library if CHOSEN != "auto" or LOADING.is_done() else "linear"
 
 
 @cache
@@ -158,7 +143,8 @@ def _prepare() -> None:
     from llama4_lab.experts import numba
 
     numba.prepare()
-    best(torch.float32)
+    if best(torch.float32).library == "onednn":
+        packed.prefer_onednn()
 
 
 def _is_kept() -> bool:

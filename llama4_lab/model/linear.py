@@ -7,11 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llama4_lab.experts import probe
 from llama4_lab.experts.mapped import Mapped
-from llama4_lab.packed import Packed, is_for_kernels, kind_of, linear
-
-_MANY = 32  # rows from which oneDNN, where it is ahead of MKL, is so at every width
+from llama4_lab.packed import Packed, kind_of, linear
 
 
 class Packable(nn.Module):
@@ -61,10 +58,7 @@ class Linear(Packable, nn.Linear):
         pass
 
     def forward(self, x: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch out"]:
-        weight, bias = self.weight, self.bias
-        if isinstance(weight, Tensor) and _is_for_onednn(x, weight, bias):
-            return probe.onednn(x, weight, bias)
-        return linear(x, weight, bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -72,15 +66,3 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
-
-
-def _is_for_onednn(x: Tensor, *weights: Tensor | None) -> bool:
-    """Whether oneDNN multiplies these faster: it has half of MKL's time on AMD, for many rows."""
-    given = [x, *(weight for weight in weights if weight is not None)]
-    return (
-        all(each.dtype == torch.float32 for each in given)
-        and is_for_kernels(*given)
-        and x.shape[:-1].numel() >= _MANY
-        and not torch.is_autocast_enabled("cpu")
-        and probe.library(torch.float32) == "onednn"
-    )
