@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
+from llama4_lab.packed import linear
 from llama4_lab.precision import with_float64
 from llama4_lab.prompt import Prompt
 from llama4_lab.trace import trace
@@ -343,6 +344,8 @@ def _blocks(
         last = min(last, bottom)
         if last <= max(first, earliest):
             continue
+        step = width if last - first > width else 1  # whole tiles, or part of one
+        first += max(0, earliest - first) // step * step
         scores = _scores(q[top:bottom], k[first:last])
         if last > top + 1 or (chunk is not None and first // chunk < (bottom - 1) // chunk):
             key = torch.arange(first, last, device=q.device)
@@ -353,7 +356,7 @@ def _blocks(
 def _scores(q: Float[Tensor, "r dh"], k: Float[Tensor, "n dh"]) -> Float[Tensor, "r n"]:
     # Scaled behind the product, so that blocks of some size round as the model's scores do: scaled
     # before it, float32 scores of 20 differ by 1e-5, and shares of attention by 4e-6.
-    return (q @ k.T).mul_(q.shape[1] ** -0.5)
+    return linear(q, k).mul_(q.shape[1] ** -0.5)
 
 
 def _spans(window: Window, size: int, most: int) -> Iterator[Window]:
@@ -405,7 +408,7 @@ def _widened(
             f"a chunk of {chunk} tokens is empty: give 1 or more, or None for no chunks"
         )
     wide = torch.promote_types(q.dtype, torch.float32)
-    return with_float64(q).to(wide), with_float64(k).to(wide)
+    return with_float64(q).to(wide).contiguous(), with_float64(k).to(wide).contiguous()
 
 
 def _window(name: str, window: Window | None, length: int) -> Window:
