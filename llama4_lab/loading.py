@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-_PATIENCE = 2.0  # seconds; to load compiled code takes less, to compile it takes more
+_PATIENCE = 2.0  # seconds; to load compiled code takes less
 
 
 @contextmanager
@@ -47,6 +47,7 @@ class Loading:
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._is_done = threading.Event()
+        self._is_settled = threading.Event()  # done, failed, or to be compiled, which takes long
         self._rest = self._due = 0.0  # seconds
 
     def put_off(self, seconds: float) -> None:
@@ -56,12 +57,12 @@ class Loading:
     def is_done(self) -> bool:
         """Whether the code can be called.
 
-        The first who asks waits a little for it, unless it was put off.
+        The first who asks waits a little for it, unless it was put off or has to be compiled.
         """
         if not self._is_done.is_set():
             self._due = time.monotonic() + self._rest
             if self._begins() and not self._rest:
-                self._thread.join(_PATIENCE)
+                self._is_settled.wait(_PATIENCE)
         return self._is_done.is_set()
 
     def wait(self) -> None:
@@ -96,12 +97,15 @@ class Loading:
             time.sleep(min(left, 0.1))
         try:
             if self._is_kept is not None and not self._is_kept():
+                self._is_settled.set()
                 self._compile_elsewhere()
             self._work()
         except BaseException as error:  # a daemon's traceback would only puzzle
             self._error = error
         else:
             self._is_done.set()
+        finally:
+            self._is_settled.set()
 
     def _compile_elsewhere(self) -> None:
         """Let another process do it; what that cannot do, or keep, is done here."""

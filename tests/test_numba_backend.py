@@ -464,6 +464,19 @@ def test_what_is_put_off_begins_later_and_nobody_waits_for_it(monkeypatch):
     assert experts.choose_backend(torch.ones(1, 4)) == "numba"
 
 
+def test_nobody_waits_for_what_has_to_be_compiled_or_fails(monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr(loading, "_PATIENCE", 3600)  # whoever waited would wait that long
+    monkeypatch.setattr(loading.Loading, "_compile_elsewhere", lambda self: done.wait())
+    slow = loading.Loading("a slow one", lambda: None, lambda: False)
+    assert not slow.is_done()
+    done.set()
+    slow.wait()
+    assert slow.is_done()
+    assert loading.Loading("one that is kept", lambda: None, lambda: True).is_done()
+    assert not loading.Loading("one that fails", lambda: 1 // 0).is_done()
+
+
 def test_another_process_compiles_what_is_not_on_disk(monkeypatch, tmp_path):
     (tmp_path / "slow_part.py").write_text(
         "import os, pathlib\n"
