@@ -149,7 +149,7 @@ def observed(
 
 
 def _is_for_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel takes these and is faster than PyTorch, which sees no more of them."""
+    """Whether the kernel takes these and is faster than PyTorch."""
     given = q, k, v
     return (
         q.shape[2] >= _MANY
