@@ -684,6 +684,23 @@ def test_weights_of_bitsandbytes_are_those_of_its_codes(theirs, kind, experts, t
     check_opens_as(tmp_path / "q", rounded, hf)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4 twice", "int8"])
+@torch.no_grad()
+def test_weights_of_bitsandbytes_may_be_odd_in_number(kind, tmp_path):
+    sizes = {"hidden_size": 45, "intermediate_size": 37, "intermediate_size_mlp": 51}
+    hf, _ = pair(text_config(interleave_moe_layer_step=2, **sizes), VISION)
+    hf.save_pretrained(tmp_path / "plain")
+    rounded = write_bitsandbytes(tmp_path / "plain", tmp_path / "q", kind)
+    found, expected = l4.load(tmp_path / "q").state_dict(), l4.load(rounded).state_dict()
+    left = l4.load(tmp_path / "q", experts="mmap")
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+        if ".experts." in name:
+            path, _, part = name.rpartition(".")
+            mapped = getattr(left.get_submodule(path), part)
+            assert torch.equal(torch.stack([mapped[e] for e in range(5)]), weight), name
+
+
 ONE = "language_model.model.layers.1.feed_forward.experts.2.up_proj.weight"
 STACK = "language_model.model.layers.1.feed_forward.experts.up_proj.weight"
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llama4_lab.checkpoint.files import Stored, describing
-from llama4_lab.checkpoint.parts import Format, Layout, Rows, unpack
+from llama4_lab.checkpoint.parts import Format, Layout, Rows
 
 METHOD = "bitsandbytes"
 _STATE = ".quant_state.bitsandbytes__"
@@ -45,7 +45,7 @@ class Blocks(Rows):
         if nested:
             of_blocks, table = nested
             absmax = _scaled(table[absmax.int()], of_blocks, self.sizes[1]) + self.offset
-        pairs = unpack(codes.reshape(1, -1), 4).view(-1, 2).flip(1).flatten()
+        pairs = torch.stack([codes >> 4, codes & 15], dim=-1).flatten()  # an odd last one is padded
         values = numbers[pairs[: math.prod(self.shape)].int()]
         return _scaled(values, absmax, self.sizes[0]).view(self.shape)
 
