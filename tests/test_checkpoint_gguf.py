@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from gguf_file import write_gguf, write_mmproj
 from parity import VISION, pair, text_config
 from small_tokenizer import small_tokenizer
 
 import llama4_lab as l4
 from llama4_lab import cli
-from llama4_lab.checkpoint.gguf import GgufFile
+from llama4_lab.checkpoint.gguf import GgufFile, _header
 from llama4_lab.checkpoint.quantised import packable
 from llama4_lab.packed import Packed
 
@@ -258,6 +258,29 @@ def test_the_tokenizer_is_that_of_the_file(file, folder):
         l4.load(file).prompt("the circle").tokens[1:]
         == l4.load(file).prompt("the circle", add_bos=False).tokens
     )
+
+
+def test_arrays_of_the_metadata_are_read_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "m.gguf"
+    writer, numbers = GGUFWriter(path, "llama4"), {"INT32": [-1, 2**31 - 1], "UINT8": [0, 255]}
+    numbers |= {"FLOAT32": [0.5, -2.0, 1e-3], "BOOL": [True, False], "UINT64": [2**63]}
+    for kind, values in numbers.items():
+        writer.add_key_value(kind, values, GGUFValueType.ARRAY, GGUFValueType[kind])
+    writer.add_array("texts", ["", "µ 🦙", "a b", "x" * 300])
+    writer.add_array("rows", [[1, 2], [3]])
+    writer.add_uint16("behind", 7)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    assert expected["texts"][1] == "µ 🦙" and expected["behind"] == 7
+    calls, theirs = [], GGUFReader._get_field_parts
+    monkeypatch.setattr(
+        GGUFReader, "_get_field_parts", lambda *args: calls.append(args) or theirs(*args)
+    )
+    assert _header(path)[0] == expected
+    assert len(calls) <= len(expected)
 
 
 def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path, folder):
