@@ -1,5 +1,6 @@
 """Hugging Face folders, read and written."""
 
+import inspect
 import json
 import pickle
 import shutil
@@ -17,6 +18,7 @@ from transformers import Llama4ForCausalLM
 
 from llama4_lab import SCOUT, Llama4Config, random, trace
 from llama4_lab.checkpoint import convert, load, save, shipped
+from llama4_lab.generate import tokens
 
 # What a model has: text config, vision config, bytes in one file when saved.
 MODELS = {
@@ -340,6 +342,48 @@ def test_a_saved_model_carries_its_tokenizer_and_what_lies_beside_it(tmp_path):
     for name in ("tokenizer.json", "generation_config.json"):
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
     assert load(tmp_path / "second").tokenizer.encode("Hello") != []
+
+
+def test_a_text_ends_where_generation_config_says(tmp_path, monkeypatch):
+    hf, _ = pair(text_config())  # whose config says that it ends at 2
+    hf.save_pretrained(tmp_path / "first")
+    file, ids = tmp_path / "first/generation_config.json", torch.arange(5, 29)[None]
+    free = [step.item() for step in tokens(load(tmp_path / "first"), ids, 9, temperature=0)]
+    ends = [free[4], 96]
+    file.write_text(json.dumps({"eos_token_id": ends, "temperature": 0.1}))
+    model = load(tmp_path / "first")
+    assert model.tokenizer is None and model.config.stop_token_ids == (*ends,)
+    found = [step.item() for step in tokens(model, ids, 9, temperature=0)]
+    assert len(free) == 9 and found == free[: free.index(free[4]) + 1]
+    theirs = Llama4ForCausalLM.from_pretrained(tmp_path / "first")
+    expected = theirs.generate(ids, max_new_tokens=9, do_sample=False)[0, ids.shape[1] :]
+    assert found == expected.tolist()
+
+    save(model, tmp_path / "saved")
+    convert(tmp_path / "first", tmp_path / "converted")
+    for name in ("saved", "converted"):
+        assert load(tmp_path / name).config.stop_token_ids == (*ends,)
+    file.write_text(json.dumps({"eos_token_id": 7}))
+    assert load(tmp_path / "first").config.eos_token_id == 7
+    file.write_text(json.dumps({"eos_token_id": None}))
+    assert load(tmp_path / "first").config.eos_token_id == 2
+    file.write_text(json.dumps({"eos_token_id": "</s>"}))
+    monkeypatch.setattr(Llama4Config, "__init__", inspect.unwrap(Llama4Config.__init__))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id '</s>' must be"):
+        load(tmp_path / "first")
+
+
+def test_where_a_text_ends_can_be_changed_and_saved(tmp_path):
+    save(small(), tmp_path / "first")
+    small_tokenizer(tmp_path / "first")
+    said = {"eos_token_id": [3, 4], "temperature": 0.6}
+    (tmp_path / "first/generation_config.json").write_text(json.dumps(said))
+    model = load(tmp_path / "first")
+    model.config = model.config.replace(eos_token_id=(5, 6))
+    save(model, tmp_path / "second")
+    assert load(tmp_path / "second").config.eos_token_id == (5, 6)
+    said["eos_token_id"] = [5, 6]
+    assert json.loads((tmp_path / "second/generation_config.json").read_text()) == said
 
 
 def test_a_model_finds_its_folder_wherever_its_process_goes(tmp_path, monkeypatch):

@@ -96,7 +96,7 @@ def convert_folder(
                     layout.write(new / file, _pieces(source, names, shapes, pack, dtype), bar)
         for file in {each.name for each in new.iterdir()} - {*weight_map.values(), CONFIG}:
             (new / file).unlink()  # left by a conversion into other shards
-        copy_companions(tokenizer, new)
+        copy_companions(tokenizer, source.config, new)
         ours = quantisation.to_dict() if quantisation else PLAIN
         config = config_as_json(source.config, dtype, ours)
         write_listings(new, sum(sizes.values()), weight_map, config)

@@ -42,6 +42,7 @@ from llama4_lab.experts.mapped import ExpertMemory, Mapped
 from llama4_lab.packed import Packed
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PREFIXES = ("language_model.model.", "language_model.", "model.")
@@ -310,7 +311,21 @@ def _read_config(path: Path) -> tuple[Llama4Config, dict[str, Any]]:
     if not isinstance(layout, dict):
         layout = {"method": layout}
     with describing(path):
-        return Llama4Config.from_dict(raw), layout
+        config = Llama4Config.from_dict(raw)
+    return ending_as_said(config, path.parent), layout
+
+
+def ending_as_said(config: Llama4Config, folder: Path) -> Llama4Config:
+    """Put in the tokens that end a text by generation_config.json, if a folder has one.
+
+    As in transformers they go before config.json's.
+    """
+    if not (path := folder / GENERATION).is_file():
+        return config
+    if (ends := read_json(path).get("eos_token_id")) is None:
+        return config
+    with describing(path):
+        return config.replace(eos_token_id=tuple(ends) if isinstance(ends, list) else ends)
 
 
 def _format(layout: Mapping[str, Any], path: Path) -> Format | None:

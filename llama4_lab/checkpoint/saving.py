@@ -16,7 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llama4_lab.checkpoint.files import first_of, read_json, spelled
-from llama4_lab.checkpoint.huggingface import CONFIG, INDEX, SINGLE, is_transposed, their_name
+from llama4_lab.checkpoint.huggingface import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    SINGLE,
+    ending_as_said,
+    is_transposed,
+    their_name,
+)
 from llama4_lab.checkpoint.quantised import Quantisation, declare, quantisation_of
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
@@ -32,7 +40,7 @@ _BEFORE = ".before"  # ends the name of a file that was moved out of the way
 _LEFT_BY_SAVE = re.compile(re.escape(UNFINISHED) + "[a-z0-9_]{8}")  # as tempfile names folders
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json", GENERATION),
     *("preprocessor_config.json", "processor_config.json"),
 )
 
@@ -87,7 +95,7 @@ def save(model: Llama4, folder: str | Path, *, max_shard_bytes: int = 5_000_000_
         write_listings(new, size, weight_map, config_as_json(model.config, model.dtype, layout))
         for file in shards:  # safetensors writes them for the owner alone
             shutil.copymode(new / CONFIG, new / file)
-        copy_companions(model.tokenizer, new)
+        copy_companions(model.tokenizer, model.config, new)
 
 
 def check_vacant(folder: Path) -> None:
@@ -292,8 +300,8 @@ def write_listings(
     _write_json(folder / CONFIG, config)
 
 
-def copy_companions(tokenizer: Tokenizer | None, folder: Path) -> None:
-    """Copy the tokenizer's file and what lies beside it for other programs."""
+def copy_companions(tokenizer: Tokenizer | None, config: Llama4Config, folder: Path) -> None:
+    """Copy the tokenizer's file and what lies beside it; a text ends as the config says."""
     if tokenizer is None:
         return
     if tokenizer.text is not None:
@@ -303,6 +311,9 @@ def copy_companions(tokenizer: Tokenizer | None, folder: Path) -> None:
     beside = [file.with_name(name) for name in _COMPANIONS if name != file.name]
     for companion in (file, *(path for path in beside if path.is_file())):
         shutil.copyfile(companion, folder / companion.name)
+    if ending_as_said(config, folder) != config:
+        said = read_json(folder / GENERATION) | {"eos_token_id": config.eos_token_id}
+        _write_json(folder / GENERATION, said)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
