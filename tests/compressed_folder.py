@@ -6,19 +6,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from mlx_folder import float_of
+from mlx_folder import float_of, packed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GROUP = 8  # neighbours that share a scale, of packed codes
 BLOCK = (24, 32)  # rows and columns that share one, of "fp8 blocks"
-LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+LARGEST = {"fp8": 448.0, "int8": 127.0}
 FORMATS = {
     "fp8": "float-quantized",
     "fp8 blocks": "float-quantized",
     "int8": "int-quantized",
-    "int4": "pack-quantized",
-    "int4 zeros": "pack-quantized",
     "nvfp4": "nvfp4-pack-quantized",
 }
 HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -27,6 +25,7 @@ HALVES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 def write_compressed(plain: Path, folder: Path, kind: str, also: tuple[str, ...] = ()) -> Path:
     """Quantise routed experts, and weights whose names hold one of `also`, of transformers' folder.
 
+    Kinds are those of `FORMATS`, and packed ones, as "int4" and "int4 zeros", of other bits, too.
     One scale serves all of a `q_proj`. Returns a folder in transformers' layout with the weights
     that the codes stand for.
     """
@@ -48,12 +47,12 @@ def write_compressed(plain: Path, folder: Path, kind: str, also: tuple[str, ...]
     config = json.loads((plain / "config.json").read_text())
     (rounded / "config.json").write_text(json.dumps(config))
     scheme = {
-        "num_bits": 8 if "8" in kind else 4,
+        "num_bits": int("".join(filter(str.isdigit, kind))),
         "type": "float" if "fp" in kind else "int",
-        "symmetric": kind != "int4 zeros",
+        "symmetric": "zeros" not in kind,
         **(
             {"strategy": "group", "group_size": GROUP}
-            if "int4" in kind
+            if kind not in FORMATS
             else {"strategy": "block", "block_structure": list(BLOCK)}
             if kind == "fp8 blocks"
             else {"strategy": "tensor_group", "group_size": 16}
@@ -64,7 +63,7 @@ def write_compressed(plain: Path, folder: Path, kind: str, also: tuple[str, ...]
     modules = {name.removesuffix(".weight") for name in written if name.endswith(".weight")}
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
-        "format": FORMATS[kind],
+        "format": FORMATS.get(kind, "pack-quantized"),
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
         "ignore": sorted(m for m in modules if f"{m}.weight_scale" not in written),
@@ -92,34 +91,37 @@ def _coded(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Ten
     """Return what is stored of a weight, and the weight that it stands for."""
     if kind == "fp8 blocks":
         return _in_blocks(name, weight)
-    if kind == "int4 zeros":
-        return _with_zeros(name, weight)
+    if "zeros" in kind:
+        return _with_zeros(name, weight, int(kind[3]))
     if kind == "nvfp4":
         return _nvfp4(name, weight)
-    groups = weight.float().unflatten(-1, (-1, GROUP if kind == "int4" else weight.shape[-1]))
+    bits = None if kind in FORMATS else int(kind[3])
+    most = LARGEST[kind] if bits is None else 2 ** (bits - 1) - 1
+    groups = weight.float().unflatten(-1, (-1, GROUP if bits else weight.shape[-1]))
     largest = groups.abs().amax(dim=-1, keepdim=True)
-    if "q_proj" in name and kind != "int4":
+    if "q_proj" in name and bits is None:
         largest = largest.max().expand_as(largest)
-    scales = (largest / LARGEST[kind]).to(weight.dtype)
-    codes = (groups / scales.float()).clamp(-LARGEST[kind], LARGEST[kind])
+    scales = (largest / most).to(weight.dtype)
+    codes = (groups / scales.float()).clamp(-most, most)
     codes = codes.to(torch.float8_e4m3fn) if kind == "fp8" else codes.round().to(torch.int8)
     meant = (codes.float() * scales.float()).flatten(-2).to(weight.dtype)
     codes, scales = codes.flatten(-2).contiguous(), scales[..., 0]
-    if kind != "int4":
+    if bits is None:
         scales = scales[:1, 0] if "q_proj" in name else scales
         return {name: codes, f"{name}_scale": scales.contiguous()}, meant
     tensors = {
-        f"{name}_packed": _nibbles(codes.long() + 8),
+        f"{name}_packed": _packed(codes.long() + 2 ** (bits - 1), bits),
         f"{name}_scale": scales.contiguous(),
         f"{name}_shape": torch.tensor(weight.shape),
     }
     return tensors, meant
 
 
-def _nibbles(codes: Tensor) -> Tensor:
-    """Put eight numbers from 0 to 15 into an int32, the last of a row perhaps fewer."""
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
-    return (codes.unflatten(-1, (-1, 8)) << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Put a row's codes into int32s, one after the other and across their borders."""
+    words = -(-codes.shape[-1] * bits // 32)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 32))
+    return torch.from_numpy(packed(codes.numpy(), bits).view("int32"))[:, :words].contiguous()
 
 
 def _in_blocks(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -136,16 +138,17 @@ def _in_blocks(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return {name: codes, f"{name}_scale": scales}, meant
 
 
-def _with_zeros(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _with_zeros(name: str, weight: Tensor, bits: int) -> tuple[dict[str, Tensor], Tensor]:
     groups = weight.unflatten(-1, (-1, GROUP))
     least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scales = (most - least) / 15
-    zeros = (-least / scales).round().clamp(0, 15)
-    codes = (groups / scales + zeros).round().clamp(0, 15)
+    top = 2**bits - 1
+    scales = (most - least) / top
+    zeros = (-least / scales).round().clamp(0, top)
+    codes = (groups / scales + zeros).round().clamp(0, top)
     tensors = {
-        f"{name}_packed": _nibbles(codes.flatten(-2).long()),
+        f"{name}_packed": _packed(codes.flatten(-2).long(), bits),
         f"{name}_scale": scales[..., 0].contiguous(),
-        f"{name}_zero_point": _nibbles(zeros[..., 0].long().mT).mT.contiguous(),
+        f"{name}_zero_point": _packed(zeros[..., 0].long().mT, bits).mT.contiguous(),
         f"{name}_shape": torch.tensor(weight.shape),
     }
     return tensors, ((codes - zeros) * scales).flatten(-2)

@@ -455,7 +455,10 @@ def test_weights_of_compressed_tensors_are_those_of_its_codes(theirs, kind, also
     assert (found(ids) - hf(ids).logits).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("kind", ["fp8 blocks", "int4 zeros", "nvfp4"])
+@pytest.mark.parametrize(
+    "kind",
+    ["fp8 blocks", "int4 zeros", "nvfp4", "int2", "int3", "int3 zeros", "int5", "int6 zeros"],
+)
 @torch.no_grad()
 def test_weights_of_its_other_kinds_are_those_of_its_codes(wide, kind, tmp_path, monkeypatch):
     hf, plain = wide
@@ -489,8 +492,8 @@ def test_fp8_codes_are_kept_by_our_own_format(theirs, tmp_path):
             "weights of compressed-tensors in the format 'marlin-24': only float-",
         ),
         (
-            lambda state, layout: layout["config_groups"]["group_0"]["weights"].update(num_bits=3),
-            "packed weights of [3] bits: only 4 or 8 are read",
+            lambda state, layout: layout["config_groups"]["group_0"]["weights"].update(num_bits=9),
+            "packed weights of [9] bits: only one size of 1 to 8 is read",
         ),
         (
             lambda state, layout: layout.update(config_groups=[]),
@@ -513,6 +516,13 @@ def test_fp8_codes_are_kept_by_our_own_format(theirs, tmp_path):
             f"{UP}_packed is [40, 7] where config.json asks for [40, 6]",
         ),
         (
+            lambda state, layout: (
+                layout["config_groups"]["group_0"]["weights"].update(num_bits=6),
+                state.update({f"{UP}_packed": torch.zeros(40, 10).int()}),
+            ),
+            f"{UP}_packed holds codes of 6 bits with gaps, as compressed-tensors 0.17 wrote them",
+        ),
+        (
             lambda state, layout: state.update({f"{UP}_packed": torch.zeros(40, 6).char()}),
             f"{UP}_packed holds I8 where config.json asks for int32",
         ),
@@ -532,6 +542,16 @@ def test_codes_are_unpacked_bit_after_bit(bits):
     codes = torch.randint(2**bits, (3, 64), generator=torch.Generator().manual_seed(bits))
     found = unpack(torch.from_numpy(packed(codes.numpy(), bits)), bits)
     assert torch.equal(found.long(), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_words_that_codes_do_not_fill_are_unpacked(bits):
+    codes = torch.randint(2**bits, (3, 32), generator=torch.Generator().manual_seed(bits))
+    words = torch.from_numpy(packed(codes.numpy(), bits).view("int32"))
+    found = unpack(torch.cat([words, words[:, :1]], dim=1), bits)
+    assert torch.equal(found[:, :32].long(), codes)
+    first = unpack(words[:, :1].mT.contiguous().mT, bits)  # the zero points of a few rows lie so
+    assert torch.equal(first[:, : 32 // bits].long(), codes[:, : 32 // bits])
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Checkpoints of compressed-tensors, such as the published FP8 Maverick, read as plain weights.
 
 A weight is stored as codes beside its ``weight_scale``, and stands for ``scale · code``: fp8 or
-int8, with a scale for each row, one for all, or one for each block of a matrix; or 4 or 8 bits,
-several packed into an int32, the first in its lowest bits, with a scale for each row and group of
-neighbours. With a ``weight_zero_point``, which is packed down the rows, it is
+int8, with a scale for each row, one for all, or one for each block of a matrix; or 1 to 8 bits,
+which follow each other through a row's int32s from the lowest bit on, with a scale for each row and
+group of neighbours. With a ``weight_zero_point``, which is packed down the rows, it is
 ``scale · (code - zero)``. In NVFP4, floats of 4 bits, two in a byte, have a scale in fp8 for each
 row and 16 neighbours, divided by a ``weight_global_scale``. Routed experts lie one by one, gate and
 up apart (github.com/vllm-project/compressed-tensors, `compressors`). Programs that serve such
@@ -47,8 +47,9 @@ class Scaled(Rows):
                 rows.mul_(its[: numbers.shape[1]])
             return numbers
         groups = scales.shape[1] if scales.ndim == 2 else 1
-        numbers = (codes if self.bits is None else unpack(codes, self.bits)).float()
-        numbers = numbers.unflatten(-1, (groups, -1))
+        if self.bits is not None:
+            codes = unpack(codes, self.bits)[:, : codes.shape[1] * 32 // self.bits]
+        numbers = codes.float().unflatten(-1, (groups, -1))
         if self.bits is not None and zeros:
             (packed,) = zeros
             numbers -= unpack(packed.mT, self.bits).mT[: len(codes), :, None].float()
@@ -67,6 +68,11 @@ class Scaled(Rows):
         is_grouped = len(scales) == 2 and scales[0] == rows and not k % scales[1]
         is_known = is_grouped or math.prod(scales) in (1, rows)
         if self.bits is not None:
+            if codes.shape == (rows, -(-k // (32 // self.bits))) and 32 % self.bits:
+                raise ValueError(
+                    f"{codes.file}: {codes.name} holds codes of {self.bits} bits with gaps, as "
+                    f"{METHOD} 0.17 wrote them: write the checkpoint with a newer version"
+                )
             held = (rows, k * self.bits // 32), torch.int32
         else:
             held = (rows, k), torch.int8 if codes.dtype == "I8" else torch.float8_e4m3fn
@@ -109,8 +115,10 @@ def format_of(layout: Mapping[str, Any], path: Path) -> Format:
         groups = [group["weights"] for group in layout.get("config_groups", {}).values()]
         block = _block([weights.get("block_structure") for weights in groups])
         sizes = {weights["num_bits"] for weights in groups} if found == _PACKED else set()
-    if found == _PACKED and sizes not in ({4}, {8}):
-        raise ValueError(f"{path}: packed weights of {sorted(sizes)} bits: only 4 or 8 are read")
+    if found == _PACKED and sizes not in [{bits} for bits in range(1, 9)]:
+        raise ValueError(
+            f"{path}: packed weights of {sorted(sizes)} bits: only one size of 1 to 8 is read"
+        )
     bits = sizes.pop() if sizes else None
 
     def coded(name: str, tensors: Mapping[str, Stored]) -> Rows | None:

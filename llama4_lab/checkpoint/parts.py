@@ -196,11 +196,16 @@ def check_groups(codes: Stored, group: int, k: int) -> None:
 def unpack(packed: Integer[Tensor, "rows w"], bits: int) -> UInt8[Tensor, "rows k"]:
     """Return codes of 1 to 8 bits that follow each other, each from its lowest bit on.
 
+    Behind the last of a row may be codes of the bits that are left.
+
     >>> unpack(torch.tensor([[0x21, 0x43, 0x65, 0x87]], dtype=torch.uint8), 4)
     tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.uint8)
     """
     # Eight codes fill as many bytes as a code has bits; each lies in one byte or in two.
-    eights = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, bits))
+    of_rows = packed.flatten().view(torch.uint8).view(len(packed), -1)
+    if missing := -of_rows.shape[1] % bits:
+        of_rows = torch.nn.functional.pad(of_rows, (0, missing))
+    eights = of_rows.unflatten(-1, (-1, bits))
     codes = eights.new_empty(*eights.shape[:-1], 8)
     for i in range(8):
         byte, start = divmod(i * bits, 8)
