@@ -1,6 +1,7 @@
 """GGUF files of llama.cpp: the same logits as the weights that their codes stand for."""
 
 import copy
+import json
 import pickle
 import re
 import shutil
@@ -286,6 +287,15 @@ def test_arrays_of_the_metadata_are_read_at_once(tmp_path, monkeypatch):
 def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path, folder):
     written(tmp_path / "m.gguf", tokenizer=folder / "tokenizer.json", pre="qwen2")
     with pytest.raises(ValueError, match="its tokenizer cuts texts as 'qwen2' does"):
+        l4.load(tmp_path / "m.gguf")
+
+
+def test_a_broken_vocabulary_is_refused(tmp_path, folder):
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["model"]["merges"].append(["a", "nowhere"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    written(tmp_path / "m.gguf", tokenizer=tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"m\.gguf is not a Llama 4 tokenizer \(Token `nowhere`"):
         l4.load(tmp_path / "m.gguf")
 
 

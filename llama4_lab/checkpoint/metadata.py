@@ -5,6 +5,7 @@ and the floor of the temperature of 8,192 tokens, its scale of 0.1, and every fo
 layer, which are the defaults of our config.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from llama4_lab.prompt.tokenizer import PATTERN, Tokenizer
 ARCHITECTURE = "llama4"
 _SPLITTERS = ("llama4", "gpt-4o")  # llama.cpp's names for what cuts a text as `PATTERN` does
 _NORMAL, _UNUSED = 1, 5  # kinds of tokens
+_OF_ADDED = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 def config_from_metadata(
@@ -148,14 +150,17 @@ def tokenizer_from_metadata(fields: Mapping[str, Any], path: Path) -> Tokenizer 
     vocabulary = {
         n: i for i, (n, kind) in enumerate(zip(names, kinds, strict=True)) if kind != _UNUSED
     }
-    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
     # Like tiktoken, it takes a word that is a token as it is.
-    engine = Engine(models.BPE(vocabulary, merges, ignore_merges=True))
+    engine = Engine(models.BPE(ignore_merges=True))
     by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cut = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     engine.pre_tokenizer = pre_tokenizers.Sequence([cut, by_bytes])
     engine.decoder = decoders.ByteLevel()
-    engine.add_special_tokens(
-        [n for n, kind in zip(names, kinds, strict=True) if kind not in (_NORMAL, _UNUSED)]
-    )
-    return Tokenizer.from_text(engine.to_str(), path)
+    raw = json.loads(engine.to_str())  # filled here, or the vocabulary would be read twice
+    raw["model"] |= {"vocab": vocabulary, "merges": fields["tokenizer.ggml.merges"]}
+    raw["added_tokens"] = [
+        {"id": i, "content": name, "special": True} | dict.fromkeys(_OF_ADDED, False)
+        for name, i in vocabulary.items()
+        if kinds[i] != _NORMAL
+    ]
+    return Tokenizer.from_text(json.dumps(raw, ensure_ascii=False), path)
