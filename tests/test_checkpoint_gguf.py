@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter
 from gguf_file import write_gguf, write_mmproj
 from parity import VISION, pair, text_config
 from small_tokenizer import small_tokenizer
@@ -282,6 +282,18 @@ def test_arrays_of_the_metadata_are_read_at_once(tmp_path, monkeypatch):
     )
     assert _header(path)[0] == expected
     assert len(calls) <= len(expected)
+
+
+def test_a_file_of_another_byte_order_is_refused(tmp_path):
+    path, other = tmp_path / "m.gguf", "BIG" if sys.byteorder == "little" else "LITTLE"
+    writer = GGUFWriter(path, "llama4", endianess=GGUFEndian[other])
+    writer.add_array("texts", ["some", "words"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="was written for machines of another byte order"):
+        l4.load(path)
 
 
 def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path, folder):

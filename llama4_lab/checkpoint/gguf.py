@@ -290,7 +290,7 @@ def _read_header(file: Path, _changed: int) -> tuple[dict[str, Any], dict[str, C
         """Reads arrays at once: the package takes value after value, five times as long."""
 
         def _get_field_parts(self, orig_offs: int, raw_type: Any) -> tuple[int, list, Any, list]:
-            if raw_type != GGUFValueType.ARRAY:
+            if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
             data = self.data.data
             number, count = _ARRAY.unpack_from(data, orig_offs)
