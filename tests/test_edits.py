@@ -54,7 +54,9 @@ ALL = [
     E.Patch("layers.2.resid_pre", "other", tokens=(13,), source_tokens=(20,)),
     E.Patch("layers.3.attn.z", "other", tokens=(12, 13), head=2),
     E.Patch("projector.out", "other"),
+    E.Patch("vision.layers.1.attn.z", "other", head=1),
     E.Scale("vision.out", 0.0),
+    E.Scale("vision.layers.0.attn.v", 0.5),
     E.Scale("layers.1.attn.pattern", 0.5),
     E.Scale("layers.5.experts.hidden", 0.5, tokens=(20,)),
     E.Steer("layers.4.resid_mid", tuple(0.5 + 0.1 * i for i in range(48)), 2.0, tokens=(17,)),
@@ -336,6 +338,23 @@ def test_knocked_out_keys_get_nothing_and_the_rest_of_the_pattern_grows(model, p
     torch.testing.assert_close(edited, expected)
 
 
+@pytest.mark.parametrize("point", ["vision.layers.1.attn.z", "layers.3.attn.z"])
+def test_an_edit_of_one_head_leaves_the_others_as_they_are(model, prompt, sources, point):
+    plain, theirs = (rows_of(model, point, each)[point] for each in (prompt, sources["other"]))
+    for edit, put in (
+        (E.Scale(point, 0.5, head=1), plain * 0.5),
+        (E.Patch(point, "other", head=1), theirs),
+    ):
+        expected = plain.clone()
+        expected[:, :, 1] = put[:, :, 1]
+        found = rows_of(model, point, prompt, [edit], sources)[point]
+        torch.testing.assert_close(found, expected)
+        again = Replay(model, prompt, sources).edited([edit]).logits
+        torch.testing.assert_close(
+            again, in_full(model, prompt, sources, [edit]), atol=1e-5, rtol=0
+        )
+
+
 def test_removed_tokens_are_seen_by_themselves_alone(model, prompt):
     for layer in range(6):
         name = f"layers.{layer}.attn.pattern"
@@ -470,6 +489,11 @@ def test_rules_are_as_before_after_an_exception(model, prompt):
         (E.Scale("layers.2.attn.y", 0.0), r"unknown point 'layers.2.attn.y'"),
         (E.Scale("layers.2.mlp.out", 0.0, head=1), r"mlp.out has no axis of query heads"),
         (E.Scale("vision.out", 0.0, tokens=(1,)), r"vision.out has no axis of text tokens"),
+        (E.Scale("vision.layers.0.mlp.out", 0.0, tokens=(1,)), r"mlp.out has no axis of text tok"),
+        (
+            E.Scale("vision.layers.0.attn.z", 0.0, head=2),
+            r"head 2 is out of .* has 2 heads \(0 to 1",
+        ),
         (E.Scale("layers.3.router.indices", 0.0), r"use Route or DropExpert"),
         (E.Steer("layers.2.mlp.out", (1.0, 2.0)), r"a vector of 2 numbers does not fit"),
         (E.Patch("embed", "other", (1, 2), (3,)), r"2 tokens cannot take the values of 1"),
@@ -497,12 +521,14 @@ def test_an_impossible_edit_is_refused_with_what_is_possible(model, prompt, repl
         Replay(model, prompt, sources).edited([edit])
 
 
-@pytest.mark.parametrize("edit", [each for each in ALL if "vision" in str(each)], ids=repr)
+@pytest.mark.parametrize(
+    "edit", [each for each in ALL if "Scale(point='vision" in str(each)], ids=repr
+)
 def test_an_edit_of_a_picture_that_is_not_there_is_refused(model, edit):
     ids = torch.arange(5, 17)[None]
-    with pytest.raises(ValueError, match=r"this prompt has no picture, so it has no vision\.out"):
+    with pytest.raises(ValueError, match=f"this prompt has no picture, so it has no {edit.point}"):
         Replay(model, ids).edited([edit])
-    with pytest.warns(UserWarning, match="'vision.out' was never made"), E.edited(model, [edit]):
+    with pytest.warns(UserWarning, match=f"'{edit.point}' was never made"), E.edited(model, [edit]):
         model(ids)
 
 

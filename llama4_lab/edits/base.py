@@ -192,9 +192,11 @@ class Edit:
         Raises:
             ValueError: what was given and what is there.
         """
+        is_of_pictures = getattr(self, "point", "").startswith(PICTURE)
+        encoder = config.vision_config if is_of_pictures else None
         counts = {
             "layer": config.num_hidden_layers,
-            "head": config.num_attention_heads,
+            "head": (encoder or config).num_attention_heads,
             "expert": config.num_local_experts,
             "id": config.vocab_size,
         }

@@ -98,12 +98,12 @@ class Patch(Edit):
             if not has_tokens(self.point, config):
                 # Of pictures, the first axis counts tiles: one must not stand for all.
                 self._must_fit(value, theirs, 0 if self.point.startswith(PICTURE) else 1)
-                return theirs.expand_as(value).clone()
+                return _only(self.head, value, theirs.expand_as(value).clone())
             self._must_fit(value, theirs, 2)
 
             def make(old: Tensor, positions: list[int]) -> Tensor:
                 new = taken(theirs, [places.get(p, p) for p in positions], self.source)
-                return new if self.head is None else _only(self.head, old, new)
+                return _only(self.head, old, new)
 
             return run.replaced(value, self.tokens, make)
 
@@ -132,17 +132,13 @@ class Scale(Edit):
 
     def changes(self, config: Llama4Config) -> dict[str, Change]:
         def scaled(old: Tensor) -> Tensor:
-            return torch.where(old == -math.inf, old, old * self.factor)
+            new = torch.where(old == -math.inf, old, old * self.factor)
+            return _only(self.head, old, new)
 
         def scale(value: Tensor, run: Run) -> Tensor:
             if not has_tokens(self.point, config):
                 return scaled(value)
-
-            def make(old: Tensor, _: list[int]) -> Tensor:
-                new = scaled(old)
-                return new if self.head is None else _only(self.head, old, new)
-
-            return run.replaced(value, self.tokens, make)
+            return run.replaced(value, self.tokens, lambda old, _: scaled(old))
 
         return {self.point: scale}
 
@@ -171,7 +167,9 @@ class Steer(Edit):
         return {self.point: steer}
 
 
-def _only(head: int, old: Tensor, new: Tensor) -> Tensor:
-    """Return `new` in one head of ``[b n h dh]`` and `old` in the others."""
+def _only(head: int | None, old: Tensor, new: Tensor) -> Tensor:
+    """Return `new` in one head of ``[b n h dh]`` and `old` in the others; without a head, `new`."""
+    if head is None:
+        return new
     is_it = torch.arange(old.shape[2], device=old.device) == head
     return torch.where(is_it[:, None], new, old)
