@@ -89,8 +89,11 @@ def test_keeping_values_is_seen_by_nobody_and_changes_no_run(model, prompt):
         found = replay.edited([E.DropExpert(3, 2)], keep=["layers.3.experts.out"])
     assert not seen
     torch.testing.assert_close(found.logits, plain.logits, atol=1e-5, rtol=0)
-    with pytest.raises(KeyError):
-        plain.value("layers.1.experts.out")
+    for name in ("layers.1.experts.out", "layers.3.experts.out", "layers.5.resid_pre"):
+        with pytest.raises(KeyError, match=rf"{name} was not kept of this run: ask for"):
+            plain.value(name)  # though the clean run has it
+    theirs = rows_of(model, "final_norm", prompt, [E.DropExpert(3, 2)])["final_norm"]
+    torch.testing.assert_close(plain.value("final_norm"), theirs, atol=1e-5, rtol=0)
     assert found.value("layers.3.experts.out").shape[:2] == (1, len(replay))
     for name in ("layers.0.attn.pattern", "vision.embed", "projector.out", "layers.9.resid_mid"):
         with pytest.raises(ValueError, match=f"'{name}' cannot be kept: it has no axes b t"):

@@ -211,6 +211,7 @@ class Replay:
                 edits=tuple(variant.edits),
                 first=variant.first,
                 hidden=hidden[row, own],
+                asked=frozenset(keep),
                 kept={point: value[own] for point, value in known.items()},
                 evidence=rows.evidence(row),
                 change_logits=variant.change("logits"),
@@ -328,6 +329,7 @@ class Edited:
     edits: tuple[Edit, ...]
     first: int
     hidden: Float[Tensor, "t d"]  # what the read-out sees, from `first` on
+    asked: frozenset[str]  # points to keep
     kept: dict[str, Tensor]  # by point, from `first` on: of routers, and what was asked for
     evidence: dict[str, Evidence]
     change_logits: Callable[[Tensor], Tensor]
@@ -391,6 +393,8 @@ class Edited:
         if point == "logits":
             return self.logits[None]
         mine = self.hidden if point == "final_norm" else self.kept.get(point)
+        if mine is None and point not in self.asked and ".router." not in point:
+            raise KeyError(f"{point} was not kept of this run: ask for it, keep=[{point!r}]")
         if mine is not None and not self.first:
             return mine[None]
         clean = self.replay._kept[point]
