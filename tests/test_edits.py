@@ -11,7 +11,7 @@ from tiny import CONFIG, tiny
 import llama4_lab as l4
 from llama4_lab import edits as E
 from llama4_lab.edits.base import HOW, See, has_tokens, layer_of
-from llama4_lab.points import INSIDE
+from llama4_lab.points import INSIDE, PICTURE
 from llama4_lab.replay import Replay
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -48,6 +48,7 @@ ALL = [
     E.KnockOut((20, 21), (3, 4, 5)),
     E.KnockOut((14, 15), (12, 13), layer=3, head=1),
     E.RemoveTokens((3, 4, 5)),
+    E.RemoveTokens((13, 18)),
     E.ReplaceToken(14, 33),
     E.AblateEmbedding((3, 4), "mean"),
     E.AblateEmbedding((13,), "resample", "other"),
@@ -133,6 +134,25 @@ def test_an_edit_holds_token_by_token(model, prompt, sources, edit):
     torch.testing.assert_close(torch.cat(parts, dim=1)[0], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    # Two pictures are no place for the values of one.
+    [
+        *(e for e in ALL if not isinstance(e, E.Patch) or not e.point.startswith(PICTURE)),
+        E.Patch("layers.3.attn.pattern", "other"),
+    ],
+    ids=repr,
+)
+def test_an_edit_is_the_same_in_each_row_of_a_batch(model, prompt, sources, edit):
+    prompts = [prompt, some_prompt(2)]
+    both = {name: torch.cat([each[name] for each in prompts]) for name in prompt}
+    with E.edited(model, [edit], sources):
+        together = model(**both)
+    for row, each in zip(together, prompts, strict=True):
+        expected = in_full(model, each, sources, [edit])
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("edit", ALL, ids=repr)
 def test_a_replayed_edit_equals_the_whole_run(model, prompt, sources, replay, edit):
     again = replay.edited([edit])
@@ -140,6 +160,7 @@ def test_a_replayed_edit_equals_the_whole_run(model, prompt, sources, replay, ed
     torch.testing.assert_close(again.logits, expected, atol=1e-5, rtol=0)
     assert not again.effect.unseen
     assert all(found.used_by for found in again.evidence.values())
+    assert not again.evidence or any(found.changed > 0 for found in again.evidence.values())
     changes = E.changes_of([edit], CONFIG).items()
     changed = {p for p, along in changes if not all(isinstance(each, See) for each in along)}
     assert again.evidence.keys() == changed - {"logits"}  # which nothing in the model reads
@@ -303,6 +324,7 @@ def test_other_rules_equal_a_model_that_was_made_with_them(model, prompt):
     rope = [i for i in range(6) if CONFIG.uses_rope(i)]
     for edits, changes in (
         ([E.TopK(i, 3) for i in moe], {"num_experts_per_tok": 3}),
+        ([E.TopK(i, 5) for i in moe], {"num_experts_per_tok": 5}),
         ([E.Chunk(i, 13) for i in rope], {"attention_chunk_size": 13}),
         ([E.AttentionTemperature(3, 0.0)], {"attn_temperature_tuning": False}),
         ([E.AttentionTemperature(3, 0.7, 2)], {"attn_scale": 0.7, "floor_scale": 2}),
@@ -310,6 +332,15 @@ def test_other_rules_equal_a_model_that_was_made_with_them(model, prompt):
         torch.testing.assert_close(
             in_full(model, prompt, {}, edits), made(**changes), atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("use_qk_norm", [True, False])
+def test_a_layer_switched_to_rope_is_one_of_a_model_that_was_made_with_it(prompt, use_qk_norm):
+    model = tiny(use_qk_norm=use_qk_norm)
+    other = tiny(use_qk_norm=use_qk_norm, no_rope_layers=(1,) * 6)
+    other.load_state_dict(model.state_dict())
+    found = in_full(model, prompt, {}, [E.Rope(NOPE, on=True), E.Chunk(NOPE, 8)])
+    torch.testing.assert_close(found, other(**prompt)[0], atol=1e-5, rtol=0)
 
 
 def test_a_layer_with_rope_switched_off_cannot_tell_the_order_of_its_keys(model):
@@ -454,6 +485,16 @@ def test_edits_that_look_at_what_a_block_around_changes_are_refused(
         assert same(in_full(model, prompt, {}, [outer]), expected)
 
 
+def test_a_block_around_may_look_at_a_choice_but_not_change_it_as_well(model, prompt):
+    looks, inner = E.AblateExpert(MOE, 0), E.AblateExpert(MOE, 1)
+    outer = E.edited(model, [looks, E.Route(MOE, 13, 1)])
+    with outer, pytest.raises(ValueError, match=r"changes layers\.3\.router\.indices behind"):
+        in_full(model, prompt, {}, [inner])
+    with E.edited(model, [looks]):
+        found = in_full(model, prompt, {}, [inner])
+    assert torch.equal(found, in_full(model, prompt, {}, [looks, inner]))
+
+
 def test_edits_hold_while_text_is_generated(model):
     ids = torch.randint(4, 89, (1, 21), generator=torch.Generator().manual_seed(3))
     edits = [E.Chunk(1, 16), E.DropExpert(3, 1), E.AblateHead(0, 2), E.RemoveTokens((4, 5))]
@@ -568,6 +609,8 @@ def test_a_layer_has_a_temperature_to_change_where_it_does_not_rotate_in_this_ru
     edits = [E.AttentionTemperature(3, 0.0), E.Rope(3, on=True), E.Rope(1, on=False)]
     with pytest.raises(ValueError, match=r"layer 3 is a RoPE layer in this run; .* layers are 1$"):
         in_full(model, prompt, {}, edits)
+    with pytest.raises(ValueError, match=r"NoPE layers are none$"):
+        in_full(model, prompt, {}, edits[:2])
     in_full(model, prompt, {}, [edits[0], E.Rope(3, on=False)])
     names = ["layers.1.attn.q", "layers.1.attn.rot_q"]
     q, tempered = rows_of(model, names, prompt, [E.AttentionTemperature(1, 0.0), edits[2]]).values()
@@ -808,9 +851,9 @@ def test_a_skipped_layer_adds_nothing_whatever_a_block_inside_changes(model, pro
 def test_experts_of_a_skipped_layer_are_not_opened(model):
     with E.edited(model, [E.SkipLayer(MOE)]):
         assert not any(model.tap.watches(f"layers.{MOE}.{point}") for point in INSIDE)
-    before = [E.AblateExpert(MOE, 1), E.SkipLayer(MOE)]
-    assert f"layers.{MOE}.experts.out" not in E.changes_of(before, CONFIG)
-    assert f"layers.{MOE}.experts.out" not in E.changes_of([E.SkipLayer(MOE)], CONFIG)
+    skip, gate = E.SkipLayer(MOE), E.Route(MOE, 13, 4, "one")
+    for edits in ([E.AblateExpert(MOE, 1), skip], [skip], [skip, gate], [gate, skip]):
+        assert f"layers.{MOE}.experts.out" not in E.changes_of(edits, CONFIG)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0])

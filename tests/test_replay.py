@@ -1,11 +1,13 @@
 """Replay: runs from the middle equal whole runs, and say what they changed."""
 
+import math
 import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tqdm.auto
 from test_edits import ALL, in_full, rows_of, some_prompt
 from tiny import CONFIG, tiny
 from torch.overrides import _get_current_function_mode_stack
@@ -106,6 +108,23 @@ def test_small_passes_give_the_same(model, prompt, replay):
     one_each = Replay(model, prompt, max_tokens=1).many(runs)
     for a, b in zip(replay.many(runs), one_each, strict=True):
         torch.testing.assert_close(a.logits, b.logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_pass_is_as_full_as_it_may_be(model, prompt, monkeypatch):
+    replay, passes = Replay(model, prompt, max_tokens=60), []
+    run = replay._run
+    monkeypatch.setattr(
+        replay,
+        "_run",
+        lambda variants, keep: (
+            passes.append((variants[0].first, len(variants))) or run(variants, keep)
+        ),
+    )
+    heads = range(CONFIG.num_attention_heads)
+    late = [[E.AblateHead(4, head, tokens=(20,))] for head in heads]  # 9 tokens each
+    replay.many([*late, *([E.AblateHead(4, head)] for head in heads)])  # 29 tokens each
+    assert sorted(passes) == [(0, 2), (0, 2), (0, 2), (20, 6)]
 
 
 @torch.no_grad()
@@ -210,6 +229,15 @@ def test_the_effect_is_what_its_formulas_say(model, prompt, replay):
     assert torch.equal(effect.top_changed, (clean.argmax(-1) != mine.argmax(-1))[15:])
 
 
+@torch.no_grad()
+def test_the_effect_of_a_model_in_half_precision_is_computed_in_full(prompt):
+    replay = Replay(tiny().bfloat16(), prompt)
+    run = replay.edited([E.SkipLayer(3)])
+    clean, mine = (logits.double().log_softmax(-1) for logits in (replay.logits, run.logits))
+    kl = (clean.exp() * (clean - mine)).sum(-1)
+    torch.testing.assert_close(run.effect.kl.double(), kl, atol=1e-6, rtol=1e-3)
+
+
 def test_logits_that_are_no_numbers_have_no_divergence(replay):
     effect = replay.edited([E.Scale("layers.1.attn.out", float("nan"), tokens=(15,))]).effect
     assert effect.kl.isnan().all()
@@ -273,6 +301,17 @@ def test_an_edit_that_changes_nothing_says_so(replay):
     assert effect.evidence["layers.2.resid_mid"].changed == 0
     assert effect.unseen == []
     assert effect.kl.max() < 1e-9
+
+
+def test_a_change_is_measured_where_both_values_are_finite(model, prompt, replay):
+    name, edit = "layers.3.attn.scores", E.Scale("layers.3.attn.scores", 0.5)
+    with torch.no_grad():
+        plain = rows_of(model, name, prompt)[name]
+    changed = replay.edited([edit]).effect.evidence[name].changed
+    assert plain.isinf().any()  # keys that come later
+    assert changed == pytest.approx(float(plain[plain.isfinite()].abs().max() / 2), rel=1e-4)
+    broken = replay.edited([E.Scale(name, float("nan"))]).effect.evidence[name].changed
+    assert math.isnan(broken)
 
 
 def test_a_text_tells_the_effect_in_units(replay):
@@ -415,6 +454,31 @@ def test_the_clean_source_is_always_the_replayed_run(model, prompt, replay):
     edit = E.AblateHead(3, 1, "mean")
     mine = Replay(model, prompt, {"clean": some_prompt(1)}).edited([edit]).logits
     assert torch.equal(mine, replay.edited([edit]).logits)
+
+
+@torch.no_grad()
+def test_logits_of_some_positions_are_those_of_all(replay):
+    for edits in ([E.Scale("logits", 2.0, tokens=(13, 20))], [E.SkipLayer(2, tokens=(9,))]):
+        run = replay.edited(edits)
+        for which in (slice(-1, None), slice(4, 9), slice(7, 8), slice(None, 3)):
+            expected = run.logits[run.first :][which]
+            torch.testing.assert_close(run.logits_of(which), expected, atol=1e-5, rtol=0)
+
+
+def test_a_bar_is_shown_for_many_runs_unless_it_is_refused(model, prompt, monkeypatch):
+    shown, honest = [], tqdm.auto.tqdm
+
+    def bar(*args, disable, **options):
+        shown.append(not disable)
+        return honest(*args, disable=True, **options)
+
+    monkeypatch.setattr("llama4_lab.replay.tqdm", bar)
+    runs = [[E.SkipLayer(4)], [E.SkipLayer(5)]]
+    for progress in (True, False):
+        replay = Replay(model, prompt, progress=progress)
+        replay.many(runs)
+        replay.edited(runs[0])
+    assert shown == [True, False, False, False]
 
 
 def test_logits_of_a_slice_with_steps_are_refused(replay):
