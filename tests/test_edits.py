@@ -440,6 +440,15 @@ def test_a_run_patched_in_whole_becomes_the_other_run(model, prompt, sources):
     torch.testing.assert_close(found, model(**sources["other"])[0], atol=1e-6, rtol=0)
 
 
+def test_a_value_may_come_from_farther_on_in_a_source_than_the_prompt_is_long(model, prompt):
+    source = torch.randint(4, 89, (1, 40), generator=torch.Generator().manual_seed(4))
+    edit = E.Patch("embed", "long", tokens=(20,), source_tokens=(35,))
+    found = Replay(model, prompt, {"long": source}).edited([edit]).logits
+    ids = prompt["input_ids"].clone()
+    ids[0, 20] = source[0, 35]
+    torch.testing.assert_close(found, model(ids, prompt["pixel_values"])[0], atol=1e-5, rtol=0)
+
+
 def test_edits_at_one_point_happen_in_the_order_given(model, prompt):
     steer = E.Steer("layers.2.resid_mid", (1.0,) * 48)
     scale = E.Scale("layers.2.resid_mid", 3.0)
@@ -642,6 +651,7 @@ def test_edits_that_contradict_themselves_are_refused():
         ('[{"edit": ["SkipLayer"], "layer": 1}]', r"unknown edit \['SkipLayer'\]; choose from"),
         ('[{"edit": "SkipLayer"}]', "SkipLayer needs layer as well"),
         ('[{"edit": "SkipLayer", "layer": 1, "x": 2}]', "SkipLayer has no x; it has layer, tokens"),
+        ('[{"edit": "SkipLayer", "layer": "one"}]', "layer"),
         ('[{"edit": "Scale", "factor": NaN}]', "edits take finite numbers, and NaN is none"),
         ('[{"edit": "Scale", "factor": -1e400}]', "edits take finite numbers, and -1e400 is none"),
     ],
@@ -921,6 +931,11 @@ def test_sources_read_inside_other_edits_do_not_depend_on_the_pass_before(model)
     for part in ids.split(15, dim=1):
         model(part, cache=cache)
     assert torch.equal(nested(), expected)
+    scaled, blank = E.Scale("embed", 5.0, tokens=(3,)), E.AblateEmbedding((5,), "mean")
+    clean = rows_of(model, "embed", {"input_ids": ids}, [scaled])["embed"][0]
+    with E.edited(model, [scaled]):  # whose tokens are those of the source as well
+        found = rows_of(model, "embed", {"input_ids": ids}, [blank], {"clean": ids})["embed"][0]
+    torch.testing.assert_close(found[5], clean.mean(0))
 
 
 def test_a_temperature_without_a_scale_changes_nothing_where_the_model_has_none():
