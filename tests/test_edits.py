@@ -367,6 +367,9 @@ def test_knocked_out_keys_get_nothing_and_the_rest_of_the_pattern_grows(model, p
     expected[:, 20:22, 3:6] = 0
     expected /= expected.sum(-1, keepdim=True)
     torch.testing.assert_close(edited, expected)
+    knocked = E.KnockOut((20, 21), (3, 4, 5), layer=3, head=1)
+    one = rows_of(model, name, prompt, [knocked])[name][0]
+    torch.testing.assert_close(one, torch.cat([plain[:1], expected[1:2], plain[2:]]))
 
 
 @pytest.mark.parametrize("point", ["vision.layers.1.attn.z", "layers.3.attn.z"])
