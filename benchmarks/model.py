@@ -169,8 +169,6 @@ class Bench:
         def folded() -> Tensor:
             return attend(q, k, v, none, none, CHUNK)
 
-        check_equal("attention in chunks", folded(), masked(), 1e-5)
-
         def theirs() -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 

@@ -78,6 +78,7 @@ def test_scores_may_be_large_and_grow_from_block_to_block():
     k *= torch.arange(1, 601)[:, None]
     found = attention._by_kernel(q, k, v, 0)
     assert (q @ k.repeat_interleave(2, 1).mT).max() > 5000
+    # Scores of 10⁴ are off by 10⁻³ in float32, and weights by as large a share.
     torch.testing.assert_close(found, exact(q, k, v, 0), atol=2e-3, rtol=0)
     torch.testing.assert_close(attention._by_kernel(0 * q, k, v, 0), exact(0 * q, k, v, 0))
 
@@ -153,6 +154,7 @@ def test_it_is_left_to_pytorch_where_more_than_values_is_wanted(calls, monkeypat
     expected = exact(q, k, v, 0)
 
     def check(*given, count=0):
+        # Of bfloat16's eight bits; what matters here is who computes it.
         torch.testing.assert_close(attention.causal(*given).float(), expected, atol=2e-2, rtol=0)
         assert len(calls) == count
 

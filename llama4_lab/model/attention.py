@@ -188,7 +188,11 @@ def _by_kernel(q: Tensor, k: Tensor, v: Tensor, before: int) -> Tensor:
 
 @cache
 def _has_wide_vectors() -> bool:
-    """Whether vectors have 512 bits: with half of them, exponentials make up for all gains."""
+    """Whether vectors have 512 bits.
+
+    With half of them, exponentials take as much time as is gained where heads are narrow: narrowed
+    to that, a machine took 0.8 to 1.4 times PyTorch's speed for heads of 16 to 64.
+    """
     from llama4_lab.compiled import LANES
 
     return LANES == 16

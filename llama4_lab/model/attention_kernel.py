@@ -22,7 +22,8 @@ LOG2_E = f32(np.log2(np.e))
 def power_of_2(x):
     """Return 2^x of an x up to 0, to one part in 10⁷; NaN stays NaN, and −∞ makes 2^−126.
 
-    The polynomial, of x's fraction, is the one of its degree whose largest error is least.
+    The experts' `exp` takes any x, for more instructions. The polynomial of x's fraction was fitted
+    for a small largest error, and is 1 at 0.
     """
     x = f32(-126) if x < f32(-126) else x
     n = np.floor(x)
