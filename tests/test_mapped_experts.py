@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -139,6 +140,56 @@ def test_what_was_used_longest_ago_goes_first():
     memory.clear()
     get("a")
     assert read[-1] == "a" and memory.bytes_held == 16
+
+
+def test_what_is_asked_for_next_is_read_meanwhile():
+    memory = ExpertMemory(limit=2 * 16)
+    begun, may_end, readers = threading.Event(), threading.Event(), []
+
+    def value():
+        readers.append(threading.current_thread())
+        begun.set()
+        assert may_end.wait(60)
+        return torch.ones(4), 16
+
+    memory.read_ahead("a", 16, value)
+    assert begun.wait(60) and memory.bytes_read == 0  # and here something is computed
+    may_end.set()
+    assert memory.get("a", 16, value).sum() == 4
+    memory.read_ahead("a", 16, value)  # it is there
+    memory.read_ahead("large", 48, value)  # it would be read for nothing, and all others go
+    assert memory.get("a", 16, value).sum() == 4
+    assert len(readers) == 1 and readers[0] is not threading.current_thread()
+    assert memory.bytes_held == memory.bytes_read == 16
+
+
+def test_who_asks_is_told_why_nothing_could_be_read_before():
+    memory = ExpertMemory(limit=2 * 16)
+
+    def broken():
+        raise OSError("the disk is gone")
+
+    memory.read_ahead("a", 16, broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        memory.get("a", 16, broken)
+    assert memory.get("a", 16, lambda: (torch.ones(4), 16)).sum() == 4
+
+
+@torch.no_grad()
+def test_experts_are_read_in_the_order_in_which_they_are_computed_with(folder, monkeypatch):
+    model = l4.load(folder, experts="mmap", memory_limit=2 * GATE_UP)
+    experts, ahead = model.layers[1].feed_forward.experts, []
+    read_ahead = ExpertMemory.read_ahead
+    monkeypatch.setattr(
+        ExpertMemory,
+        "read_ahead",
+        lambda memory, *of: ahead.append(of[0]) or read_ahead(memory, *of),
+    )
+    each = experts.gate_up_proj.in_turn([0, 2, 3], experts.down_proj)
+    for expert, weight in zip([0, 2, 3], each, strict=True):
+        assert torch.equal(weight, experts.gate_up_proj[expert])
+    assert [key[1] for key in ahead] == [2, 3, 0] and "down_proj" in ahead[-1][0]
+    assert list(experts.gate_up_proj.in_turn([], experts.down_proj)) == []
 
 
 @torch.no_grad()

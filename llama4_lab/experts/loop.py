@@ -25,18 +25,26 @@ def apply(
     scaling its output.
     """
     load = offsets.diff().tolist()
+    asked = [expert for expert, tokens in enumerate(load) if tokens]
     inverse = order.argsort()
 
-    def per_expert(rows: Tensor, weights: Tensor | Packed | Mapped) -> Tensor:
+    def per_expert(
+        rows: Tensor, weights: Tensor | Packed | Mapped, following: Mapped | None = None
+    ) -> Tensor:
         blocks = rows.flatten(0, 1)[order].split(load)
-        # A tensor is cut at once, so that its gradient is put together once.
-        each = weights.unbind(0) if isinstance(weights, Tensor) else weights
-        done = [linear(block, each[e]) for e, block in enumerate(blocks) if len(block)]
+        if isinstance(weights, Mapped):
+            each = weights.in_turn(asked, following)
+        else:
+            # A tensor is cut at once, so that its gradient is put together once.
+            cut = weights.unbind(0) if isinstance(weights, Tensor) else weights
+            each = (cut[expert] for expert in asked)
+        done = [linear(blocks[expert], next(each)) for expert in asked]
         done = done or [rows.new_empty(0, weights.shape[1])]
         return torch.cat(done)[inverse].unflatten(0, score.shape)
 
     inputs = record("experts.in", x[:, None] * score[..., None])
-    gate, up = per_expert(inputs, gate_up).chunk(2, dim=-1)
+    later = down if isinstance(down, Mapped) else None
+    gate, up = per_expert(inputs, gate_up, later).chunk(2, dim=-1)
     hidden = record("experts.hidden", F.silu(gate) * up)
     return record("experts.out", per_expert(hidden, down)).sum(1)
 

@@ -8,7 +8,7 @@ import math
 import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -32,6 +32,7 @@ class ExpertMemory:
         self.bytes_held = 0
         self._kept: OrderedDict[Hashable, Tensor | Packed] = OrderedDict()
         self._lock = threading.Lock()
+        self._reader: threading.Thread | None = None
 
     def get(
         self, key: Hashable, size: int, read: Callable[[], tuple[Tensor | Packed, int]]
@@ -40,6 +41,27 @@ class ExpertMemory:
 
         Room is made before, so that the limit holds while reading too.
         """
+        if self._reader is not None:
+            self._reader.join()  # perhaps it is reading just this
+        return self._get(key, size, read)
+
+    def read_ahead(
+        self, key: Hashable, size: int, read: Callable[[], tuple[Tensor | Packed, int]]
+    ) -> None:
+        """Begin to read what `get` is asked for next, if it will be kept till then."""
+        if size <= self.limit and key not in self._kept:
+            self._reader = threading.Thread(
+                target=self._get_quietly, args=(key, size, read), daemon=True
+            )
+            self._reader.start()
+
+    def _get_quietly(self, *of: Any) -> None:
+        with suppress(Exception):  # whoever asks for it reads again, and is told
+            self._get(*of)
+
+    def _get(
+        self, key: Hashable, size: int, read: Callable[[], tuple[Tensor | Packed, int]]
+    ) -> Tensor | Packed:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -117,10 +139,28 @@ class Mapped:
     def __getitem__(self, index: int | slice) -> "Tensor | Packed | Mapped":
         if isinstance(index, slice):
             return replace(self, experts=self.experts[index])
+        return self.memory.get(*self._request(index))
+
+    def in_turn(
+        self, indices: Sequence[int], following: "Mapped | None" = None
+    ) -> Iterator[Tensor | Packed]:
+        """Yield experts, each read while the one before is computed with.
+
+        While the last is, the first of the stack that follows is read.
+        """
+        later = [(self, i) for i in indices[1:]] + [(following, i) for i in indices[:1]]
+        for i, (stack, after) in zip(indices, later, strict=True):
+            weight = self[i]
+            if stack is not None and self.like.device.type == "cpu":  # others have streams
+                self.memory.read_ahead(*stack._request(after))
+            yield weight
+            del weight  # before the next is read
+
+    def _request(self, index: int) -> tuple[Hashable, int, Callable[[], tuple[Any, int]]]:
         expert = self.experts[index]
         # Copies of a model, which share the memory, may have another dtype or device.
         key = self.name, expert, self.like.dtype, self.like.device
-        return self.memory.get(key, self.size, lambda: self._placed(expert))
+        return key, self.size, lambda: self._placed(expert)
 
     @torch.inference_mode(False)  # what is kept serves passes with gradients, too
     def _placed(self, expert: int) -> tuple[Tensor | Packed, int]:
