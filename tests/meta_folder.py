@@ -59,13 +59,39 @@ VISION_ARGS = {
 }
 
 
-def write_meta(folder, state, params, num_files):
-    """Write a transformers state dict, text only or multimodal."""
+def write_meta(folder, state, params, num_files, fp8=None):
+    """Write a transformers state dict, text only or multimodal.
+
+    With `fp8` the rows of routed experts are rounded as by Meta's script: to codes, whose scales
+    have the names of "weights" or of "modules", or "plain" in their own dtype.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
     state = {name.removeprefix("language_model."): tensor for name, tensor in state.items()}
     for rank in range(num_files):
-        torch.save(shard(state, params, rank, num_files), folder / f"consolidated.{rank:02}.pth")
+        held = shard(state, params, rank, num_files)
+        if fp8:
+            scales = round_experts(held, params, fp8)
+            torch.save(scales, folder / f"fp8_scales_{rank}.pt")
+        torch.save(held, folder / f"consolidated.{rank:02}.pth")
+
+
+def round_experts(held, params, fp8):
+    """Round the experts of all layers but the first and last, in place; return the scales."""
+    scales = {}
+    for i in range(1, params["n_layers"] - 1):
+        for module, name in (("w1", "in_eD_F"), ("w3", "swiglu_eD_F"), ("w2", "out_eF_D")):
+            prefix = f"layers.{i}.feed_forward.experts"
+            if (key := f"{prefix}.moe_w_{name}") not in held:
+                continue
+            rows = held[key].unflatten(0, (params["moe_args"]["num_experts"], -1)).mT
+            scale = rows.float().abs().amax(-1) / 448
+            codes = (rows / scale[..., None]).to(torch.float8_e4m3fn)
+            if fp8 == "plain":
+                codes = (codes.float() * scale[..., None]).to(rows.dtype)
+            held[key] = torch.nn.Parameter(codes.mT.flatten(0, 1).contiguous())
+            scales[key if fp8 == "weights" else f"{prefix}.{module}"] = scale
+    return scales
 
 
 def shard(state, params, rank, num_files):

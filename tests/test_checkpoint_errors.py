@@ -33,12 +33,13 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """One good folder of each format: single file, shards, with pictures, Meta's."""
+    """One good folder of each format: single file, shards, with pictures, Meta's, also in fp8."""
     root = tmp_path_factory.mktemp("good")
     hf, ours = pair(text_config(**TEXT))
     save(ours, root / "single")
     save(ours, root / "shards", max_shard_bytes=650_000)
     write_meta(root / "meta", hf.state_dict(), PARAMS, 4)
+    write_meta(root / "meta-fp8", hf.state_dict(), PARAMS, 4, fp8="weights")
     save(pair(text_config(vocab_size=336), VISION)[1], root / "pictures")
     return root
 
@@ -74,6 +75,7 @@ NORM = "model.norm.weight"
 TABLE = "model.embed_tokens.weight"
 EXPERTS = "model.layers.1.feed_forward.experts.gate_up_proj"
 QKV = "layers.0.attention.wqkv.weight"
+CODES = "layers.3.feed_forward.experts.moe_w_out_eF_D"
 LAST = "model-00004-of-00004.safetensors"
 
 
@@ -393,6 +395,43 @@ KINDS = {
         "weights are float32, bfloat16, float16, float64; of quantised files those of {programs} "
         "are read",
     ),
+    "the scales of a rank of Meta's are missing": (
+        "meta-fp8",
+        lambda at: (at / "fp8_scales_2.pt").unlink(),
+        FileNotFoundError,
+        "{at}/fp8_scales_2.pt is missing: it has the scales of what consolidated.02.pth holds in 8 "
+        "bits, layers.1.feed_forward.experts.moe_w_in_eD_F and 8 other tensors",
+    ),
+    "a missing scale of Meta's": (
+        "meta-fp8",
+        lambda at: edit_pth(at / "fp8_scales_0.pt", lambda t: t.pop(CODES)),
+        ValueError,
+        "{at}/fp8_scales_0.pt lacks layers.3.feed_forward.experts.moe_w_out_eF_D, which "
+        "consolidated.00.pth asks for",
+    ),
+    "no scale of Meta's": (
+        "meta-fp8",
+        lambda at: edit_pth(at / "fp8_scales_0.pt", dict.clear),
+        ValueError,
+        "{at}/fp8_scales_0.pt lacks layers.1.feed_forward.experts.moe_w_in_eD_F and 8 other "
+        "tensors, which consolidated.00.pth asks for",
+    ),
+    "a scale of Meta's of another shape": (
+        "meta-fp8",
+        lambda at: edit_pth(at / "fp8_scales_3.pt", lambda t: t.update({CODES: t[CODES].T})),
+        ValueError,
+        "{at}/fp8_scales_3.pt: layers.3.feed_forward.experts.moe_w_out_eF_D is [48, 5] where "
+        "consolidated.03.pth asks for [5, 48]",
+    ),
+    "ranks of Meta's of which some are in fp8": (
+        "meta-fp8",
+        lambda at: edit_pth(
+            at / "consolidated.02.pth", lambda t: t.update({CODES: t[CODES].float()})
+        ),
+        ValueError,
+        "{at}/consolidated.02.pth: layers.3.feed_forward.experts.moe_w_out_eF_D holds float32 "
+        "where params.json with 4 files asks for float8_e4m3fn",
+    ),
 }
 
 
@@ -423,7 +462,7 @@ def test_a_bad_folder_is_refused_in_one_sentence(good, tmp_path, monkeypatch, ki
     assert str(caught.value) == sentence.format(at=at, **known)
 
 
-@pytest.mark.parametrize("folder", ["single", "shards", "meta", "pictures"])
+@pytest.mark.parametrize("folder", ["single", "shards", "meta", "meta-fp8", "pictures"])
 def test_the_folders_were_good_before_they_were_spoilt(good, folder):
     assert load(good / folder).norm.weight.isfinite().all()
 

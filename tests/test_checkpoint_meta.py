@@ -7,7 +7,7 @@ from parity import PATCH_ID, VISION, pair, text_config
 from peak_memory import peak_of_loading
 
 from llama4_lab import MAVERICK, SCOUT, random
-from llama4_lab.checkpoint import load
+from llama4_lab.checkpoint import convert, load
 from llama4_lab.checkpoint.huggingface import is_transposed, their_name
 from llama4_lab.checkpoint.params import config_from_params
 
@@ -139,6 +139,28 @@ def test_dtype_is_kept_or_converted(tmp_path):
     assert {p.dtype for p in load(tmp_path).parameters()} == {torch.bfloat16}
     wide = load(tmp_path, dtype=torch.float32)
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("num_files", "names"), [(1, "weights"), (2, "modules"), (4, "weights")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_fp8_are_the_numbers_that_their_codes_stand_for(
+    tmp_path, num_files, names, dtype
+):
+    state = pair(text_config(**TEXT))[0].to(dtype).state_dict()
+    for kind in (names, "plain"):
+        write_meta(tmp_path / kind, state, PARAMS, num_files, fp8=kind)
+    coded, plain = load(tmp_path / names), load(tmp_path / "plain")
+    for name, weight in plain.named_parameters():
+        assert torch.equal(coded.get_parameter(name), weight), name
+    assert {(p.dtype, p.is_leaf, p.requires_grad) for p in coded.parameters()} == {
+        (dtype, True, True)
+    }
+    name = "layers.5.feed_forward.experts.down_proj"
+    exact = state["model.layers.5.feed_forward.experts.down_proj"].mT
+    assert 0 < (coded.get_parameter(name) - exact).abs().max() < 0.05 * exact.abs().max()
+    convert(tmp_path / names, tmp_path / "ours")
+    converted = load(tmp_path / "ours")
+    assert all(torch.equal(converted.get_parameter(n), w) for n, w in plain.named_parameters())
 
 
 @pytest.mark.slow

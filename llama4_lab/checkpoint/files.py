@@ -273,12 +273,12 @@ def map_pth(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return {name: value.detach() for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def list_pth(path: Path) -> dict[str, Stored]:
     """List the tensors of a ``.pth`` file."""
-    allowed = DTYPES.values()
+    allowed = {*DTYPES.values(), *CODES.values()}
     return {
         name: Stored(
             path, name, tuple(t.shape), t.dtype if t.dtype in allowed else spelled(t.dtype)
@@ -336,9 +336,9 @@ def check(
                     f"{tensor.file}: {name} holds {spelled(tensor.dtype)} where {config} asks for "
                     f"{spelled(wanted)}"
                 )
-        elif isinstance(tensor.dtype, str):
+        elif tensor.dtype not in DTYPES.values():
             raise ValueError(
-                f"{tensor.file}: {name} holds {tensor.dtype} where weights are "
+                f"{tensor.file}: {name} holds {spelled(tensor.dtype)} where weights are "
                 f"{', '.join(map(spelled, DTYPES.values()))}; of quantised files "
                 f"those of {PROGRAMS} are read"
             )

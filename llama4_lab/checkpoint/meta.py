@@ -2,6 +2,10 @@
 
 Most matrices are cut along one axis into as many parts as there are files; `rules` says which
 axis, and how a part lies in its file. Read `llama4_lab.checkpoint.params` for the config.
+
+Of a checkpoint in fp8 the matrices of routed experts are codes, each row of a part with a scale of
+its own in ``fp8_scales_{rank}.pt`` (models/llama4/scripts/quantize.py of Meta's llama-models). They
+become plain weights when they are read.
 """
 
 import math
@@ -22,6 +26,7 @@ from llama4_lab.checkpoint.files import (
     check_one_dtype,
     describing,
     fill,
+    first_of,
     list_pth,
     map_pth,
     read_json,
@@ -67,15 +72,28 @@ class Rule:
             ) from error
         return (sum(piece[0] for piece in pieces), *pieces[0][1:])
 
-    def fill(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-        """Copy Meta's tensor into ours; `theirs` has what each file holds."""
+    def fill(
+        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], scales: Sequence[Tensor] = ()
+    ) -> None:
+        """Copy Meta's tensor into ours; `theirs` has what each file holds, a stack of codes if
+        there are scales ``[e, out]``, one a file.
+        """
         is_cut = "(r " in self.whole
         for rank, held in enumerate(theirs if is_cut else theirs[:1]):
             parts = [self._part(tensor, rank, len(theirs)) for tensor in ours]
             rows = [self._piece_shape(part)[0] for part in parts]
             for part, piece in zip(parts, held.split(rows), strict=True):
                 sizes = dict(zip(self._axes.split(), part.shape, strict=True))
-                fill(part, rearrange(piece, f"{self.piece} -> {self._axes}", **sizes))
+                laid = rearrange(piece, f"{self.piece} -> {self._axes}", **sizes)
+                if not scales:
+                    fill(part, laid)
+                    continue
+                for matrix, codes, scale in zip(part, laid, scales[rank], strict=True):
+                    fill(matrix, codes.float() * scale[:, None])
+
+    def scales(self, ours: Tensor, num_files: int) -> tuple[int, ...]:
+        """Return the shape of a stack's scales in each file: one for each row of a matrix."""
+        return tuple(self._part(ours, 0, num_files).shape[:2])
 
     @property
     def _axes(self) -> str:
@@ -119,6 +137,7 @@ def _layernorm(theirs: str, ours: str) -> tuple[Rule, ...]:
     return tuple(_same(f"{theirs}.{kind}", f"{ours}.{kind}") for kind in ("weight", "bias"))
 
 
+_EXPERTS = {"w1": "moe_w_in_eD_F", "w3": "moe_w_swiglu_eD_F", "w2": "moe_w_out_eF_D"}
 _TEXT = (
     _rows("tok_embeddings.weight", "embed_tokens.weight"),
     _same("norm.weight", "norm.weight"),
@@ -150,10 +169,10 @@ _MOE = (
             *("e (r f) d", "(e d) f"),
             half=half,
         )
-        for half, theirs in enumerate(("moe_w_in_eD_F", "moe_w_swiglu_eD_F"))
+        for half, theirs in enumerate((_EXPERTS["w1"], _EXPERTS["w3"]))
     ),
     Rule(
-        "feed_forward.experts.moe_w_out_eF_D",
+        f"feed_forward.experts.{_EXPERTS['w2']}",
         ("feed_forward.experts.down_proj",),
         *("e d (r f)", "(e f) d"),
     ),
@@ -216,7 +235,8 @@ class MetaFolder:
     config: Llama4Config
     files: list[Path]
     tensors: list[dict[str, Stored]]  # of each file, under Meta's names
-    quantisation = None  # the weights are plain
+    scales: list[dict[str, Stored]]  # of the same weights, for each file that holds codes
+    quantisation = None  # the weights are plain, or become so
     is_coded = False
 
     @classmethod
@@ -240,7 +260,7 @@ class MetaFolder:
                 for held in tensors
             ]
             config = config.replace(vision_config=None)
-        return cls(config, files, tensors)
+        return cls(config, files, tensors, _scales(folder, tensors))
 
     def check(self, ours: Mapping[str, Tensor]) -> None:
         """Compare the headers with our tensors' shapes.
@@ -257,14 +277,21 @@ class MetaFolder:
                         f"{list(first[name].shape)} in {first[name].file.name}: the files are not "
                         "parts of one checkpoint"
                     )
-        expected = {}
+        expected, scales = {}, {}
+        coded = _coded(first)
         with describing(self.files[0].parent):
             for rule in chain.from_iterable(rules(self.config)):
                 whole = [ours[name].to("meta") for name in rule.ours]
                 expected[rule.theirs] = rule.expected(whole, len(self.files))
+                if rule.theirs in coded:
+                    scales[rule.theirs] = rule.scales(whole[0], len(self.files))
         config = f"{PARAMS} with {len(self.files)} file{'s' * (len(self.files) > 1)}"
+        codes = dict.fromkeys(coded, torch.float8_e4m3fn)
         for file, held in zip(self.files, self.tensors, strict=True):
-            check(held, expected, listing=file, config=config)
+            check(held, expected, listing=file, config=config, dtypes=codes)
+        for rank, held in enumerate(self.scales):
+            file = self.files[rank]
+            check(held, scales, listing=_scales_file(file.parent, rank), config=file.name)
 
     def read(
         self, shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype | None
@@ -284,18 +311,27 @@ class MetaFolder:
             ours = {name: torch.empty(shapes[name], dtype=dtype, device=device) for name in names}
             for rule in used:
                 rule.fill(
-                    [ours[name] for name in rule.ours], [held[rule.theirs] for held in mapped]
+                    [ours[name] for name in rule.ours],
+                    [held[rule.theirs] for held in mapped],
+                    self._scales_of(rule),
                 )
             yield from ours.items()
 
+    def _scales_of(self, rule: Rule) -> list[Tensor]:
+        """Read what a rule's codes are multiplied with, in each file."""
+        found = [held[rule.theirs] for held in self.scales if rule.theirs in held]
+        return [map_pth(stored.file)[stored.name] for stored in found]
+
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of all weights.
+        """The dtype of all weights that are no codes.
 
         Raises:
             ValueError: there are two.
         """
-        return check_one_dtype([t for held in self.tensors for t in held.values()])
+        coded = _coded(self.tensors[0])
+        plain = [t for held in self.tensors for name, t in held.items() if name not in coded]
+        return check_one_dtype(plain)
 
     def pieces(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
         """Yield a weight, or those of a stack's experts, put together from all files.
@@ -311,6 +347,7 @@ class MetaFolder:
             return
         num_experts, *matrix = shapes[name]
         at_once = max(1, PIECE // math.prod(matrix))
+        scales = {rule: self._scales_of(rule) for rule in of_name}
         mapped: list[dict[str, Tensor]] = []
         for expert in range(num_experts):
             if expert % at_once == 0:
@@ -318,9 +355,48 @@ class MetaFolder:
             alone = torch.empty(1, *matrix, dtype=self.dtype)  # a stack of one
             for rule in of_name:  # one for gates, one for ups
                 rule.fill(
-                    [alone], [held[rule.theirs].chunk(num_experts)[expert] for held in mapped]
+                    [alone],
+                    [held[rule.theirs].chunk(num_experts)[expert] for held in mapped],
+                    [held[expert : expert + 1] for held in scales[rule]],
                 )
             yield alone[0]
+
+
+def _coded(tensors: Mapping[str, Stored]) -> list[str]:
+    """Name the routed experts' matrices that are codes."""
+    return [
+        name
+        for name, stored in tensors.items()
+        if ".experts." in name and stored.dtype == torch.float8_e4m3fn
+    ]
+
+
+def _scales_file(folder: Path, rank: int) -> Path:
+    return folder / f"fp8_scales_{rank}.pt"
+
+
+def _scales(folder: Path, tensors: Sequence[Mapping[str, Stored]]) -> list[dict[str, Stored]]:
+    """List the scales of each file's codes, under the names of the weights.
+
+    Raises:
+        FileNotFoundError: a file holds codes, and its scales are missing.
+    """
+
+    def weight(name: str) -> str:  # by Meta's writer it is that, by its reader one of a module
+        return re.sub(r"(?<=\.experts\.)w[123]$", lambda module: _EXPERTS[module[0]], name)
+
+    found = []
+    for rank, held in enumerate(tensors):
+        if not (coded := _coded(held)):
+            continue
+        file = _scales_file(folder, rank)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing: it has the scales of what {held[coded[0]].file.name} holds in "
+                f"8 bits, {first_of(coded)}"
+            )
+        found.append({weight(name): scales for name, scales in list_pth(file).items()})
+    return found
 
 
 def _files(folder: Path) -> list[Path]:
