@@ -232,3 +232,15 @@ def diverging(bound: float, unit: str = "", label: str = "") -> dict[str, Any]:
     bound = _finite(float(bound)) or 1.0
     kind = {"kind": "diverging", "low": -bound, "high": bound}
     return kind | {"unit": unit, "label": label}
+
+
+def above_zero(values: Shaped[np.ndarray, "..."], unit: str, least: float = 1e-3) -> dict[str, Any]:
+    """Return a scale from zero to the largest of some values, or to `least`, if that is more."""
+    return sequential(0, max(float(values.max()), least), unit)
+
+
+def around_zero(
+    values: Shaped[np.ndarray, "..."], unit: str, least: float = 1e-3
+) -> dict[str, Any]:
+    """Return a scale as far on both sides of zero as values go, or as `least`, if that is more."""
+    return diverging(max(float(np.nanmax(abs(values), initial=0.0)), least), unit)

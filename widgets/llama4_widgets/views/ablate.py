@@ -14,7 +14,7 @@ from llama4_lab import edits as E
 from llama4_lab.config import Llama4Config
 from llama4_lab.edits import Edit
 from llama4_widgets.moment import ROUNDING
-from llama4_widgets.panels import Axis, Content, diverging, sequential
+from llama4_widgets.panels import Axis, Content, above_zero, around_zero
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.views.router import add_flips
 from llama4_widgets.words import NO_NUMBERS
@@ -363,17 +363,16 @@ class AblateView(View):
             "How far each prediction moved",
             kl,
             ("token",),
-            sequential(0, max(float(kl.max()), 1e-3), "nats"),
+            above_zero(kl, "nats"),
             kind="strip",
             note=f"KL from the clean prediction; strongest: {kl.max():.3g} nats",
         )
-        bound = float(np.nanmax(abs(loss), initial=0.0))
         content.add(
             "loss",
             "Change of the loss on the next token",
             loss[None],
             ("prompt", "token"),
-            diverging(max(bound, 1e-3), "nats"),
+            around_zero(loss, "nats"),
             note="red: worse than clean",
         )
         if run.effect.flips:

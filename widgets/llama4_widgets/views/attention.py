@@ -11,7 +11,7 @@ import torch
 from llama4_lab.analysis.attention import Window
 from llama4_lab.edits import AttentionTemperature
 from llama4_lab.model.text import temperature
-from llama4_widgets.panels import Axis, Content, diverging, pack
+from llama4_widgets.panels import Axis, Content, around_zero, pack
 from llama4_widgets.patterns import Layer, attended, decades, glance, in_decades, pooled
 from llama4_widgets.view import View, in_row
 from llama4_widgets.words import counted
@@ -162,13 +162,12 @@ class AttentionView(View):
         for name, values, tile, note in found:
             run = name[4:]
             content.array(name, values, axes, **tile)
-            bound = float(np.nanmax(abs(values), initial=0)) if run == "change" else 0
             layer = runs[0][1] if run == "clean" else main
             step = layer.chunk or size or count
             edges = range(0, count, step) if step < count else []
             content.add(
                 name, f"{titles[run]}, {which}", None, axes,
-                diverging(max(bound, 1e-3), "share") if run == "change" else decades(count),
+                around_zero(values, "share") if run == "change" else decades(count),
                 shown=("query", "key"), square=True, wide=False, diagonal=True,
                 zoom="map", region=f"{name} finer" if tile else None,
                 borders=[[i, min(i + step, count)] for i in edges], note=note,

@@ -11,7 +11,7 @@ import traitlets
 from llama4_lab.analysis.counterfactual import Counterfactual, counterfactual
 from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.edits import Route
-from llama4_widgets.panels import Content, diverging, sequential
+from llama4_widgets.panels import Content, above_zero, around_zero
 from llama4_widgets.slices import Work, sliced
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.words import NO_NUMBERS
@@ -119,8 +119,8 @@ class CounterfactualView(View):
         where = f"after token {found.read}"
         change = found.change(int(found.clean.argmax()))
         effects = {
-            EFFECTS[0]: (found.kl, sequential(0, max(float(found.kl.max()), 1e-3), "nats")),
-            EFFECTS[1]: (change, diverging(max(float(abs(change).max()), 1e-3), "nats")),
+            EFFECTS[0]: (found.kl, above_zero(found.kl, "nats")),
+            EFFECTS[1]: (change, around_zero(change, "nats")),
         }
         values, scale = effects[self.effect]
         said = (

@@ -10,7 +10,7 @@ from torch import Tensor
 from llama4_lab.analysis.routing import routing_of
 from llama4_lab.replay import divergence
 from llama4_widgets.moment import ROUNDING, Moment
-from llama4_widgets.panels import Content, sequential
+from llama4_widgets.panels import Content, above_zero
 from llama4_widgets.selection import Selection
 from llama4_widgets.view import View
 from llama4_widgets.views.router import add_flips, flips
@@ -53,7 +53,7 @@ class DifferenceView(View):
                 self._said.insert(0, said)
                 content.add(
                     "kl", "How far apart the predictions are", kl, ("token",),
-                    sequential(0, max(float(kl.max()), 1e-3), "nats"), kind="strip",
+                    above_zero(kl, "nats"), kind="strip",
                     note=f"KL from {source}; strongest: {strongest}",
                 )  # fmt: skip
             if _is_same_routing(self.moment, self.other):

@@ -13,7 +13,7 @@ from llama4_lab.analysis.load import effective_experts, gini, max_over_mean, nor
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.analysis.specialisation import Specialisation, specialisation
 from llama4_lab.analysis.transitions import following
-from llama4_widgets.panels import Axis, Content, diverging, sequential
+from llama4_widgets.panels import Axis, Content, above_zero, around_zero, sequential
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.views.router import add_load
 
@@ -155,7 +155,7 @@ class ExpertsView(View):
             "What an expert prefers",
             np.moveaxis(above, 1, 0),
             ("moe layer", "domain", "expert"),
-            diverging(float(abs(above).max()), "points"),
+            around_zero(above, "points", 0),
             note="in the layer, of the clean model: share of a kind's tokens above the mean of all "
             "kinds, in percentage points",
         )
@@ -174,7 +174,7 @@ class ExpertsView(View):
             "Bits that an expert tells about the kind of text",
             found.mutual_information,
             ("moe layer",),
-            sequential(0, max(1.0, float(high.max())), "bits"),
+            above_zero(high, "bits", 1),
             kind="lines",
             series=series,
             note="of the clean model; band: of other passages of these texts",

@@ -13,7 +13,7 @@ from llama4_lab.cache import KVCache
 from llama4_lab.generate import sample
 from llama4_lab.trace import trace
 from llama4_widgets.moment import Moment
-from llama4_widgets.panels import Axis, Content, experts, sequential
+from llama4_widgets.panels import Axis, Content, above_zero, experts
 from llama4_widgets.slices import running_loop, watched
 from llama4_widgets.view import View, button, in_row
 from llama4_widgets.words import NO_NUMBERS
@@ -189,10 +189,9 @@ class GenerateView(View):
             return content
         content.axes["new"] = Axis("new token", len(words), labels=words)
         entropy = np.array([one.entropy for one in self.written])
-        top = max(1.0, float(entropy.max()))
         content.add(
             "entropy", "What it wrote, bright where the choice was open", entropy, ("new",),
-            sequential(0, top, "bits"), kind="strip",
+            above_zero(entropy, "bits", 1), kind="strip",
         )  # fmt: skip
         if layers := content.axes["moe layer"].size:
             chosen = np.array([one.experts for one in self.written]).T.reshape(layers, -1)

@@ -13,7 +13,7 @@ from PIL import Image
 from llama4_lab.analysis.routing import routing_of
 from llama4_lab.analysis.vision import Patches, causal_map, masking_effects, patches_of
 from llama4_lab.prompt import Prompt
-from llama4_widgets.panels import Axis, Content, diverging, experts
+from llama4_widgets.panels import Axis, Content, around_zero, experts
 from llama4_widgets.patterns import attended, decades, in_decades
 from llama4_widgets.slices import Work
 from llama4_widgets.still import png, unpack
@@ -150,8 +150,7 @@ class ImageView(View):
         content.array("effect", values, ("patch",))
         where = ", in the global tile too," * any(one.layout.num_tiles > 1 for one in pictures)
         note = f"log-probability of ‘{self._answer}’ lost when the patch{where} is the mean one"
-        scale = diverging(float(np.nanmax(abs(values))), "nats")
-        yield "effect", "effect on the answer", scale, note
+        yield "effect", "effect on the answer", around_zero(values, "nats", 0), note
 
     def _place(
         self, one: Patches, place: np.ndarray, i: int, is_global: bool, is_named: bool

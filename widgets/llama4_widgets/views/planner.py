@@ -9,7 +9,7 @@ from llama4_lab.config import BEHEMOTH_ESTIMATE, MAVERICK, SCOUT, Llama4Config
 from llama4_lab.hardware import GPUS
 from llama4_lab.plan import CACHE_BYTES, PRECISIONS, USABLE, Plan, Roofline
 from llama4_lab.plan_page import longest, reason
-from llama4_widgets.panels import Axis, Content, sequential
+from llama4_widgets.panels import Axis, Content, above_zero
 from llama4_widgets.view import View, in_row
 
 _CONTEXTS = [2**i for i in range(9, 21)]  # 512 to a million tokens
@@ -121,7 +121,7 @@ class PlannerView(View):
             "Decoding, by context",
             np.array(speed),
             ("context",),
-            sequential(0, max(1.0, *np.nan_to_num(speed).tolist()), "tokens/s"),
+            above_zero(np.nan_to_num(speed), "tokens/s", 1),
             kind="lines",
             wide=False,
             series=series,
