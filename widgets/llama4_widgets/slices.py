@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from IPython.core.getipython import get_ipython
 
 from llama4_widgets.board import Board
-from llama4_widgets.view import STOPPED, button
+from llama4_widgets.view import STOPPED, View, button
 
 T = TypeVar("T")
 _SLICE = 0.05  # seconds from one look at the page to the next
@@ -86,18 +86,13 @@ def watched(board: Board) -> Iterator[Callable[[], None]]:
 class Work:
     """A button that begins work which comes in `steps`, and a button that cancels it.
 
-    The board says what each step yields, and why the work failed if it did. `then` is called when
-    all is done, and not after a cancel or an interrupt.
+    The view's board says what each step yields, and why the work failed if it did. The view is
+    drawn when all is done, and not after a cancel or an interrupt; its next moment cancels, too.
     """
 
-    def __init__(
-        self,
-        board: Board,
-        name: str,
-        steps: Callable[[], Generator[str, None, None]],
-        then: Callable[[], None],
-    ):
-        self._board, self._steps, self._then = board, steps, then
+    def __init__(self, view: View, name: str, steps: Callable[[], Generator[str, None, None]]):
+        self._view, self._steps = view, steps
+        view.observe(lambda _: self.cancel(), "moment")
         self._task: asyncio.Task[None] | None = None
         self.begin = button(name, None, self._start, button_style="primary")
         self.stop = button("Cancel", None, self._stop, disabled=True)
@@ -128,21 +123,21 @@ class Work:
 
     async def _work(self) -> None:
         self.begin.disabled, self.stop.disabled = True, False
-        steps, heard = self._steps(), 0.0
+        steps, heard, board = self._steps(), 0.0, self._view.board
         try:
-            with watched(self._board) as look:
+            with watched(board) as look:
                 for said in steps:
                     if time.monotonic() - heard > _SLICE:
-                        self._board.busy = f"{said} …"
+                        board.busy = f"{said} …"
                         await asyncio.sleep(0.005)  # lets the kernel hear of a click on Cancel
                         heard = time.monotonic()
                     look()
-                self._then()
+                self._view.refresh()
         except (ValueError, RuntimeError) as error:
-            self._board.problem = str(error)
+            board.problem = str(error)
         finally:
             steps.close()
-            self._board.busy = ""
+            board.busy = ""
             self.begin.disabled, self.stop.disabled = False, True
 
 

@@ -48,7 +48,7 @@ class AttributionView(View):
     word = traitlets.Unicode(help="the answer to explain; empty: the model's own")
 
     def controls(self) -> list[ipywidgets.Widget]:
-        self.work = Work(self.board, "Run", self._steps, self.refresh)
+        self.work = Work(self, "Run", self._steps)
         method = ipywidgets.Dropdown(options=METHODS, description="Method")
         features = ipywidgets.Dropdown(options=tuple(FEATURES), description="Parts")
         after = ipywidgets.Dropdown(options=PLACES, description="Word after")
@@ -57,13 +57,6 @@ class AttributionView(View):
         )
         controls = self.linked(method=method, features=features, after=after, word=word)
         return [in_row(*controls, in_row(self.work.begin, self.work.stop))]
-
-    def refresh(self) -> None:
-        """Draw anew; what is under way for another moment stops."""
-        if getattr(self, "_asked", None) is not self.moment:
-            self._asked = self.moment
-            self.work.cancel()
-        super().refresh()
 
     # ---- the work
 

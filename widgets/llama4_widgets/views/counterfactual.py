@@ -41,8 +41,10 @@ class CounterfactualView(View):
         read = ipywidgets.Dropdown(options=READS, description="Word after")
         self._add = button("", "send it there in all views", self.add_route)
         self._add.layout.display = "" if self.may_edit else "none"
-        self.work = Work(self.board, "Run", self._steps, self.refresh)
+        self.work = Work(self, "Run", self._steps)
         self.selection.observe(self._name_route, ["token", "layer", "expert"])
+        for owner, field in ((self.selection, "token"), (self, "read")):
+            owner.observe(lambda _: self.work.cancel(), field)  # it is another question now
         controls = self.linked(effect=effect, read=read)
         return [in_row(*controls, self._add, self.work.begin, self.work.stop)]
 
@@ -70,14 +72,6 @@ class CounterfactualView(View):
     def _runs(self) -> int:
         config = self.moment.model.config
         return len(moe_layers(self.moment.model)) * config.num_local_experts
-
-    def refresh(self) -> None:
-        """Draw anew; a question that takes long waits for the button, and stops another."""
-        asked = self.moment, self._question()
-        if getattr(self, "_asked", None) != asked:
-            self._asked = asked
-            self.work.cancel()
-        super().refresh()
 
     def _found(self) -> Counterfactual | None:
         """Return the effects, or nothing while they wait for the button."""

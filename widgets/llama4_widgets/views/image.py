@@ -44,9 +44,7 @@ class ImageView(View):
     follows = ("layer", "token")
 
     def controls(self) -> list[ipywidgets.Widget]:
-        self._maps: list[np.ndarray] = []  # what masking each patch costs, by picture
-        self._answer = ""
-        self.work = Work(self.board, "Which patches matter?", self._steps, self.refresh)
+        self.work = Work(self, "Which patches matter?", self._steps)
         return [ipywidgets.HBox([self.work.begin, self.work.stop])]
 
     def content(self) -> Content:
@@ -142,14 +140,15 @@ class ImageView(View):
     def _effects(
         self, content: Content, tokens: np.ndarray, pictures: list[Patches]
     ) -> Iterator[Overlay]:
-        if not self._maps:
+        if causal_map not in self.moment.kept:
             return
+        maps, answer = self.moment.kept[causal_map]  # what masking each patch costs, by picture
         values = np.full(len(tokens), np.nan)
-        for one, found in zip(pictures, self._maps, strict=True):
+        for one, found in zip(pictures, maps, strict=True):
             values[np.searchsorted(tokens, one.stitch(one.position))] = found
         content.array("effect", values, ("patch",))
         where = ", in the global tile too," * any(one.layout.num_tiles > 1 for one in pictures)
-        note = f"log-probability of ‘{self._answer}’ lost when the patch{where} is the mean one"
+        note = f"log-probability of ‘{answer}’ lost when the patch{where} is the mean one"
         yield "effect", "effect on the answer", around_zero(values, "nats", 0), note
 
     def _place(
@@ -198,15 +197,7 @@ class ImageView(View):
                 yield f"masking patches: {done} of {count}"
             effects = np.concatenate(parts)
             maps.append(causal_map(one, lambda _, effects=effects: effects))
-        self._maps = maps
-        self._answer = moment.word(answer[0])
-
-    def refresh(self) -> None:
-        """Draw anew, without the effects of another moment."""
-        if getattr(self, "_measured", None) is not self.moment:
-            self._measured, self._maps = self.moment, []
-            self.work.cancel()
-        super().refresh()
+        moment.kept[causal_map] = maps, moment.word(answer[0])
 
 
 def _label(one: Patches, picture: int, count: int) -> list[str]:
