@@ -17,7 +17,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, diverging
 from llama4_widgets.slices import Work, sliced
 from llama4_widgets.view import View, in_row
-from llama4_widgets.views.image import data_url, drawn_pictures
+from llama4_widgets.views.image import add_picture, drawn_pictures
 from llama4_widgets.words import number, token_id
 
 METHODS = ("integrated_gradients", "feature_ablation", "shapley_sampling")
@@ -116,9 +116,7 @@ class AttributionView(View):
             if self.features == "tokens":
                 values = np.full(len(self.moment.words), np.nan)
                 values[one.places[:, 0]] = one.values
-                content.add(
-                    name, title, values, ("token",), scale, kind="strip", note=note
-                )  # fmt: skip
+                content.add(name, title, values, ("token",), scale, kind="strip", note=note)
             elif self.features == "image patches":
                 self._add_pictures(content, one, name, title, scale)
             else:
@@ -138,16 +136,14 @@ class AttributionView(View):
         content.array(name, values, ("token",))
         for i in range(len(prompt.spans.layouts)):
             picture = patches_of(prompt, i)
-            shown = [("", picture.stitch(picture.position), 0)]
+            local, whole = drawn_pictures(prompt, picture)
+            parts = [("", picture.stitch(picture.position), local)]
             if picture.layout.num_tiles > 1:
-                shown.append((", global tile", picture.position[-1], 1))
-            for part, place, which in shown:
-                drawn = drawn_pictures(prompt, picture)[which]
-                content.add(
-                    f"{name} {i}{part}", f"{title}: picture {i}{part}", None, ("token",), scale,
-                    kind="picture", array=name, wide=False, opacity=0.6,
-                    source=data_url(drawn, 60_000), width=drawn.width, height=drawn.height,
-                    rows=place.shape[0], cols=place.shape[1], positions=place.ravel().tolist(),
+                parts.append((", global tile", picture.position[-1], whole))
+            for part, place, drawn in parts:
+                add_picture(
+                    content, f"{name} {i}{part}", f"{title}: picture {i}{part}", name, scale,
+                    place, drawn, 60_000, opacity=0.6,
                 )  # fmt: skip
 
     def _add_experts(

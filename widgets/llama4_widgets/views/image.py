@@ -2,12 +2,13 @@
 
 import base64
 import io
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import ipywidgets
 import numpy as np
 from einops import rearrange
+from jaxtyping import Int
 from PIL import Image
 
 from llama4_lab.analysis.routing import routing_of
@@ -82,11 +83,10 @@ class ImageView(View):
             if array.startswith("attention") and not self._sees(content, array, place):
                 note = _OUT_OF_SIGHT
             name = "Picture" + f" {i}" * (len(pictures) > 1) + ", global tile" * is_global
-            where = self._place(one, place, i, is_global, array == "bare")
-            content.add(
-                f"{array} {i}" + " global" * is_global, f"{name}: {title}", None, ("patch",), scale,
-                kind="picture", array=array, wide=False, note=note, share=share, opacity=0.55,
-                source=data_url((wholes if is_global else canvases)[i], room), **where,
+            add_picture(
+                content, f"{array} {i}" + " global" * is_global, f"{name}: {title}", array, scale,
+                place, (wholes if is_global else canvases)[i], room, note=note, share=share,
+                opacity=0.55, boxes=self._boxes(one, i, is_global, array == "bare"),
             )  # fmt: skip
         return content
 
@@ -151,11 +151,9 @@ class ImageView(View):
         note = f"log-probability of ‘{answer}’ lost when the patch{where} is the mean one"
         yield "effect", "effect on the answer", around_zero(values, "nats", 0), note
 
-    def _place(
-        self, one: Patches, place: np.ndarray, i: int, is_global: bool, is_named: bool
-    ) -> dict[str, Any]:
-        """Return where the cells of a picture lie, and its tiles and boxes."""
-        at, side, (rows, cols) = one.layout, one.tiling.image_size, place.shape
+    def _boxes(self, one: Patches, i: int, is_global: bool, is_named: bool) -> list[list[Any]]:
+        """Return the frames of a picture's tiles, and of what it shows."""
+        at, side = one.layout, one.tiling.image_size
         fit = (side, side) if is_global else (at.fit_width, at.fit_height)
         boxes: list[list[Any]] = []
         for tile in range(at.rows * at.cols if at.num_tiles > 1 and not is_global else 0):
@@ -165,10 +163,7 @@ class ImageView(View):
             across, down = fit[0] / at.width, fit[1] / at.height
             edges = [left * across, top * down, right * across, bottom * down]
             boxes.append([*edges, name * is_named, ""])
-        return {
-            "rows": rows, "cols": cols, "positions": place.ravel().tolist(), "boxes": boxes,
-            "width": side * cols // one.tiling.grid, "height": side * rows // one.tiling.grid,
-        }  # fmt: skip
+        return boxes
 
     # ---- what masking patches costs the answer
 
@@ -222,6 +217,28 @@ def drawn_pictures(prompt: Prompt, one: Patches) -> tuple[Image.Image, Image.Ima
     local = rearrange(tiles[: at.rows * at.cols], "(r c) rgb y x -> (r y) (c x) rgb", c=at.cols)
     whole = Image.fromarray(rearrange(tiles[-1], "rgb y x -> y x rgb").copy())
     return Image.fromarray(local), whole
+
+
+def add_picture(
+    content: Content,
+    name: str,
+    title: str,
+    array: str,
+    scale: Mapping[str, Any],
+    place: Int[np.ndarray, "r c"],
+    picture: Image.Image,
+    room: int,
+    **options: Any,
+) -> None:
+    """Lay an array over a picture, of which a page gets at most `room` bytes.
+
+    `place` says which index of the array's last axis each cell shows.
+    """
+    content.add(
+        name, title, None, content.arrays[array]["axes"], scale, kind="picture", array=array,
+        wide=False, source=data_url(picture, room), width=picture.width, height=picture.height,
+        rows=place.shape[0], cols=place.shape[1], positions=place.ravel().tolist(), **options,
+    )  # fmt: skip
 
 
 def data_url(picture: Image.Image, room: int) -> str:
