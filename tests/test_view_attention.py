@@ -397,3 +397,10 @@ def test_temperatures_of_several_edits_multiply(model, moment):
     q, tempered = (run[f"layers.3.attn.{name}"][0, last] for name in ("q", "rot_q"))
     (panel,) = [each for each in content.panels if each["name"] == "temperature"]
     assert f"{float((tempered / q).mean()):.3g} at the end of this prompt" in panel["note"]
+
+
+def test_a_temperature_without_a_scale_is_one_where_the_model_has_none(model, monkeypatch):
+    monkeypatch.setattr(model, "config", model.config.replace(attn_temperature_tuning=False))
+    edits = [E.AttentionTemperature(3, floor_scale=2)]
+    view = AttentionView(Moment(model, model.prompt(TEXT), edits), Selection(layer=3))
+    assert (unpack(view.board.content.arrays["edited"]) == 1).all()

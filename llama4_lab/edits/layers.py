@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llama4_lab.config import Llama4Config
@@ -168,16 +169,18 @@ class AttentionTemperature(Edit):
         if self.floor_scale is not None and self.floor_scale < 1:
             raise ValueError(f"{self}: floor_scale counts tokens, so it must be 1 or more")
 
-    def changes(self, config: Llama4Config) -> dict[str, Change]:
+    def factor(self, config: Llama4Config, position: Int[Tensor, " t"]) -> Float[Tensor, " t"]:
+        """Return what the queries at some positions are multiplied by."""
         own = config.attn_scale if config.attn_temperature_tuning else 0.0
         scale = own if self.scale is None else self.scale
         floor = config.floor_scale if self.floor_scale is None else self.floor_scale
         wanted = config.replace(attn_temperature_tuning=True, attn_scale=scale, floor_scale=floor)
+        return temperature(wanted, position) / temperature(config, position)
 
+    def changes(self, config: Llama4Config) -> dict[str, Change]:
         def change(value: Tensor, run: Run) -> Tensor:
             slots = torch.arange(value.shape[1], device=value.device) + run.model.first_slot
-            factor = temperature(wanted, slots) / temperature(config, slots)
-            return (value * factor[:, None, None]).to(value.dtype)
+            return (value * self.factor(config, slots)[:, None, None]).to(value.dtype)
 
         return {f"layers.{self.layer}.attn.rot_q": change}
 

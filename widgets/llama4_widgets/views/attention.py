@@ -1,5 +1,6 @@
 """Where does each head look, how far, and across which borders?"""
 
+import math
 from collections.abc import Collection, Set
 from functools import partial
 from typing import Any
@@ -248,31 +249,25 @@ class AttentionView(View):
         )  # fmt: skip
 
     def _add_temperature(self, content: Content, count: int) -> None:
-        config, chosen = self.moment.model.config, self.selection.layer
+        config = self.moment.model.config
         places = np.unique(np.linspace(0, max(count, 4 * config.floor_scale), _CURVE).astype(int))
         content.axes["position"] = Axis("position (tokens)", len(places), values=places.tolist())
-        others: list[Any] = []
-        for edit in self.moment.edits:
-            if isinstance(edit, AttentionTemperature) and edit.layer == chosen:
-                given = {"attn_scale": edit.scale, "floor_scale": edit.floor_scale}
-                given = {name: value for name, value in given.items() if value is not None}
-                others.append(config.replace(attn_temperature_tuning=True, **given))
-
-        def factors(configs: list[Any], where: np.ndarray) -> np.ndarray:
-            own, *changed = (
-                temperature(each, torch.from_numpy(where)).numpy() for each in (config, *configs)
-            )
-            return own * np.prod([each / own for each in changed], axis=0)
-
+        position = torch.from_numpy(np.append(places, count - 1))
+        factor = temperature(config, position)
+        lines: list[Any] = [("the model's", factor, "#1f77b4", None)]
+        edits = [
+            edit
+            for edit in self.moment.edits
+            if isinstance(edit, AttentionTemperature) and edit.layer == self.selection.layer
+        ]
+        if edits:
+            factor = factor * math.prod(edit.factor(config, position) for edit in edits)
+            lines.append(("edited", factor, "#d55e00", "5 4"))
         series = []
-        for label, configs, colour, dash in (
-            ("the model's", [], "#1f77b4", None),
-            ("edited", others, "#d55e00", "5 4"),
-        )[: 1 + bool(others)]:
-            content.array(label, factors(configs, places), ("position",))
+        for label, values, colour, dash in lines:
+            content.array(label, values[:-1].numpy(), ("position",))
             series.append({"array": label, "label": label, "colour": colour, "dash": dash})
-        most = float(factors(others, np.array([count - 1]))[0])
-        is_tuned = config.attn_temperature_tuning or bool(others)
+        is_tuned, most = config.attn_temperature_tuning or bool(edits), float(factor[-1])
         content.add(
             "temperature", "Temperature of this NoPE layer", None, ("position",),
             {"kind": "sequential", "low": 1.0, "unit": "factor"}, kind="lines",
