@@ -65,7 +65,9 @@ class AttentionView(View):
         })  # fmt: skip
         is_whole = main.pattern is not None
         self._pooling.layout.display = "none" if is_whole else ""
-        which = f"layer {self.selection.layer}" + ("" if is_whole else f", head {self._head}")
+        which = f"layer {self.selection.layer}" + (
+            "" if is_whole else f", head {self.selection.head}"
+        )
         self._add_strips(content, runs)
         self._add_maps(content, runs, which)
         self._add_heads(content, runs)
@@ -75,18 +77,14 @@ class AttentionView(View):
 
     def summary(self) -> str:
         layer, token, words = self._runs()[-1][1], self.selection.token, self.moment.words
-        row = np.nan_to_num(layer.row(self._head, token))
+        row = np.nan_to_num(layer.row(self.selection.head, token))
         best = int(row.argmax())
         sight = "its chunk" if layer.chunk else "the whole past"
-        if row[best] == 0:
-            return (
-                f"layer {self.selection.layer} ({_kind(layer)}), head {self._head}: token {token} "
-                f"‘{words[token]}’ sees nothing, for edits hide all of it"
-            )
+        seen = f"{sight} and looks most at token {best} ‘{words[best]}’, share {row[best]:.2g}"
         return (
-            f"layer {self.selection.layer} ({_kind(layer)}), head {self._head}: token {token} "
-            f"‘{words[token]}’ sees {sight} and looks most at token {best} ‘{words[best]}’, "
-            f"share {row[best]:.2g}"
+            f"layer {self.selection.layer} ({_kind(layer)}), head {self.selection.head}: "
+            f"token {token} ‘{words[token]}’ sees "
+            + (seen if row[best] else "nothing, for edits hide all of it")
         )
 
     def region(self, wish: dict[str, Any]) -> None:
@@ -104,10 +102,6 @@ class AttentionView(View):
         self.board.answer(wish["panel"], arrays, notes)
 
     # ---- what is shown of which run
-
-    @property
-    def _head(self) -> int:
-        return self.selection.head
 
     def _runs(self) -> list[tuple[str, Layer]]:
         """Return the layer of the clean run, and of the edited one if there are edits."""
@@ -131,8 +125,8 @@ class AttentionView(View):
                 axes, values = ("head", "query", "token"), layer.pattern
                 whose = "the selected head looks from the selected token"
             else:
-                axes, values = ("token",), layer.row(self._head, token)[start:stop]
-                whose = f"head {self._head} looks from token {token} ‘{words[token]}’"
+                axes, values = ("token",), layer.row(self.selection.head, token)[start:stop]
+                whose = f"head {self.selection.head} looks from token {token} ‘{words[token]}’"
             content.array(name, in_decades(values), axes)
             note = f"layer {self.selection.layer} ({_kind(layer)}); slanted words are out of sight"
             if is_part:
@@ -142,7 +136,7 @@ class AttentionView(View):
                 kind="strip", shown=("token",), note=note,
             )  # fmt: skip
         if is_part:
-            row = np.nan_to_num(runs[-1][1].row(self._head, token))
+            row = np.nan_to_num(runs[-1][1].row(self.selection.head, token))
             best = np.argsort(-row, kind="stable")[:12].tolist()
             content.table(
                 "most", "Most of it goes to", ["token", "", "share"],
@@ -158,7 +152,7 @@ class AttentionView(View):
             axes, found = ("head", "query", "key"), make()
         else:
             axes = ("query", "key")
-            question = ("maps", main, self._head, self._pooling.value, self._side)
+            question = ("maps", main, self.selection.head, self._pooling.value, self._side)
             found = self.moment.once(question, make)
         for name, values, tile, note in found:
             run = name[4:]
@@ -192,7 +186,7 @@ class AttentionView(View):
         for run, layer in runs:
             cells, tile, note = layer.pattern, {}, ""
             if layer.kept is not None:
-                cells, block, is_all = pooled(layer, self._head, queries, keys, side, how)
+                cells, block, is_all = pooled(layer, self.selection.head, queries, keys, side, how)
                 sides = zip("yx", (queries, keys), cells.shape, block, strict=True)
                 tile = {axis: (begin, begin + n * size) for axis, (begin, _), n, size in sides}
                 name = "largest" if how == "max" else "mean"
