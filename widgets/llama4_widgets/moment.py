@@ -124,6 +124,11 @@ class Moment:
             "expert": config.num_local_experts,
         }
 
+    @property
+    def changed(self) -> set[str]:
+        """The points that the edits change."""
+        return {*changes_of(self.edits, self.model.config)}
+
     def word(self, idx: int) -> str:
         """Return a token of the vocabulary as views show it; without a tokenizer, its number."""
         return word_of(self.model.tokenizer, idx)
@@ -165,8 +170,8 @@ class Moment:
             return run
 
     def _points(self, is_edited: bool, *questions: Question) -> set[str]:
-        changes = changes_of(self.edits if is_edited else (), self.model.config)
-        found = (reading.points(self, changes.__contains__, *args) for reading, args in questions)
+        changed = self.changed if is_edited else set()
+        found = (reading.points(self, changed.__contains__, *args) for reading, args in questions)
         return set().union(*found)
 
     @contextmanager

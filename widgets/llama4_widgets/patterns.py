@@ -81,8 +81,7 @@ def attended(moment: Moment, layer: int, is_whole: bool) -> list[tuple[str, Laye
     """
     config, count = moment.model.config, len(moment.words)
     heads, names = config.num_attention_heads, ("scores", "pattern")
-    edited = {point for edit in moment.edits for point in edit.changes(config)}
-    if not edited.isdisjoint(f"layers.{layer}.attn.{name}" for name in names):
+    if not moment.changed.isdisjoint(f"layers.{layer}.attn.{name}" for name in names):
         if (size := 4 * heads * count**2) > _MOST_BYTES:
             raise ValueError(
                 f"edits change the scores of layer {layer}, whose pattern of {count} tokens takes "

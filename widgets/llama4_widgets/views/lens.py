@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ipywidgets
 import numpy as np
@@ -104,49 +104,43 @@ class LensView(View):
                 "change", "Change by the edits", (after - before)[rows], ("layer", "near"), change,
                 note="of the same log-probability, edited minus clean",
             )  # fmt: skip
-        self._add_parts(content, "parts", *self._of_word(edited))
+        self._add_parts(content, "parts", self._of_word(edited))
         if self._is_moe():
-            self._add_parts(content, "router", *self._of_expert())
+            self._add_parts(content, "router", self._of_expert())
         return content
 
     def summary(self) -> str:
         _, edited = self._lenses(self.moment)
         token, column = self.selection.token, self._column(edited)
-        _, (*_, mine), behind = self._of_word(edited)
+        sums = self._of_word(edited)
         answer = self.moment.word(int(edited.top_token[-1, column, 0]))
         same = edited.top_token[:, column, 0] == edited.top_token[-1, column, 0]
         since = len(same) - int(np.argmin(same[::-1])) if not same.all() else 0
-        is_behind = not self._changed().isdisjoint(behind)
+        is_behind = not self.moment.changed.isdisjoint(sums.behind)
         says = "the last layer, before edits behind it, says" if is_behind else "the model says"
         text = (
             f"After token {token} ‘{self.moment.words[token]}’ {says} ‘{answer}’ "
             f"({np.exp(edited.top_logprob[-1, column, 0]):.0%}), without a break since "
-            f"‘{self._names(edited)[since]}’. {self._sum(mine, self._quoted, behind)}"
+            f"‘{self._names(edited)[since]}’. {self._sum(sums)}"
         )
         layer = self.selection.layer
         if not self._is_moe():
             return f"{text} Layer {layer} is dense: it has no router."
-        _, (*_, router), behind = self._of_expert()
-        return f"{text} Router of layer {layer}: {self._sum(router, _expert, behind)}"
+        return f"{text} Router of layer {layer}: {self._sum(self._of_expert())}"
 
-    def _changed(self) -> set[str]:
-        """Return the points that edits change."""
-        config = self.moment.model.config
-        return {point for edit in self.moment.edits for point in edit.changes(config)}
-
-    def _wrote_more(self, parts: Decomposition, behind: Sequence[str]) -> bool:
+    def _wrote_more(self, sums: "_Sums") -> bool:
         """Whether edits wrote what is in no part: to the stream itself, or `behind` it."""
-        is_there = any(".resid_" in point or point in behind for point in self._changed())
-        return is_there and parts.residual > _ROUNDING
+        is_there = any(".resid_" in at or at in sums.behind for at in self.moment.changed)
+        return is_there and sums.runs[-1].residual > _ROUNDING
 
-    def _sum(self, parts: Decomposition, name: Callable[[int], str], behind: Sequence[str]) -> str:
+    def _sum(self, sums: "_Sums") -> str:
         """State of what a sum is, and how complete."""
-        over = "" if parts.versus is None else f" over {name(parts.versus)}"
+        parts, over = sums.runs[-1], sums.versus and f" over {sums.versus}"
         text = (
             f"{len(parts.values)} parts of the {'lead' if over else 'logit'} of "
-            f"{name(parts.target)}{over} add up to {number(parts.values.sum(), '.4f')} logits"
+            f"{sums.name(parts.target)}{over} add up to {number(parts.values.sum(), '.4f')} logits"
         )
-        if self._wrote_more(parts, behind):
+        if self._wrote_more(sums):
             more = number(_by_edits(parts), "+.4f")
             return f"{text}, edits of the stream or behind it wrote {more} more."
         if parts.residual == 0:
@@ -203,44 +197,30 @@ class LensView(View):
     def _is_moe(self) -> bool:
         return self.moment.model.config.is_moe(self.selection.layer)
 
-    def _of_word(self, edited: Lens) -> tuple[str, list[Decomposition], Sequence[str]]:
-        """Return what the parts of the word's logit are, them (clean, then edited if it is), and
-        the points between the stream and the logit."""
+    def _of_word(self, edited: Lens) -> "_Sums":
         goal = self._goal()
-        column = self._column(edited)
-        target = int(edited.top_token[-1, column, 0]) if goal is None else goal
-        found = self._both(decompose_logit, self.selection.token, target)
+        target = int(edited.top_token[-1, self._column(edited), 0]) if goal is None else goal
+        runs = self._both(decompose_logit, self.selection.token, target=target)
         title = f"What wrote the logit of {self._quoted(target)}?"
-        return self._titled(title, found, self._quoted), found, ("final_norm", "logits")
+        return _Sums(title, runs, self._quoted, ("final_norm", "logits"))
 
-    def _of_expert(self) -> tuple[str, list[Decomposition], Sequence[str]]:
-        layer, token = self.selection.layer, self.selection.token
-        found = self._both(decompose_router, layer, token)
-        title = f"Why expert {found[-1].target} in layer {layer}?"
-        return self._titled(title, found, _expert), found, (f"layers.{layer}.router.logits",)
+    def _of_expert(self) -> "_Sums":
+        layer = self.selection.layer
+        runs = self._both(decompose_router, layer, self.selection.token)
+        title = f"Why expert {runs[-1].target} in layer {layer}?"
+        return _Sums(title, runs, _expert, (f"layers.{layer}.router.logits",))
 
-    def _both(self, compute: Any, *question: Any) -> list[Decomposition]:
+    def _both(self, compute: Any, *where: int, target: int | None = None) -> list[Decomposition]:
         """Return the clean and the edited sum of one number; without edits, the clean one."""
         versus = "runner_up" if self.against_runner_up else None
-        *where, target = question if compute is decompose_logit else (*question, None)
         mine = self.moment.edited(compute, *where, target, versus, kept=written)
         if not self.moment.edits:
             return [mine]
         return [self.moment.clean(compute, *where, mine.target, mine.versus, kept=written), mine]
 
-    def _titled(self, title: str, found: list[Decomposition], name: Callable[[int], str]) -> str:
-        versus = found[-1].versus
-        return title if versus is None else f"{title} Its lead over {name(versus)}:"
-
-    def _add_parts(
-        self,
-        content: Content,
-        name: str,
-        title: str,
-        found: list[Decomposition],
-        behind: Sequence[str],
-    ) -> None:
+    def _add_parts(self, content: Content, name: str, sums: "_Sums") -> None:
         """Add the strongest parts, and all others as one."""
+        found = sums.runs
         each = [_parts(one) for one in found]
         parts = list(dict.fromkeys(part for one in each for part in one))
         values = np.array([[one.get(part, 0.0) for part in parts] for one in each])
@@ -253,16 +233,32 @@ class LensView(View):
             together = values[:, rest].sum(axis=1)
             rows.append([f"{len(rest)} others together", *map(float, together)])
             bound = max(bound, float(np.abs(together).max()))
-        if self._wrote_more(found[-1], behind):
+        if self._wrote_more(sums):
             rows.append(["edits of the stream or behind it", *map(_by_edits, found)])
         totals = [number(one.total, ".4f") for one in found]
         rows.append(["all: the model's own number", *totals])
         choices += [None] * (len(rows) - len(choices))
         heads = ["logits"] if len(found) == 1 else ["clean (logits)", "edited (logits)"]
+        title = sums.title + (sums.versus and f" Its lead over {sums.versus}:")
         content.table(
             name, title, ["part", *heads], rows, choices, wide=len(found) > 1,
             bars=[None, *(bound for _ in heads)], note="red: for it; blue: against it",
         )  # fmt: skip
+
+
+class _Sums(NamedTuple):
+    """A number of the model as sums of parts: in the clean run, then in the edited one, if any."""
+
+    title: str
+    runs: list[Decomposition]
+    name: Callable[[int], str]  # of the words or experts, whose number it is
+    behind: Sequence[str]  # the points between the stream and the number
+
+    @property
+    def versus(self) -> str:
+        """What the number is the lead over, if it is one."""
+        versus = self.runs[-1].versus
+        return "" if versus is None else self.name(versus)
 
 
 def _points(config: Llama4Config) -> int:
