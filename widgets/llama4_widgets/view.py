@@ -314,6 +314,28 @@ class View(ipywidgets.VBox):
             self.region(wish)
 
 
+class EditingView(View):
+    """A view whose controls change `edits`; a lab makes the moments of them, else the view does."""
+
+    edits = traitlets.Tuple(help="what is different from the clean run")
+
+    def take_edits(self) -> None:
+        """Show the moment's edits; a lab's are newer than a moment that is still to come."""
+        if not self.is_led:
+            self.edits = self.moment.edits
+
+    @traitlets.validate("edits")
+    def _check_edits(self, proposal: Any) -> tuple[Any, ...]:
+        if self.moment is not None:
+            self.moment.with_edits(proposal["value"])  # raises what is wrong with them
+        return proposal["value"]
+
+    @traitlets.observe("edits")
+    def _apply_edits(self, _change: Any) -> None:
+        if self.moment is not None and not self.is_led and self.moment.edits != self.edits:
+            self.moment = self.moment.with_edits(self.edits)
+
+
 def in_row(*controls: ipywidgets.Widget) -> ipywidgets.HBox:
     """Return controls beside each other, in several lines where they need them."""
     made = ipywidgets.HBox(controls)

@@ -15,7 +15,7 @@ from llama4_lab.config import Llama4Config
 from llama4_lab.edits import Edit
 from llama4_widgets.moment import ROUNDING
 from llama4_widgets.panels import Axis, Content, above_zero, around_zero
-from llama4_widgets.view import View, button, in_row
+from llama4_widgets.view import EditingView, button, in_row
 from llama4_widgets.views.router import add_flips
 from llama4_widgets.words import NO_NUMBERS
 
@@ -174,7 +174,7 @@ def _sliders(config: Llama4Config) -> Iterator[Control]:
     )
 
 
-class AblateView(View):
+class AblateView(EditingView):
     """Edits of the selected layer as switches and sliders, beside what they did.
 
     `edits` is the truth: controls and text set it, and show it.
@@ -187,7 +187,6 @@ class AblateView(View):
         "breaks without it."
     )
     follows = ("layer", "token")
-    edits = traitlets.Tuple(help="what is different from the clean run")
 
     # ---- controls
 
@@ -335,22 +334,14 @@ class AblateView(View):
 
     # ---- what is shown
 
-    @traitlets.validate("edits")
-    def _check(self, proposal: Any) -> tuple[Edit, ...]:
-        if self.moment is not None:
-            self.moment.with_edits(proposal["value"])  # raises what is wrong with them
-        return proposal["value"]
-
     @traitlets.observe("edits")
-    def _apply(self, change: Any) -> None:
+    def _apply_edits(self, change: Any) -> None:
         before = change["old"]  # nothing at all, the first time
         self._history.append(before if isinstance(before, tuple) else ())
-        if self.moment is not None and not self.is_led and self.moment.edits != self.edits:
-            self.moment = self.moment.with_edits(self.edits)
+        super()._apply_edits(change)
 
     def content(self) -> Content:
-        if not self.is_led:  # a lab's are newer than a moment that is still to come
-            self.edits = self.moment.edits
+        self.take_edits()
         self._show_controls()
         run, count = self.moment.edited_run, len(self.moment.words)
         kl, loss = np.zeros(count), np.zeros(count)

@@ -13,7 +13,7 @@ from llama4_lab.analysis.routing import moe_layers
 from llama4_lab.edits import Route
 from llama4_widgets.panels import Content, above_zero, around_zero
 from llama4_widgets.slices import Work, sliced
-from llama4_widgets.view import View, button, in_row
+from llama4_widgets.view import EditingView, button, in_row
 from llama4_widgets.words import NO_NUMBERS
 
 EFFECTS = ("KL from the prediction", "change of its top word")
@@ -22,7 +22,7 @@ _AT_ONCE = 160_000  # tokens of all runs together, times layers; more waits for 
 _KEYS = 2048  # that a token reads in the time of all else in its layer, more or less
 
 
-class CounterfactualView(View):
+class CounterfactualView(EditingView):
     """Every expert at every MoE layer for the selected token, coloured by its effect."""
 
     title = "Counterfactual"
@@ -34,7 +34,6 @@ class CounterfactualView(View):
     follows = ("token",)
     effect = traitlets.Enum(EFFECTS, EFFECTS[0], help="what colours a cell")
     read = traitlets.Enum(READS, READS[1], help="whose next word is looked at")
-    edits = traitlets.Tuple(help="what is different from the clean run; the button adds a route")
 
     def controls(self) -> list[ipywidgets.Widget]:
         effect = ipywidgets.Dropdown(options=EFFECTS, description="Colour by")
@@ -53,8 +52,6 @@ class CounterfactualView(View):
         route = Route(self.selection.layer, self.selection.token, self.selection.expert)
         with self.working():
             self.edits = (*self.moment.edits, route)
-            if not self.is_led:
-                self.moment = self.moment.with_edits(self.edits)
 
     def _name_route(self, _change: Any = None) -> None:
         choice, layers = self.selection, self.moment.model.config.routed_layers
@@ -103,8 +100,7 @@ class CounterfactualView(View):
     # ---- what is shown
 
     def content(self) -> Content:
-        if not self.is_led and self.edits != self.moment.edits:
-            self.edits = self.moment.edits
+        self.take_edits()
         self._name_route()
         found = self._found()
         if found is None or not _has_answer(found):
