@@ -343,9 +343,7 @@ def in_row(*controls: ipywidgets.Widget) -> ipywidgets.HBox:
     return made
 
 
-def button(
-    text: str, tip: str | None, act: Callable[[], None], **options: Any
-) -> ipywidgets.Button:
+def button(text: str, tip: str | None, act: Callable[[], Any], **options: Any) -> ipywidgets.Button:
     """Return a button that does `act` when it is pressed."""
     made = ipywidgets.Button(description=text, tooltip=tip, layout={"width": "auto"}, **options)
     made.on_click(lambda _: act())

@@ -212,15 +212,10 @@ class AblateView(EditingView):
         clear = button("Clear", "go back to the clean model", lambda: self._set(()))
         apply = button("Apply text", "use the edits in the text field", self.apply_text)
         # No Accordion, whose heads the keyboard does not reach.
-        details = ipywidgets.VBox(
-            [self._text, in_row(apply), self._code], layout={"display": "none"}
-        )
+        details = ipywidgets.VBox([self._text, in_row(apply), self._code])
         more = ipywidgets.ToggleButton(description="Edits as text and code")
-
-        def unfold(change: Any) -> None:
-            details.layout.display = "" if change["new"] else "none"
-
-        more.observe(unfold, "value")
+        unfold = {True: "", False: "none"}.get
+        traitlets.dlink((more, "value"), (details.layout, "display"), unfold)
         top = ipywidgets.HBox([self._layer, undo, clear])
         top.add_class("l4-app-chips")
         return [top, self._rows, in_row(more), details]
@@ -228,7 +223,7 @@ class AblateView(EditingView):
     def undo(self) -> None:
         """Take back the last change, if this prompt can have what was before it."""
         *earlier, last = self._history or [self.edits]
-        if self._try(last):
+        if self._set(last):
             self._history = earlier
 
     def apply_text(self) -> None:
@@ -238,16 +233,12 @@ class AblateView(EditingView):
         except (ValueError, TypeError) as error:
             self.board.problem = str(error)
 
-    def _set(self, edits: Sequence[Edit]) -> None:
-        """Use other edits, if they can be."""
-        self._try(tuple(edits))
-
-    def _try(self, edits: tuple[Edit, ...]) -> bool:
+    def _set(self, edits: Sequence[Edit]) -> bool:
         """Use edits, or say what is wrong with them and keep those that are."""
         try:
-            if edits == self.edits and self.board.problem:
+            if tuple(edits) == self.edits and self.board.problem:
                 self.refresh()  # what is said there is of a wish before
-            self.edits = edits
+            self.edits = tuple(edits)
         except (ValueError, traitlets.TraitError) as error:
             self.board.problem = str(error)
             self._show_controls()
