@@ -20,6 +20,12 @@ from llama4_widgets.views.router import add_load
 _ROWS, _LENGTH = 4, 96  # documents of each kind of text, and their tokens, at most
 _CONTEXT, _SHORT = 4, 12  # tokens on either side, and characters at most
 _MOST = 40  # tokens in the list
+_BALANCE = {  # of a load, and the decimals that are shown
+    "entropy": (normalised_entropy, 3),
+    "effective": (effective_experts, 2),
+    "Gini": (gini, 3),
+    "max / mean": (max_over_mean, 2),
+}
 
 
 class ExpertsView(View):
@@ -57,8 +63,10 @@ class ExpertsView(View):
     def _rows(self, name: str, text: str) -> Iterator[torch.Tensor]:
         """Give a text's tokens when they are asked for, unless the kernel was interrupted."""
         with self.moment.computing():
-            rows = _rows(self.moment.model, name, text)
-        yield from rows
+            ids = self.moment.model.prompt(text[: 8 * _ROWS * _LENGTH]).input_ids[0, 1:]
+        if not (size := min(_LENGTH, len(ids) // _ROWS)):
+            raise ValueError(f"the text of {name!r} has {len(ids)} tokens: give it {_ROWS} or more")
+        yield ids[: _ROWS * size].view(_ROWS, size)
 
     def _texts(self) -> dict[str, str]:
         if self._domains is None:
@@ -86,15 +94,9 @@ class ExpertsView(View):
         content.table(
             "balance",
             "Balance",
-            ["layer", "entropy", "effective", "Gini", "max / mean"],
+            ["layer", *_BALANCE],
             [
-                [
-                    layer,
-                    round(float(normalised_entropy(load)), 3),
-                    round(float(effective_experts(load)), 2),
-                    round(float(gini(load)), 3),
-                    round(float(max_over_mean(load)), 2),
-                ]
+                [layer, *(round(float(of(load)), digits) for of, digits in _BALANCE.values())]
                 for layer, load in zip(edited.layers, edited.load, strict=True)
             ],
             [{"layer": layer} for layer in edited.layers],
@@ -192,13 +194,6 @@ class ExpertsView(View):
             f"{100 * load.max():.0f} %; {idle} of {len(load)} take{'s' * (idle == 1)} nothing; as "
             f"even as {float(effective_experts(load)):.1f} experts with equal loads."
         )
-
-
-def _rows(model: Any, name: str, text: str) -> list[torch.Tensor]:
-    ids = model.prompt(text[: 8 * _ROWS * _LENGTH]).input_ids[0, 1:]
-    if not (size := min(_LENGTH, len(ids) // _ROWS)):
-        raise ValueError(f"the text of {name!r} has {len(ids)} tokens: give it {_ROWS} or more")
-    return [ids[: _ROWS * size].view(_ROWS, size)]
 
 
 def _context(words: Sequence[str], i: int) -> str:
