@@ -19,7 +19,7 @@ from llama4_lab.analysis.decomposition import written
 from llama4_lab.analysis.routing import routing_of
 from llama4_widgets import slices
 from llama4_widgets.app import LabApp
-from llama4_widgets.board import Board, page, unflat
+from llama4_widgets.board import Board, page_of, unflat
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, diverging, pack, sequential
 from llama4_widgets.plots import figure
@@ -471,7 +471,7 @@ def test_the_begin_is_not_kept_where_it_was_alone(model):
 
 def test_the_page_holds_everything_it_needs(moment):
     view = RouterView(moment)
-    text = page([view.board], "A title")
+    text = page_of([view.board.state()], "A title")
     states = text.split('id="states">')[1].split("</script>")[0]
     own = text.replace(states, "")  # packed letters may spell anything
     assert "{{" not in own.replace("${{", "")

@@ -19,8 +19,7 @@ from llama4_lab import edits as E
 from llama4_lab.analysis.routing import Routing, routing_of
 from llama4_lab.train import scenes
 from llama4_widgets.app import LabApp
-from llama4_widgets.board import Board
-from llama4_widgets.board import page as board_page
+from llama4_widgets.board import Board, page_of
 from llama4_widgets.panels import Axis, Content, diverging, sequential
 from llama4_widgets.selection import Selection
 from llama4_widgets.views import VIEWS
@@ -273,7 +272,7 @@ def test_a_special_token_stays_on_one_line_and_a_long_word_does_not(browser: Bro
     content = Content({"token": Axis("token", 2, labels=labels)})
     content.add("strip", "Words", np.zeros(2), ("token",), sequential(0, 1), kind="strip")
     file = tmp_path / "words.html"
-    file.write_text(board_page([Board(Selection(), content=content)], "Words"))
+    file.write_text(page_of([Board(Selection(), content=content).state()], "Words"))
     page = browser.new_page(viewport={"width": 130, "height": 500})
     page.goto(file.as_uri())
     words = page.locator(".l4-words span")
@@ -350,7 +349,7 @@ def test_no_line_strikes_out_the_number_of_a_bar(browser: Browser, tmp_path, cle
         kind="bars", reference=12.5, clean="clean" if clean else None,
     )  # fmt: skip
     file = tmp_path / "bars.html"
-    file.write_text(board_page([Board(Selection(), content=content)], "Bars"))
+    file.write_text(page_of([Board(Selection(), content=content).state()], "Bars"))
     page = browser.new_page(viewport={"width": 560, "height": 500})
     page.goto(file.as_uri())
     expect(page.locator("g > text").first).to_be_visible()
@@ -365,7 +364,7 @@ def test_bars_of_a_table_begin_behind_its_numbers(browser: Browser, tmp_path):
     content, file = Content({}), tmp_path / "table.html"
     rows = [["a head", -0.0862, -12.3], ["another", 0.386, -0.386]]
     content.table("parts", "Parts", ["part", "clean", "edited"], rows, bars=[None, 0.1, 12.5])
-    file.write_text(board_page([Board(Selection(), content=content)], "Table"))
+    file.write_text(page_of([Board(Selection(), content=content).state()], "Table"))
     page = browser.new_page(viewport={"width": 420, "height": 500})
     page.goto(file.as_uri())
     expect(page.locator("td").first).to_be_visible()
@@ -378,7 +377,7 @@ def test_rules_are_fainter_than_numbers_in_high_contrast(browser: Browser, tmp_p
     content = Content({"expert": Axis("expert", 2)})
     content.add("load", "Load", np.array([8.0, 11]), ("expert",), sequential(0, 60), kind="bars")
     file = tmp_path / "bars.html"
-    file.write_text(board_page([Board(Selection(), content=content)], "Bars"))
+    file.write_text(page_of([Board(Selection(), content=content).state()], "Bars"))
     page = browser.new_page(forced_colors="active", color_scheme="dark")
     page.goto(file.as_uri())
     number, rule = page.locator("g > text").first, page.locator(".l4-rule").first
@@ -390,7 +389,7 @@ def test_rules_are_fainter_than_numbers_in_high_contrast(browser: Browser, tmp_p
 def test_a_view_that_was_taken_away_follows_no_theme(browser: Browser, tmp_path):
     content = Content({"expert": Axis("expert", 2)})
     content.add("load", "Load", np.array([8.0, 11]), ("expert",), sequential(0, 60), kind="bars")
-    text = board_page([Board(Selection(), content=content)], "Bars")
+    text = page_of([Board(Selection(), content=content).state()], "Bars")
     taken = "const gone = new AbortController(); render({ model, el, signal: gone.signal })(); "
     file = tmp_path / "bars.html"
     file.write_text(text.replace("render({ model, el });", taken + "gone.abort();"))
@@ -426,7 +425,7 @@ def test_the_middle_of_a_signed_scale_follows_the_theme(browser: Browser, tmp_pa
     content.add("words", "Words", values, ("row", "at"), diverging(1), kind="words",
                 text=[["a"] * count], cell=15)  # fmt: skip
     file = tmp_path / "signed.html"
-    file.write_text(board_page([Board(Selection(), content=content)], "Signed"))
+    file.write_text(page_of([Board(Selection(), content=content).state()], "Signed"))
     page = browser.new_page(color_scheme="light", viewport={"width": 1300, "height": 600})
     page.goto(file.as_uri())
     expect(page.locator("td")).to_have_count(count)

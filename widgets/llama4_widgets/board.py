@@ -104,13 +104,22 @@ def whole(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def page(boards: Sequence[Board], title: str) -> str:
-    """Return boards as one HTML page that works by itself: no kernel, no network."""
-    return page_of([board.state() for board in boards], title)
+def write_page(path: str | Path, *content: Any) -> None:
+    """Write what `page_of` returns.
+
+    Raises:
+        FileNotFoundError: no folder to write it to.
+    """
+    text = page_of(*content)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def page_of(states: Sequence[Mapping[str, Any]], title: str, about: Sequence[str] = ()) -> str:
-    """Return states of boards as one HTML page, after paragraphs that say what it is."""
+    """Return states of boards as one HTML page that works by itself: no kernel, no network.
+
+    `about` are paragraphs before them, which say what it is.
+    """
     text, data = flat(states)
     packed = gzip.compress(struct.pack("<I", len(text)) + text + data, mtime=0)
     parts = {

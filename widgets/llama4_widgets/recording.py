@@ -16,7 +16,7 @@ import ipywidgets
 import numpy as np
 from PIL import Image
 
-from llama4_widgets.board import Board, flat, page_of, unflat, whole
+from llama4_widgets.board import Board, flat, unflat, whole, write_page
 from llama4_widgets.panels import Axis, Content
 from llama4_widgets.selection import FIELDS, Selection
 from llama4_widgets.still import png, unpack
@@ -97,9 +97,7 @@ class Recording:
             FileNotFoundError: no folder to write it to.
         """
         states = [state | {"wide": self.is_wide(name)} for name, state in self.states.items()]
-        text = page_of(states, "Llama 4 lab", [*self.told(), _KERNEL])
-        with whole(path) as part:
-            part.write_text(text, encoding="utf-8")
+        write_page(path, states, "Llama 4 lab", [*self.told(), _KERNEL])
 
     def is_wide(self, name: str) -> bool:
         """Whether a view stands across both columns of a comparison."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 import traitlets
 
-from llama4_widgets.board import Board, page_of, whole
+from llama4_widgets.board import Board, write_page
 from llama4_widgets.panels import Axis, Content
 from llama4_widgets.selection import Mirror, Selection
 from llama4_widgets.still import svg
@@ -249,9 +249,7 @@ class View(ipywidgets.VBox):
         Raises:
             FileNotFoundError: no folder to write it to.
         """
-        text = page_of([self.state()], self.title)
-        with whole(path) as part:
-            part.write_text(text, encoding="utf-8")
+        write_page(path, [self.state()], self.title)
 
     def state(self) -> dict[str, Any]:
         """Return what a page without a kernel needs: of a long text all, as far as it has room."""
