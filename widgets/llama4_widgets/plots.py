@@ -38,12 +38,13 @@ def figure(content: Content, selection: Mapping[str, int], title: str) -> go.Fig
         subplot_titles=[_caption(panel) for panel in panels],
     )
     for row, panel in enumerate(panels, start=1):
-        _DRAWERS[panel["kind"]](drawn, row, content, panel, selection)
+        at: dict[str, Any] = {"row": row, "col": 1}
+        _DRAWERS[panel["kind"]](drawn, at, content, panel, selection)
         below, left = content.axes[panel["axes"][-1]].title, panel["scale"].get("unit", "")
         if panel["kind"] == "map":
             left = content.axes[panel["axes"][0]].title
-        drawn.update_xaxes(title=below, row=row)
-        drawn.update_yaxes(title=left, row=row)
+        drawn.update_xaxes(title=below, **at)
+        drawn.update_yaxes(title=left, **at)
     below = gap - 30
     drawn.update_layout(
         title=heading,
@@ -87,7 +88,7 @@ def _rows(axis: Axis) -> list[str]:
     return list(map(str, _places(axis)) if is_selected else map(_escaped, axis.labels or ()))
 
 
-def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection: Any) -> None:
+def _add_map(drawn: go.Figure, at: Any, content: Content, panel: Any, selection: Any) -> None:
     values = picked(content, panel, selection).astype(float)
     down, across = (content.axes[name] for name in panel["axes"])
     tile = content.arrays[panel["array"]].get("tile")
@@ -101,8 +102,7 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
         )
     is_category = scale["kind"] == "category"
     is_roomy = across.size <= _ROOMY and not tile
-    subplot: Any = drawn.get_subplot(row, 1)
-    domain = subplot.yaxis.domain
+    bottom, top = _domain(drawn, at)
     drawn.add_heatmap(
         z=np.where(values < 0, np.nan, values) if is_category else values,
         x=x,
@@ -116,37 +116,35 @@ def _add_map(drawn: go.Figure, row: int, content: Content, panel: Any, selection
         colorbar={
             "dtick": 1 if is_category and len(scale["colours"]) <= 16 else None,
             "title": {"text": "log₁₀ " * scale.get("log", False) + scale.get("unit", "")},
-            "len": domain[1] - domain[0],
-            "y": sum(domain) / 2,
+            "len": top - bottom,
+            "y": (bottom + top) / 2,
         },
-        row=row,
-        col=1,
+        **at,
     )
     if ringed := panel.get("marks") or panel.get("clean"):
         other = picked(content, panel, selection, ringed)
-        at = np.argwhere(other > 0 if panel.get("marks") else other != values)
+        rings = np.argwhere(other > 0 if panel.get("marks") else other != values)
         ring = {"symbol": "circle", "size": 6, "color": "white"}
         ring |= {"line": {"color": "black", "width": 1.5}}
         drawn.add_scatter(
-            x=[x[j] for _, j in at],
-            y=[y[i] for i, _ in at],
+            x=[x[j] for _, j in rings],
+            y=[y[i] for i, _ in rings],
             mode="markers",
             marker=ring,
             showlegend=False,
             hoverinfo="skip",
-            row=row,
-            col=1,
+            **at,
         )
-    drawn.update_yaxes(autorange="reversed", showgrid=False, row=row)
-    drawn.update_xaxes(showgrid=False, row=row)
+    drawn.update_yaxes(autorange="reversed", showgrid=False, **at)
+    drawn.update_xaxes(showgrid=False, **at)
     if _is_named(across):
         names = [name if len(name) <= 10 else f"{name[:9]}…" for name in across.labels or ()]
         ticks = {"tickvals": x, "ticktext": list(map(_escaped, names)), "tickangle": -90}
-        drawn.update_xaxes(**ticks, tickfont={"size": 10}, row=row)
+        drawn.update_xaxes(**ticks, tickfont={"size": 10}, **at)
     if is_roomy and across.select and down.select:
         i, j = down.index(selection), x[across.index(selection)]
         frame = {"type": "rect", "x0": j - 0.5, "x1": j + 0.5, "y0": i - 0.5, "y1": i + 0.5}
-        drawn.add_shape(**frame, line={"color": "black", "width": 3}, row=row, col=1)
+        drawn.add_shape(**frame, line={"color": "black", "width": 3}, **at)
 
 
 def _colorscale(scale: Mapping[str, Any]) -> Sequence[Any]:
@@ -156,7 +154,7 @@ def _colorscale(scale: Mapping[str, Any]) -> Sequence[Any]:
     return [((i + end) / len(colours), c) for i, c in enumerate(colours) for end in (0, 1)]
 
 
-def _add_bars(drawn: go.Figure, row: int, content: Content, panel: Any, selection: Any) -> None:
+def _add_bars(drawn: go.Figure, at: Any, content: Content, panel: Any, selection: Any) -> None:
     places = [str(place) for place in _places(content.axes[panel["axes"][0]])]
     heights = picked(content, panel, selection)
     one = {"axes": []}
@@ -176,23 +174,18 @@ def _add_bars(drawn: go.Figure, row: int, content: Content, panel: Any, selectio
         cliponaxis=False,
         hovertemplate=f"%{{x}}: %{{y:.3~g}} {unit}<extra></extra>",
         showlegend=False,
-        row=row,
-        col=1,
+        **at,
     )
     if even := panel.get("reference"):
-        at: Any = {"row": row, "col": 1}
         drawn.add_hline(y=even, line={"dash": "dash", "color": "#444"}, **at)
     if panel.get("clean"):
         marks = picked(content, panel, selection, panel["clean"])
         symbol = {"symbol": "line-ew-open", "size": 16, "color": "black"}
-        drawn.add_scatter(
-            x=places, y=marks, mode="markers", marker=symbol, name="clean", row=row, col=1
-        )
+        drawn.add_scatter(x=places, y=marks, mode="markers", marker=symbol, name="clean", **at)
 
 
-def _add_lines(drawn: go.Figure, row: int, content: Content, panel: Any, selection: Any) -> None:
+def _add_lines(drawn: go.Figure, at: Any, content: Content, panel: Any, selection: Any) -> None:
     places = _places(content.axes[panel["axes"][0]])
-    at: Any = {"row": row, "col": 1}
     for one in panel["series"]:
         heights, label = picked(content, panel, selection, one["array"]), one["label"]
         line = {"color": one["colour"], "dash": "dash" if one.get("dash") else "solid"}
@@ -201,14 +194,14 @@ def _add_lines(drawn: go.Figure, row: int, content: Content, panel: Any, selecti
     if panel.get("doubles"):
         ticks = {"tickvals": places[::2], "ticktext": [f"{place:,}" for place in places[::2]]}
         drawn.update_xaxes(type="log", **ticks, **at)
-    subplot: Any = drawn.get_subplot(row, 1)
-    drawn.update_layout(
-        legend={"y": subplot.yaxis.domain[1], "yanchor": "top"}
-    )  # no scale is there
+    _, top = _domain(drawn, at)  # no scale is there
+    drawn.update_layout(legend={"y": top, "yanchor": "top"})
 
 
-_DRAWERS: dict[str, Callable[..., None]] = {
-    "map": _add_map,
-    "bars": _add_bars,
-    "lines": _add_lines,
-}
+def _domain(drawn: go.Figure, at: Any) -> tuple[float, float]:
+    """Return where a subplot begins and ends, as shares of the height."""
+    subplot: Any = drawn.get_subplot(**at)
+    return subplot.yaxis.domain
+
+
+_DRAWERS: dict[str, Callable[..., None]] = {"map": _add_map, "bars": _add_bars, "lines": _add_lines}
