@@ -207,12 +207,11 @@ class Moment:
 
     def clean(self, compute: Callable[..., T] | Reading, *args: Any, **options: Any) -> T:
         """Return ``compute(model, prompt, *args, **options)``, computed once."""
-        return self._known(self._clean, (), compute, args, options)
+        return self._known(False, compute, args, options)
 
     def edited(self, compute: Callable[..., T] | Reading, *args: Any, **options: Any) -> T:
         """Return the same of a run with the edits; without any, of the clean one."""
-        known = self._edited if self.edits else self._clean
-        return self._known(known, self.edits, compute, args, options)
+        return self._known(bool(self.edits), compute, args, options)
 
     def runs(self, compute: Callable[..., T] | Reading, *args: Any) -> list[tuple[str, T]]:
         """Return `clean` and `edited` under these names; without edits the clean one, nameless."""
@@ -220,21 +219,20 @@ class Moment:
             return [("", self.clean(compute, *args))]
         return [("clean", self.clean(compute, *args)), ("edited", self.edited(compute, *args))]
 
-    def _known(
-        self, known: dict[Any, Any], edits: Any, compute: Any, args: Any, options: Any
-    ) -> Any:
+    def _known(self, is_edited: bool, compute: Any, args: Any, options: Any) -> Any:
         def make() -> Any:
             reading = _READ.get(compute, compute)
             if isinstance(reading, Reading):
-                question, is_edited = (reading, args), bool(edits)
+                question = reading, args
                 run, points = self._run(is_edited, question), self._points(is_edited, question)
                 return reading.read(self, run, points, *args)
             if run := options.get("kept"):  # which is all that the answer takes
-                kept = options | {"kept": self._known(known, edits, run, (), {})}
+                kept = options | {"kept": self._known(is_edited, run, (), {})}
                 return compute(self.model, self.prompt, *args, **kept)
-            with torch.no_grad(), self.running_edited() if edits else nullcontext():
+            with torch.no_grad(), self.running_edited() if is_edited else nullcontext():
                 return compute(self.model, self.prompt, *args, **options)
 
+        known = self._edited if is_edited else self._clean
         return self._once(known, (compute, args, tuple(sorted(options.items()))), make)
 
     def once(self, question: Any, make: Callable[[], T]) -> T:
