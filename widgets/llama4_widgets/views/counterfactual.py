@@ -78,24 +78,21 @@ class CounterfactualView(EditingView):
         for each in (self.work.begin, self.work.stop):
             each.layout.display = "" if is_long else "none"
         question = counterfactual, token, read
-        if is_long:
-            return moment.kept.get(question)
-        compute = partial(counterfactual, moment.replay, token, read=read, edits=moment.edits)
-        return moment.once(question, compute)
+        return moment.kept.get(question) if is_long else moment.once(question, self._compute())
+
+    def _compute(self) -> Callable[..., Counterfactual]:
+        """Return the function that answers the question."""
+        (token, read), edits = self._question(), self.moment.edits
+        return partial(counterfactual, self.moment.replay, token, read=read, edits=edits)
 
     def _steps(self) -> Generator[str, None, None]:
         """Compute what is too long to be computed at every click."""
-        moment, (token, read) = self.moment, self._question()
+        moment, question, compute = self.moment, self._question(), self._compute()
 
         def work(pause: Callable[[str], None]) -> Counterfactual:
-            def on_run(done: int, count: int) -> None:
-                pause(f"{done} of {count} runs")
+            return compute(on_run=lambda done, count: pause(f"{done} of {count} runs"))
 
-            return counterfactual(
-                moment.replay, token, read=read, edits=moment.edits, on_run=on_run
-            )
-
-        moment.kept[counterfactual, token, read] = yield from sliced(work)
+        moment.kept[counterfactual, *question] = yield from sliced(work)
 
     # ---- what is shown
 
@@ -105,17 +102,12 @@ class CounterfactualView(EditingView):
         found = self._found()
         if found is None or not _has_answer(found):
             return Content()
-        word = self.moment.word(int(found.clean.argmax()))
-        where = f"after token {found.read}"
-        change = found.change(int(found.clean.argmax()))
-        effects = {
-            EFFECTS[0]: (found.kl, above_zero(found.kl, "nats")),
-            EFFECTS[1]: (change, around_zero(change, "nats")),
-        }
-        values, scale = effects[self.effect]
-        said = (
-            self.effect if self.effect == EFFECTS[0] else f"change of log-probability of ‘{word}’"
-        )
+        top, where = int(found.clean.argmax()), f"after token {found.read}"
+        values, scale, said = found.kl, above_zero(found.kl, "nats"), self.effect
+        if self.effect == EFFECTS[1]:
+            values = found.change(top)
+            scale = around_zero(values, "nats")
+            said = f"change of log-probability of ‘{self.moment.word(top)}’"
         content = Content(self.axes())
         both = ("moe layer", "expert")
         content.array("choice", found.is_choice.astype(np.int16), both)
@@ -125,8 +117,8 @@ class CounterfactualView(EditingView):
         )  # fmt: skip
         texts = [
             [
-                ("● " if mine else "") + self.moment.word(int(top))
-                for top, mine in zip(*row, strict=True)
+                ("● " if mine else "") + self.moment.word(int(word))
+                for word, mine in zip(*row, strict=True)
             ]
             for row in zip(found.top, found.is_choice, strict=True)
         ]
