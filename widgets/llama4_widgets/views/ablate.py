@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ipywidgets
@@ -39,24 +40,43 @@ def _is_chunked(config: Llama4Config, layer: int) -> bool:
     return config.attention_chunk(layer) is not None
 
 
+def _is_tempered(config: Llama4Config, layer: int) -> bool:
+    return not config.uses_rope(layer) and config.attn_temperature_tuning
+
+
 def _not(fits: Fits) -> Fits:
     return lambda config, layer: not fits(config, layer)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Control:
-    """A widget that stands for one edit of the selected layer; at `usual` there is none."""
+    """A switch, or a slider over `values`, that stands for one edit of the selected layer."""
 
-    widget: Any
-    make: Callable[[int, Any], Edit]  # layer and value
-    usual: Any = False
-    field: str | None = None  # of the edit, that the value is; None for a switch
+    text: str
+    tip: str
+    make: Callable[..., Edit]  # of the layer, and a slider's value
     fits: Fits = _always
-    is_in_row: bool = False  # that is shown and hidden as a whole
+    values: Iterable[float] = ()
+    usual: Any = False  # where there is no edit
+    field: str | None = None  # of the edit, that the value is; None for a switch
+    shared: Mapping[str, Any] | None = None  # style and layout: a page takes its time for each
+
+    def __post_init__(self) -> None:
+        if self.field is None:
+            make, options = ipywidgets.ToggleButton, dict(self.shared or {})
+        else:
+            make, options = ipywidgets.SelectionSlider, {"options": _steps(self.values)}
+            options |= {"style": {"description_width": "128px"}, "layout": {"width": "290px"}}
+        said = {"description": self.text, "tooltip": self.tip}
+        self.widget: Any = make(value=self.usual, **said, **options)
+
+    def edit(self, layer: int, value: Any) -> Edit:
+        """Return the edit that a value stands for."""
+        return self.make(layer) if self.field is None else self.make(layer, value)
 
     def is_one(self, edit: Edit, layer: int) -> bool:
         """Whether an edit is what this control makes, with any value."""
-        mine = self.make(layer, self.usual)
+        mine = self.edit(layer, self.usual)
         if self.field is None:
             return edit == mine
         at = ("layer", "point", "tokens")
@@ -66,7 +86,7 @@ class Control:
 
     def _holding(self, layer: int, edits: Sequence[Edit]) -> Edit | None:
         """Return the edit of this control that holds: of several, the last."""
-        mine = self.make(layer, self.usual)
+        mine = self.edit(layer, self.usual)
         if isinstance(mine, E.Rope | E.Chunk):  # which excludes others of its kind
             alike = [edit for edit in edits if isinstance(edit, type(mine)) and edit.layer == layer]
             edits = alike[-1:]
@@ -75,7 +95,7 @@ class Control:
     def show(self, config: Llama4Config, layer: int, edits: Sequence[Edit]) -> None:
         """Show the value that a layer has; hide what it cannot have."""
         fits = self.fits(config, layer)
-        if not self.is_in_row:
+        if self.shared is None:  # else the row is shown and hidden as a whole
             self.widget.layout.display = "" if fits else "none"
         if not fits:
             return
@@ -94,84 +114,46 @@ class Control:
             self.widget.value = value
 
 
-def _switch(
-    text: str, tip: str, make: Callable[[int], Edit], fits: Fits = _always, **shared: Any
-) -> Control:
-    """Return a toggle; a page takes its time for each style and layout that is not `shared`."""
-    toggle = ipywidgets.ToggleButton(description=text, tooltip=tip, **shared)
-    is_in_row = "layout" in shared
-    return Control(toggle, lambda layer, _: make(layer), fits=fits, is_in_row=is_in_row)
-
-
 def _steps(values: Iterable[float]) -> list[tuple[str, float]]:
     return [(f"{value:g}", value) for value in sorted(values)]
 
 
-def _slider(
-    text: str,
-    tip: str,
-    values: Iterable[float],
-    usual: float,
-    make: Callable[[int, Any], Edit],
-    field: str,
-    fits: Fits = _always,
-) -> Control:
-    slider = ipywidgets.SelectionSlider(
-        options=_steps(values),
-        value=usual,
-        description=text,
-        tooltip=tip,
-        style={"description_width": "128px"},
-        layout={"width": "290px"},
-    )
-    return Control(slider, make, usual, field, fits)
-
-
 def _switches(config: Llama4Config) -> Iterator[Control]:
     chunk = config.attention_chunk_size or 128
-    yield _switch("skip layer", "leave the layer out", E.SkipLayer)
-    yield _switch("no attention", "attention adds nothing", E.AblateAttention)
-    yield _switch("no MLP", "the MLP adds nothing", E.AblateMLP, _not(_is_moe))
-    yield _switch("no shared expert", "it adds nothing", E.AblateShared, _is_moe)
-    yield _switch("NoPE", "turn rotary positions off", lambda i: E.Rope(i, False), _uses_rope)
-    yield _switch("RoPE", "turn rotary positions on", lambda i: E.Rope(i, True), _not(_uses_rope))
-    yield _switch("no chunks", "attend to the whole past", lambda i: E.Chunk(i, None), _is_chunked)
+    yield Control("skip layer", "leave the layer out", E.SkipLayer)
+    yield Control("no attention", "attention adds nothing", E.AblateAttention)
+    yield Control("no MLP", "the MLP adds nothing", E.AblateMLP, _not(_is_moe))
+    yield Control("no shared expert", "it adds nothing", E.AblateShared, _is_moe)
+    yield Control("NoPE", "turn rotary positions off", lambda i: E.Rope(i, False), _uses_rope)
+    yield Control("RoPE", "turn rotary positions on", lambda i: E.Rope(i, True), _not(_uses_rope))
+    yield Control("no chunks", "attend to the whole past", lambda i: E.Chunk(i, None), _is_chunked)
     text, tip = f"chunks of {chunk}", "attend inside chunks only"
-    yield _switch(text, tip, lambda i: E.Chunk(i, chunk), _not(_is_chunked))
+    yield Control(text, tip, lambda i: E.Chunk(i, chunk), _not(_is_chunked))
 
 
 def _sliders(config: Llama4Config) -> Iterator[Control]:
+    tip = "multiplies what this adds to the residual stream; 0: nothing"
     for text, part, fits in (
         ("attention ×", "attn.out", _always),
         ("routed experts ×", "experts.out", _is_moe),
         ("shared expert ×", "shared.out", _is_moe),
         ("MLP ×", "mlp.out", _not(_is_moe)),
     ):
-        yield _slider(
-            text,
-            "multiplies what this adds to the residual stream; 0: nothing",
-            _STRENGTH,
-            1.0,
-            lambda i, factor, part=part: E.Scale(f"layers.{i}.{part}", factor),
-            "factor",
-            fits,
-        )
+        yield Control(text, tip, partial(_scale, part), fits, _STRENGTH, 1.0, "factor")
+    text, make = "router temperature", E.RouterTemperature
     tip = "divides the router's logits: above 1, scores come closer to a half"
-    yield _slider(
-        "router temperature", tip, _WARMTH, 1.0, E.RouterTemperature, "temperature", _is_moe
+    yield Control(text, tip, make, _is_moe, _WARMTH, 1.0, "temperature")
+    counts, topk = range(1, config.num_local_experts + 1), config.num_experts_per_tok
+    yield Control(
+        "top-k", "how many experts each token chooses", E.TopK, _is_moe, counts, topk, "k"
     )
-    count, topk = config.num_local_experts, config.num_experts_per_tok
-    tip = "how many experts each token chooses"
-    yield _slider("top-k", tip, range(1, count + 1), topk, E.TopK, "k", _is_moe)
-    yield _slider(
-        "temperature tuning",
-        "how much sharper queries become late in the text; 0: not at all",
-        {*_SCALES, config.attn_scale},
-        config.attn_scale,
-        E.AttentionTemperature,
-        "scale",
-        lambda c, i: not c.uses_rope(i) and c.attn_temperature_tuning,
-    )
+    text, make, own = "temperature tuning", E.AttentionTemperature, config.attn_scale
+    tip = "how much sharper queries become late in the text; 0: not at all"
+    yield Control(text, tip, make, _is_tempered, {*_SCALES, own}, own, "scale")
+
+
+def _scale(part: str, layer: int, factor: float) -> Edit:
+    return E.Scale(f"layers.{layer}.{part}", factor)
 
 
 class AblateView(EditingView):
@@ -250,17 +232,12 @@ class AblateView(EditingView):
         switches, sliders = list(_switches(config)), list(_sliders(config))
         shared = {"style": switches[0].widget.style, "layout": ipywidgets.Layout()}
         heads = [
-            _switch(str(j), f"head {j} adds nothing", lambda i, j=j: E.AblateHead(i, j), **shared)
+            Control(f"{j}", f"head {j} adds nothing", partial(E.AblateHead, head=j), shared=shared)
             for j in range(config.num_attention_heads)
         ]
+        tip = "drop expert {}: its tokens go to their next best"
         dropped = [
-            _switch(
-                str(j),
-                f"drop expert {j}: its tokens go to their next best",
-                lambda i, j=j: E.DropExpert(i, j),
-                _is_moe,
-                **shared,
-            )
+            Control(f"{j}", tip.format(j), partial(E.DropExpert, expert=j), _is_moe, shared=shared)
             for j in range(config.num_local_experts)
         ]
         self._controls = [*switches, *sliders, *heads, *dropped]
@@ -280,7 +257,7 @@ class AblateView(EditingView):
             return
         layer = self.selection.layer
         kept = [edit for edit in self.edits if not control.is_one(edit, layer)]
-        new = [] if value == control.usual else [control.make(layer, value)]
+        new = [] if value == control.usual else [control.edit(layer, value)]
         count, step = len(self._history), (control.widget, layer)
         is_drag = self._step == (*step, self.edits) and time.monotonic() - self._stepped < _DRAG
         self._set([*kept, *new])
