@@ -7,10 +7,11 @@ import numpy as np
 
 from llama4_lab.config import BEHEMOTH_ESTIMATE, MAVERICK, SCOUT, Llama4Config
 from llama4_lab.hardware import GPUS
-from llama4_lab.plan import CACHE_BYTES, PRECISIONS, USABLE, Plan, Roofline
+from llama4_lab.plan import CACHE_BYTES, PRECISIONS, USABLE, Plan
 from llama4_lab.plan_page import longest, reason
 from llama4_widgets.panels import Axis, Content, above_zero
 from llama4_widgets.view import View, in_row
+from llama4_widgets.words import counted
 
 _CONTEXTS = [2**i for i in range(9, 21)]  # 512 to a million tokens
 _BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -92,20 +93,19 @@ class PlannerView(View):
         rows = [[part, size / 1e9] for part, size in needed.items()]
         driver = plan.gpu.memory
         steps = [
-            (f"decode {batch} row{'s' * (batch > 1)}", plan.decode(batch, context)),
+            (f"decode {counted(batch, 'row')}", plan.decode(batch, context)),
             (f"prefill {context:,} tokens", plan.prefill(context)),
         ]
-        times = ["read (ms)", "products (ms)", "exchange (ms)"]
-        times = times if any(roof.exchange_seconds for _, roof in steps) else times[:2]
-        content.table(
-            "speed",
-            "Speed at best",
-            ["what", "tokens/s", *times],
-            [
-                [name, roof.tokens_per_second, *_milliseconds(roof)[: len(times)]]
-                for name, roof in steps
-            ],
-        )
+        times = {"read": "read_seconds", "products": "math_seconds"}
+        if any(roof.exchange_seconds for _, roof in steps):
+            times["exchange"] = "exchange_seconds"
+        speeds = [
+            [what, roof.tokens_per_second]
+            + [round(1e3 * getattr(roof, seconds), 3) for seconds in times.values()]
+            for what, roof in steps
+        ]
+        columns = ["what", "tokens/s", *(f"{name} (ms)" for name in times)]
+        content.table("speed", "Speed at best", columns, speeds)
         content.table(
             "memory", "Memory of each GPU", ["part", "GB"], rows, wide=False,
             note=f"GB: 10⁹ bytes; its driver reports {driver / 2**30:.1f} GiB, which are "
@@ -139,11 +139,6 @@ class PlannerView(View):
         fits = "it fits" if plan.fits(batch, context) else "it does not fit"
         said = f"AN ESTIMATE, never released: {fits}" if config.is_estimate else f"I{fits[1:]}"
         return (
-            f"{said}; {longest(plan, batch)}. Decoding {batch} row{'s' * (batch > 1)}: at best "
+            f"{said}; {longest(plan, batch)}. Decoding {counted(batch, 'row')}: at best "
             f"{step.tokens_per_second:,.0f} tokens/s, {reason(step, plan)}."
         )
-
-
-def _milliseconds(roof: Roofline) -> list[float]:
-    times = roof.read_seconds, roof.math_seconds, roof.exchange_seconds
-    return [round(1e3 * seconds, 3) for seconds in times]
