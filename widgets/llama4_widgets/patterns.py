@@ -88,11 +88,12 @@ def attended(moment: Moment, layer: int, is_whole: bool) -> list[tuple[str, Laye
                 f"{size / 1e6:.3g} MB, more than {_MOST_BYTES / 1e6:.3g}: shorten the prompt, or "
                 "choose another layer"
             )
-        return moment.runs(_pattern_of, layer, is_whole)
-    width = (heads + config.num_key_value_heads) * config.head_dim
-    most = max(1, _MOST_BYTES // (4 * width * count))
-    layers = range(config.num_hidden_layers)[layer // most * most :][:most]
-    found = [(run, each[layer]) for run, each in moment.runs(_LAYERS, layers)]
+        found = moment.runs(_pattern_of, layer)
+    else:
+        width = (heads + config.num_key_value_heads) * config.head_dim
+        most = max(1, _MOST_BYTES // (4 * width * count))
+        layers = range(config.num_hidden_layers)[layer // most * most :][:most]
+        found = [(run, each[layer]) for run, each in moment.runs(_LAYERS, layers)]
     if not is_whole:
         return found
     return [(run, each.once(_in_whole, partial(_in_whole, each))) for run, each in found]
@@ -117,24 +118,21 @@ _LAYERS = Reading(_points, _layers)
 
 
 def _in_whole(layer: Layer) -> Layer:
-    assert isinstance(layer.kept, KeysAndQueries)
-    heads, count = layer.kept.q.shape[:2]
-    share = torch.stack([layer.rows(head, range(count)) for head in range(heads)])
-    return _whole(layer.uses_rope, layer.chunk, share)
-
-
-def _whole(uses_rope: bool, chunk: int | None, share: Float[Tensor, "h t s"]) -> Layer:
+    share = layer.kept
+    if isinstance(share, KeysAndQueries):
+        heads, count = share.q.shape[:2]
+        share = torch.stack([layer.rows(head, range(count)) for head in range(heads)])
+    assert share is not None
     at = torch.arange(share.shape[-1], device=share.device)[None]
-    pattern = share.masked_fill(~visible(at, at, chunk), float("nan")).cpu().numpy()
-    return Layer(uses_rope, chunk, pattern, None)
+    pattern = share.masked_fill(~visible(at, at, layer.chunk), float("nan")).cpu().numpy()
+    return Layer(layer.uses_rope, layer.chunk, pattern, None)
 
 
-def _pattern_of(model: Llama4, prompt: Prompt, layer: int, is_whole: bool) -> Layer:
+def _pattern_of(model: Llama4, prompt: Prompt, layer: int) -> Layer:
     prompt, name = prompt.to(model.device), f"layers.{layer}.attn.pattern"
     with torch.no_grad(), trace(model, name) as cache:
         model.hidden(prompt.input_ids, prompt.pixel_values, prompt.attention_mask)
-    rule, share = (_uses_rope(model, layer), model.chunks[layer]), cache[name][0].float()
-    return _whole(*rule, share) if is_whole else Layer(*rule, None, share)
+    return Layer(_uses_rope(model, layer), model.chunks[layer], None, cache[name][0].float())
 
 
 def _uses_rope(model: Llama4, layer: int) -> bool:
