@@ -12,12 +12,11 @@ from torch import Tensor
 from llama4_lab.analysis.attribution import Attribution, attribute
 from llama4_lab.analysis.expert_features import expert_features
 from llama4_lab.analysis.features import Features, Target, patch_features, token_features
-from llama4_lab.analysis.vision import patches_of
 from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, diverging
 from llama4_widgets.slices import Work, sliced
 from llama4_widgets.view import View, in_row
-from llama4_widgets.views.image import add_picture, drawn_pictures
+from llama4_widgets.views.image import add_picture, drawn_pictures, pictures_of
 from llama4_widgets.words import number, token_id
 
 METHODS = ("integrated_gradients", "feature_ablation", "shapley_sampling")
@@ -134,8 +133,7 @@ class AttributionView(View):
         values = np.full(len(tile), np.nan)
         values[patch >= 0] = one.values[tile[patch >= 0] * grid**2 + patch[patch >= 0]]
         content.array(name, values, ("token",))
-        for i in range(len(prompt.spans.layouts)):
-            picture = patches_of(prompt, i)
+        for i, picture in enumerate(pictures_of(prompt)):
             local, whole = drawn_pictures(prompt, picture)
             parts = [("", picture.stitch(picture.position), local)]
             if picture.layout.num_tiles > 1:

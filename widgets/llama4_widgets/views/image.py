@@ -19,6 +19,7 @@ from llama4_widgets.patterns import attended, decades, in_decades
 from llama4_widgets.slices import Work
 from llama4_widgets.still import png, unpack
 from llama4_widgets.view import View
+from llama4_widgets.words import counted
 
 _BYTES = 150_000  # of all pictures of an update
 _OUT_OF_SIGHT = "none of it is in sight: it comes later, or lies in another chunk"
@@ -49,15 +50,13 @@ class ImageView(View):
         return [ipywidgets.HBox([self.work.begin, self.work.stop])]
 
     def content(self) -> Content:
-        moment, spans = self.moment, self.moment.prompt.spans
-        if not spans.layouts:
+        moment, pictures = self.moment, pictures_of(self.moment.prompt)
+        if not pictures:
             return Content()
-        pictures = [patches_of(moment.prompt, i) for i in range(len(spans.layouts))]
-        tokens = np.concatenate([each.position.ravel() for each in pictures])
-        labels = [_label(one, i, len(pictures)) for i, one in enumerate(pictures)]
-        names = [name for some in labels for name in some]
+        names = _names(pictures)
+        tokens = np.array([*names])
         content = Content({
-            "patch": Axis("token", len(tokens), "token", names, tokens.tolist()),
+            "patch": Axis("token", len(names), "token", [*names.values()], [*names]),
             "head": self.axes()["head"],
         })  # fmt: skip
         content.array("bare", np.full(len(tokens), np.nan), ("patch",))
@@ -91,21 +90,17 @@ class ImageView(View):
         return content
 
     def summary(self) -> str:
-        if not self.moment.prompt.spans.layouts:
-            return _NONE
         moment, token = self.moment, self.selection.token
-        layouts = moment.prompt.spans.layouts
+        if not (layouts := moment.prompt.spans.layouts):
+            return _NONE
         sizes = ", ".join(
             f"{at.width} × {at.height} pixels in {at.rows} × {at.cols} tiles"
             + " and a global one" * (at.num_tiles > 1)
             for at in layouts
         )
-        said = f"{len(layouts)} picture{'s' * (len(layouts) > 1)}: {sizes}"
-        for i in range(len(layouts)):
-            one = patches_of(moment.prompt, i)
-            if token in one.position:
-                names = dict(zip(one.position.ravel(), _label(one, i, len(layouts)), strict=True))
-                return f"{said}; token {token} shows {names[token]}"
+        said = f"{counted(len(layouts), 'picture')}: {sizes}"
+        if token in (names := _names(pictures_of(moment.prompt))):
+            return f"{said}; token {token} shows {names[token]}"
         word = moment.words[token]
         kind = "a special token" if word.startswith("<|") else "text"
         return f"{said}; token {token} ‘{word}’ is {kind}"
@@ -169,12 +164,11 @@ class ImageView(View):
 
     def _steps(self) -> Generator[str, None, None]:
         """Compute the maps of all pictures, some sets of tokens at a time."""
-        moment = self.moment
-        if not moment.prompt.spans.layouts:
+        moment, pictures = self.moment, pictures_of(self.moment.prompt)
+        if not pictures:
             raise ValueError(_NONE)
         with moment.computing():
             answer = (int(moment.edited_run.logits_of(slice(-1, None)).argmax()),)
-        pictures = [patches_of(moment.prompt, i) for i in range(len(moment.prompt.spans.layouts))]
         wanted: list[list[Sequence[int]]] = []
         for one in pictures:
             causal_map(one, lambda sets: wanted.append(list(sets)) or np.zeros(len(sets)))
@@ -195,14 +189,20 @@ class ImageView(View):
         moment.kept[causal_map] = maps, moment.word(answer[0])
 
 
-def _label(one: Patches, picture: int, count: int) -> list[str]:
+def pictures_of(prompt: Prompt) -> list[Patches]:
+    """Return where the tokens of each picture lie."""
+    return [patches_of(prompt, i) for i in range(len(prompt.spans.layouts))]
+
+
+def _names(pictures: Sequence[Patches]) -> dict[int, str]:
     """Name each image token by its tile, row and column."""
-    at = one.layout
-    found = []
-    for tile, row, col in np.ndindex(one.position.shape):
-        is_global = at.num_tiles > 1 and tile == at.num_tiles - 1
-        part = "global tile" if is_global else f"tile {tile}"
-        found.append(f"picture {picture}, " * (count > 1) + f"{part}, row {row}, column {col}")
+    found = {}
+    for i, one in enumerate(pictures):
+        for (tile, row, col), token in np.ndenumerate(one.position):
+            is_global = one.layout.num_tiles > 1 and tile == one.layout.num_tiles - 1
+            part = "global tile" if is_global else f"tile {tile}"
+            name = f"picture {i}, " * (len(pictures) > 1) + f"{part}, row {row}, column {col}"
+            found[int(token)] = name
     return found
 
 
