@@ -229,12 +229,21 @@ class View(ipywidgets.VBox):
         axes["token"] = replace(axes["token"], labels=self.moment.words)
         return axes | {"moe layer": Axis("layer", len(moe), "layer", values=[*moe])}
 
-    def linked(self, **controls: Any) -> list[ipywidgets.Widget]:
-        """Link controls to the traits of the same names, whose changes are drawn; return them."""
-        for name, control in controls.items():
-            traitlets.link((self, name), (control, "value"))
-        self.observe(lambda _: self.refresh(), list(controls))
-        return list(controls.values())
+    def linked(self, **texts: str) -> list[Any]:
+        """Return a control for each of these traits, after a text; what is chosen is drawn."""
+        controls: list[Any] = []
+        for name, text in texts.items():
+            if isinstance(trait := self.traits()[name], traitlets.Enum):
+                made = ipywidgets.Dropdown(options=trait.values, description=text)
+            elif isinstance(trait, traitlets.Bool):
+                made = ipywidgets.Checkbox(description=text, indent=False)
+            else:
+                asked = {"placeholder": "the model's answer", "continuous_update": False}
+                made = ipywidgets.Text(description=text, **asked)
+            traitlets.link((self, name), (made, "value"))
+            controls.append(made)
+        self.observe(lambda _: self.refresh(), list(texts))
+        return controls
 
     def figure(self) -> "go.Figure":
         """Return what is on screen as one static figure."""

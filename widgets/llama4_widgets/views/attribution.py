@@ -48,13 +48,7 @@ class AttributionView(View):
 
     def controls(self) -> list[ipywidgets.Widget]:
         self.work = Work(self, "Run", self._steps)
-        method = ipywidgets.Dropdown(options=METHODS, description="Method")
-        features = ipywidgets.Dropdown(options=tuple(FEATURES), description="Parts")
-        after = ipywidgets.Dropdown(options=PLACES, description="Word after")
-        word = ipywidgets.Text(
-            description="Word", placeholder="the model's answer", continuous_update=False
-        )
-        controls = self.linked(method=method, features=features, after=after, word=word)
+        controls = self.linked(method="Method", features="Parts", after="Word after", word="Word")
         return [in_row(*controls, in_row(self.work.begin, self.work.stop))]
 
     # ---- the work

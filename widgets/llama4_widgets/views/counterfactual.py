@@ -36,15 +36,13 @@ class CounterfactualView(EditingView):
     read = traitlets.Enum(READS, READS[1], help="whose next word is looked at")
 
     def controls(self) -> list[ipywidgets.Widget]:
-        effect = ipywidgets.Dropdown(options=EFFECTS, description="Colour by")
-        read = ipywidgets.Dropdown(options=READS, description="Word after")
         self._add = button("", "send it there in all views", self.add_route)
         self._add.layout.display = "" if self.may_edit else "none"
         self.work = Work(self, "Run", self._steps)
         self.selection.observe(self._name_route, ["token", "layer", "expert"])
         for owner, field in ((self.selection, "token"), (self, "read")):
             owner.observe(lambda _: self.work.cancel(), field)  # it is another question now
-        controls = self.linked(effect=effect, read=read)
+        controls = self.linked(effect="Colour by", read="Word after")
         return [in_row(*controls, self._add, self.work.begin, self.work.stop)]
 
     def add_route(self) -> None:

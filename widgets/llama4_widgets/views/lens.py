@@ -44,15 +44,10 @@ class LensView(View):
     against_runner_up = traitlets.Bool(help="explain the lead over the runner-up, not the logit")
 
     def controls(self) -> list[ipywidgets.Widget]:
-        word = ipywidgets.Text(
-            description="Follow word",
-            placeholder="the model's answer",
-            continuous_update=False,
-            style={"description_width": "initial"},
-        )
-        colour = ipywidgets.Dropdown(options=COLOURS, description="Colour by")
-        against = ipywidgets.Checkbox(description="lead over the runner-up", indent=False)
-        return [in_row(*self.linked(word=word, colour=colour, against_runner_up=against))]
+        against = "lead over the runner-up"
+        controls = self.linked(word="Follow word", colour="Colour by", against_runner_up=against)
+        controls[0].style.description_width = "initial"
+        return [in_row(*controls)]
 
     # ---- what is shown
 
