@@ -193,3 +193,8 @@ def test_edits_behind_the_last_layer_are_told_and_counted(moment, edit):
     (parts,) = view._of_word(view._lenses(edited)[1])[1][-1:]
     assert parts.total == pytest.approx(float(own[parts.target]), abs=1e-4)
     assert parts.residual > 0.1 and "edits of the stream or behind it wrote" in view.board.summary
+
+
+def test_where_more_is_selected_than_a_prompt_has_its_last_word_is_framed(moment):
+    axis = LensView(moment).board.content.axes["near"]
+    assert axis.index({"token": axis.size + 5}) == axis.size - 1

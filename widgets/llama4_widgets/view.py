@@ -229,6 +229,14 @@ class View(ipywidgets.VBox):
         axes["token"] = replace(axes["token"], labels=self.moment.words)
         return axes | {"moe layer": Axis("layer", len(moe), "layer", values=[*moe])}
 
+    def some(self, tokens: range) -> tuple[Axis, str]:
+        """Return the axis of some tokens of the text, and words that say which, if not all."""
+        words, count = self.moment.words[tokens.start : tokens.stop], len(self.moment.words)
+        if len(words) == count:
+            return self.axes()["token"], ""
+        axis = Axis("token", len(words), "token", words, [*tokens])
+        return axis, f"; tokens {tokens.start} to {tokens.stop - 1} of {count}"
+
     def linked(self, **texts: str) -> list[Any]:
         """Return a control for each of these traits, after a text; what is chosen is drawn."""
         controls: list[Any] = []

@@ -112,30 +112,28 @@ class AttentionView(View):
     def _add_strips(self, content: Content, runs: list[tuple[str, Layer]]) -> None:
         words, token = self.moment.words, self.selection.token
         count = len(words)
-        start = 0 if count <= _LINE else max(0, token - _AROUND)
-        stop = count if count <= _LINE else min(count, token + _AROUND // 4)
-        places = list(range(start, stop))
-        is_part = len(places) < count
-        content.axes["token"] = Axis(
-            "token", len(places), "token", words[start:stop], places if is_part else None
-        )
+        shown = range(count)
+        if count > _LINE:
+            shown = range(max(0, token - _AROUND), min(count, token + _AROUND // 4))
+        content.axes["token"], part = self.some(shown)
         for run, layer in runs:
             name = f"row {run}".strip()
             if layer.pattern is not None:
                 axes, values = ("head", "query", "token"), layer.pattern
                 whose = "the selected head looks from the selected token"
             else:
-                axes, values = ("token",), layer.row(self.selection.head, token)[start:stop]
+                axes, values = (
+                    ("token",),
+                    layer.row(self.selection.head, token)[slice(shown.start, shown.stop)],
+                )
                 whose = f"head {self.selection.head} looks from token {token} ‘{words[token]}’"
             content.array(name, in_decades(values), axes)
             note = f"layer {self.selection.layer} ({_kind(layer)}); slanted words are out of sight"
-            if is_part:
-                note += f"; tokens {start} to {stop - 1} of {count}"
             content.add(
                 name, f"Where {whose}{f', {run}' * bool(run)}", None, axes, decades(count),
-                kind="strip", shown=("token",), note=note,
+                kind="strip", shown=("token",), note=note + part,
             )  # fmt: skip
-        if is_part:
+        if part:
             row = np.nan_to_num(runs[-1][1].row(self.selection.head, token))
             best = np.argsort(-row, kind="stable")[:12].tolist()
             content.table(

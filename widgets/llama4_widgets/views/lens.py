@@ -62,17 +62,13 @@ class LensView(View):
 
     def _of(self, clean: Lens, edited: Lens) -> Content:
         names = self._names(edited)
-        low, high = int(edited.positions[0]), int(edited.positions[-1]) + 1
-        count = len(self.moment.words)
         content = Content(self.axes())
         # Both halves of a layer select it; the embedding, what enters layer 0.
         content.axes["point"] = Axis(
             "stream", len(names), "layer", names, [layer for layer, _ in map(_place, edited.points)]
         )
-        content.axes["near"] = Axis(
-            "token", high - low, "token", self.moment.words[low:high], list(range(low, high))
-        )
-        part = "" if high - low == count else f"; tokens {low} to {high - 1} of {count}"
+        shown = range(int(edited.positions[0]), int(edited.positions[-1]) + 1)
+        content.axes["near"], part = self.some(shown)
         whose = "the clean run's" if self.moment.edits else "the"
         goal = f"‘{visible(self.word)}’" if self.word else f"{whose} final answer"
         sure, change = sequential(-8, 0, "nats", "(sure)"), diverging(2, "nats", "or more")

@@ -54,13 +54,8 @@ class RouterView(View):
     def _of(self, tokens: range) -> Content:
         """Return what is drawn of some tokens."""
         clean, edited, changed, is_marked = self._runs()
-        is_edited, count = bool(self.moment.edits), len(edited.tokens)
-        content, part = Content(self.axes()), ""
-        if len(tokens) < count:
-            axis, at = content.axes["token"], slice(tokens.start, tokens.stop)
-            labels = self.moment.words[at]
-            content.axes["token"] = replace(axis, size=len(labels), labels=labels, values=[*tokens])
-            part = f"; tokens {at.start} to {at.stop - 1} of {count}"
+        is_edited, content = bool(self.moment.edits), Content(self.axes())
+        content.axes["token"], part = self.some(tokens)
         here, before = (_cut(each, tokens) for each in (edited, clean))
         scale = experts(edited.num_experts)
         chosen = _add_choices(content, here, before if is_edited else None)
