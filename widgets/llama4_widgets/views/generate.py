@@ -16,7 +16,7 @@ from llama4_widgets.moment import Moment
 from llama4_widgets.panels import Axis, Content, above_zero, experts
 from llama4_widgets.slices import running_loop, watched
 from llama4_widgets.view import View, button, in_row
-from llama4_widgets.words import NO_NUMBERS
+from llama4_widgets.words import NO_NUMBERS, counted
 
 _MOST = 256  # tokens of one branch
 _TOP_P = 0.95  # of what is drawn
@@ -100,20 +100,18 @@ class GenerateView(View):
     def _step(self, moment: Moment) -> None:
         model, layers = moment.model, moment.model.config.routed_layers
         cache, self._cache = self._cache, None  # unless it has read all that it is given
+        written, pixels = [one.id for one in self.written], None
         if cache is None:
-            ids = moment.prompt.input_ids.to(model.device)
-            new = torch.tensor([[one.id for one in self.written]], device=model.device).to(ids)
-            given: dict[str, Any] = {"input_ids": torch.cat([ids, new], dim=1)}
-            if (pixels := moment.prompt.pixel_values) is not None:
-                given["pixel_values"] = pixels.to(model.device)
+            prompt = moment.prompt.to(model.device)
+            ids, pixels = prompt.input_ids, prompt.pixel_values
+            ids = torch.cat([ids, torch.tensor([written]).to(ids)], dim=1)
         else:
-            new = torch.tensor([[self.written[-1].id]], device=model.device)
-            given = {"input_ids": new}
+            ids = torch.tensor([written[-1:]], device=model.device)
         names = [f"layers.{i}.router.indices" for i in layers]
         with moment.running_edited(), trace(model, names) as seen:
             if cache is None:
                 cache = model.new_cache()  # with the edits' chunks
-            logits = model(**given, cache=cache, keep_last=1)[0, -1]
+            logits = model(ids, pixels, cache=cache, keep_last=1)[0, -1]
         if not logits.isfinite().all():
             raise ValueError(f"{NO_NUMBERS}: there is no next token")
         logprob = logits.float().log_softmax(-1)
@@ -214,7 +212,7 @@ class GenerateView(View):
         last, cache = self.written[-1], self._cache
         held = f"; the cache holds {_live(cache):,.0f} kB of {cache.slots} tokens" if cache else ""
         return (
-            f"{len(self.written)} new token{'s' * (len(self.written) > 1)}; the last had "
+            f"{counted(len(self.written), 'new token')}; the last had "
             f"probability {last.probability:.2f}; the model's distribution there has "
             f"{last.entropy:.1f} bits{held}."
         )
