@@ -33,12 +33,7 @@ def explore(
         ValueError: a model without experts or tokenizer, or a text of more than 4096 tokens.
         TraitError: a layer without experts, or a token outside the text.
     """
-    explorer = RouterExplorer(model, text)
-    if layer is not None:
-        explorer.layer = layer
-    if token is not None:
-        explorer.token = token
-    return explorer
+    return RouterExplorer(model, text, layer, token)
 
 
 class RouterExplorer(RouterView):
@@ -52,7 +47,9 @@ class RouterExplorer(RouterView):
     token = traitlets.Int(help="position in the prompt")
     text = traitlets.Unicode(help="the text that is shown")
 
-    def __init__(self, model: Llama4, text: str):
+    def __init__(
+        self, model: Llama4, text: str, layer: int | None = None, token: int | None = None
+    ):
         self._model = model.apart()
         self._ran = text
         self._field = Prompt(value=text)
@@ -61,8 +58,9 @@ class RouterExplorer(RouterView):
         super().__init__(moment, text=text)
         for name in ("layer", "token"):
             traitlets.link((self, name), (self.selection, name))
-        self.layer = self.routing.layers[0]
-        self.token = min(1, len(moment.tokens) - 1)  # what stands behind begin-of-text
+        self.layer = self.routing.layers[0] if layer is None else layer
+        second = min(1, len(moment.tokens) - 1)  # behind begin-of-text
+        self.token = second if token is None else token
 
     @property
     def routing(self) -> Routing:
