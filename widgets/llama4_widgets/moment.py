@@ -129,6 +129,10 @@ class Moment:
         """The points that the edits change."""
         return {*changes_of(self.edits, self.model.config)}
 
+    def called(self, token: int) -> str:
+        """Return what a token of the prompt is called in texts, as boards call it."""
+        return f"token {token} ‘{self.words[token]}’"
+
     def word(self, idx: int) -> str:
         """Return a token of the vocabulary as views show it; without a tokenizer, its number."""
         return word_of(self.model.tokenizer, idx)

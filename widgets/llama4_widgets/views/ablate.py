@@ -337,7 +337,7 @@ class AblateView(EditingView):
         if run.effect.flips:
             add_flips(content, [*run.effect.flips.values()], "tokens whose experts changed")
         token = self.selection.token
-        title = f"What follows token {token} ‘{self.moment.words[token]}’"
+        title = f"What follows {self.moment.called(token)}"
         columns = ["next token", "clean (%)", "edited (%)"]
         content.table("answers", title, columns, self._answers(token), wide=False)
         return content

@@ -56,8 +56,7 @@ class AttentionView(View):
         runs = self._runs()
         main = runs[-1][1]
         self._offer_layers()
-        words = self.moment.words
-        labels = words if count <= 512 else None
+        labels = self.moment.words if count <= 512 else None
         content = Content({
             "head": Axis("head", config.num_attention_heads, "head"),
             "query": Axis("query", count, "token", labels=labels),
@@ -76,14 +75,14 @@ class AttentionView(View):
         return content
 
     def summary(self) -> str:
-        layer, token, words = self._runs()[-1][1], self.selection.token, self.moment.words
+        layer, token = self._runs()[-1][1], self.selection.token
         row = np.nan_to_num(layer.row(self.selection.head, token))
         best = int(row.argmax())
         sight = "its chunk" if layer.chunk else "the whole past"
-        seen = f"{sight} and looks most at token {best} ‘{words[best]}’, share {row[best]:.2g}"
+        seen = f"{sight} and looks most at {self.moment.called(best)}, share {row[best]:.2g}"
         return (
             f"layer {self.selection.layer} ({_kind(layer)}), head {self.selection.head}: "
-            f"token {token} ‘{words[token]}’ sees "
+            f"{self.moment.called(token)} sees "
             + (seen if row[best] else "nothing, for edits hide all of it")
         )
 
@@ -110,8 +109,7 @@ class AttentionView(View):
         return attended(self.moment, self.selection.layer, is_whole)
 
     def _add_strips(self, content: Content, runs: list[tuple[str, Layer]]) -> None:
-        words, token = self.moment.words, self.selection.token
-        count = len(words)
+        count, token = len(self.moment.words), self.selection.token
         shown = range(count)
         if count > _LINE:
             shown = range(max(0, token - _AROUND), min(count, token + _AROUND // 4))
@@ -126,7 +124,7 @@ class AttentionView(View):
                     ("token",),
                     layer.row(self.selection.head, token)[slice(shown.start, shown.stop)],
                 )
-                whose = f"head {self.selection.head} looks from token {token} ‘{words[token]}’"
+                whose = f"head {self.selection.head} looks from {self.moment.called(token)}"
             content.array(name, in_decades(values), axes)
             note = f"layer {self.selection.layer} ({_kind(layer)}); slanted words are out of sight"
             content.add(
@@ -138,7 +136,7 @@ class AttentionView(View):
             best = np.argsort(-row, kind="stable")[:12].tolist()
             content.table(
                 "most", "Most of it goes to", ["token", "", "share"],
-                [[str(i), words[i], float(row[i])] for i in best],
+                [[str(i), self.moment.words[i], float(row[i])] for i in best],
                 [{"token": i} for i in best], wide=False,
             )  # fmt: skip
 

@@ -139,7 +139,7 @@ class CounterfactualView(EditingView):
         word = self.moment.word(int(found.clean.argmax()))
         other = int((found.top != found.clean.argmax()).sum())
         return (
-            f"Of {kl.size} ways to send token {found.token} ‘{self.moment.words[found.token]}’, "
+            f"Of {kl.size} ways to send {self.moment.called(found.token)}, "
             f"{other} would change the word after token {found.read} from ‘{word}’. Strongest: "
             f"expert {expert} in layer {found.layers[int(row)]}, KL {kl.max():.3g} nats, then "
             f"‘{self.moment.word(int(found.top[row, expert]))}’"

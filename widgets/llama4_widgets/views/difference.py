@@ -85,7 +85,7 @@ class DifferenceView(View):
         for side in (self.moment, self.other):
             token = min(self.selection.token, len(side.tokens) - 1)
             sides.append(_logits(side)[token].float().softmax(-1))
-            names.append(f"token {token} ‘{side.words[token]}’")
+            names.append(side.called(token))
         title = f"What follows {' and '.join(dict.fromkeys(names))}"
         if _is_same_vocabulary(self.moment, self.other):
             heads = ["next token", "this (%)", "beside (%)"]

@@ -101,9 +101,8 @@ class ImageView(View):
         said = f"{counted(len(layouts), 'picture')}: {sizes}"
         if token in (names := _names(pictures_of(moment.prompt))):
             return f"{said}; token {token} shows {names[token]}"
-        word = moment.words[token]
-        kind = "a special token" if word.startswith("<|") else "text"
-        return f"{said}; token {token} ‘{word}’ is {kind}"
+        kind = "a special token" if moment.words[token].startswith("<|") else "text"
+        return f"{said}; {moment.called(token)} is {kind}"
 
     # ---- what lies over the pictures
 
@@ -123,7 +122,7 @@ class ImageView(View):
             share = np.stack([found.row(head, token)[tokens] for head in range(heads)])
             name = f"attention {run}".strip()
             content.array(name, in_decades(share), ("head", "patch"))
-            title = f"attention in layer {layer} from token {token} ‘{moment.words[token]}’"
+            title = f"attention in layer {layer} from {moment.called(token)}"
             title += f", {run}" * bool(run)
             yield name, title, decades(count), "of the selected head"
 

@@ -110,7 +110,7 @@ class LensView(View):
         is_behind = not self.moment.changed.isdisjoint(sums.behind)
         says = "the last layer, before edits behind it, says" if is_behind else "the model says"
         text = (
-            f"After token {token} ‘{self.moment.words[token]}’ {says} ‘{answer}’ "
+            f"After {self.moment.called(token)} {says} ‘{answer}’ "
             f"({np.exp(edited.top_logprob[-1, column, 0]):.0%}), without a break since "
             f"‘{self._names(edited)[since]}’. {self._sum(sums)}"
         )
