@@ -109,7 +109,7 @@ class AttentionView(View):
         return attended(self.moment, self.selection.layer, is_whole)
 
     def _add_strips(self, content: Content, runs: list[tuple[str, Layer]]) -> None:
-        count, token = len(self.moment.words), self.selection.token
+        count, head, token = len(self.moment.words), self.selection.head, self.selection.token
         shown = range(count)
         if count > _LINE:
             shown = range(max(0, token - _AROUND), min(count, token + _AROUND // 4))
@@ -120,19 +120,15 @@ class AttentionView(View):
                 axes, values = ("head", "query", "token"), layer.pattern
                 whose = "the selected head looks from the selected token"
             else:
-                axes, values = (
-                    ("token",),
-                    layer.row(self.selection.head, token)[slice(shown.start, shown.stop)],
-                )
-                whose = f"head {self.selection.head} looks from {self.moment.called(token)}"
-            content.array(name, in_decades(values), axes)
+                axes, values = ("token",), layer.row(head, token)[shown.start : shown.stop]
+                whose = f"head {head} looks from {self.moment.called(token)}"
             note = f"layer {self.selection.layer} ({_kind(layer)}); slanted words are out of sight"
             content.add(
-                name, f"Where {whose}{f', {run}' * bool(run)}", None, axes, decades(count),
-                kind="strip", shown=("token",), note=note + part,
+                name, f"Where {whose}{f', {run}' * bool(run)}", in_decades(values), axes,
+                decades(count), kind="strip", shown=("token",), note=note + part,
             )  # fmt: skip
         if part:
-            row = np.nan_to_num(runs[-1][1].row(self.selection.head, token))
+            row = np.nan_to_num(runs[-1][1].row(head, token))
             best = np.argsort(-row, kind="stable")[:12].tolist()
             content.table(
                 "most", "Most of it goes to", ["token", "", "share"],
@@ -141,7 +137,7 @@ class AttentionView(View):
             )  # fmt: skip
 
     def _add_maps(self, content: Content, runs: list[tuple[str, Layer]], which: str) -> None:
-        count, size = len(self.moment.words), self.moment.model.config.attention_chunk_size
+        count = len(self.moment.words)
         titles = {"": "Attention", "clean": "Clean", "edited": "Edited", "change": "Edited − clean"}
         main, make = runs[-1][1], partial(self._maps, runs, (0, count), (0, count))
         if main.pattern is not None:
@@ -153,8 +149,7 @@ class AttentionView(View):
         for name, values, tile, note in found:
             run = name[4:]
             content.array(name, values, axes, **tile)
-            layer = runs[0][1] if run == "clean" else main
-            step = layer.chunk or size or count
+            step = self._step(runs[0][1] if run == "clean" else main)
             edges = range(0, count, step) if step < count else []
             content.add(
                 name, f"{titles[run]}, {which}", None, axes,
@@ -200,10 +195,15 @@ class AttentionView(View):
 
     def _note(self, layer: Layer, cell: str = "") -> str:
         """Say of a map what its layer's rule is, what is dashed, and what a cell is."""
-        count = len(self.moment.words)
-        step = layer.chunk or self.moment.model.config.attention_chunk_size or count
         dashed = "; dashed: chunks" + (not layer.chunk) * " of RoPE layers, crossed here"
-        return _kind(layer) + dashed * (step < count) + (cell and f"; {cell}")
+        is_dashed = self._step(layer) < len(self.moment.words)
+        return _kind(layer) + dashed * is_dashed + (cell and f"; {cell}")
+
+    def _step(self, layer: Layer) -> int:
+        """Return the tokens between two dashed lines: of a layer without chunks, the others'."""
+        return (
+            layer.chunk or self.moment.model.config.attention_chunk_size or len(self.moment.words)
+        )
 
     def _add_heads(self, content: Content, runs: list[tuple[str, Layer]]) -> None:
         config = self.moment.model.config
@@ -226,11 +226,12 @@ class AttentionView(View):
             decades(len(self.moment.words)), kind="multiples", shown=axes, array=array, wide=False,
             note=f"a click chooses one{some}",
         )  # fmt: skip
-        columns = ["head", "distance", "entropy", "sink", "across chunks"]
-        rows = [[f"{head}", *map(float, averages[head])] for head in range(count)]
+        names = ["distance", "entropy", "sink", "across chunks"]
+        columns = ["head", *names]
         if len(runs) > 1:
-            columns += [f"clean {name}" for name in columns[1:]]
-            rows = [[*row, *map(float, glances[0][1][i])] for i, row in enumerate(rows)]
+            columns += [f"clean {name}" for name in names]
+            averages = np.concatenate([averages, glances[0][1]], axis=1)
+        rows = [[f"{head}", *map(float, each)] for head, each in enumerate(averages)]
         sink = "the first token of the chunk" if main.chunk else "the first token"
         content.table(
             "summaries", "What the heads do", columns, rows,
