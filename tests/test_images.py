@@ -251,6 +251,8 @@ def test_a_file_that_is_no_picture_is_named(tmp_path):
     path.write_text("no picture")
     with pytest.raises(ValueError, match=r"notes.png is not a usable image file"):
         open_picture(path)
+    with pytest.raises(ValueError, match="is not a usable image file: invalid literal for int"):
+        open_picture(b"P6\n4x 4\n255\n")
     with pytest.raises(FileNotFoundError):
         open_picture(tmp_path / "none.png")
 
@@ -263,6 +265,14 @@ def test_a_truncated_file_is_named(tmp_path):
         open_picture(path)
     with pytest.raises(ValueError, match=r"PngImageFile.* is not a usable image file"):
         open_picture(Image.open(path))
+
+
+def test_a_picture_that_was_closed_before_it_was_read_is_named(tmp_path):
+    noise(20, 30).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        pass
+    with pytest.raises(ValueError, match=r"PngImageFile.* was closed before it was read: open it"):
+        open_picture(picture)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 Picture = Image.Image | np.ndarray | str | Path | bytes | io.BytesIO | io.BufferedReader
 MODES = {1: "L", 3: "RGB"}  # PIL's name of a picture with so many channels
+_OF_PIL = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ def open_picture(picture: Picture, num_channels: int = 3) -> Image.Image:
                     picture = _upright(file)
         except FileNotFoundError:
             raise
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
+        except (AssertionError, AttributeError) as error:  # PIL looks for the file that it read
+            raise ValueError(f"{picture} was closed before it was read: open it again") from error
+        except _OF_PIL as error:
             raise ValueError(f"{picture} is not a usable image file: {error}") from error
     elif isinstance(picture, np.ndarray):
         picture = _from_array(picture)
