@@ -40,6 +40,9 @@ def write_compressed(plain: Path, folder: Path, kind: str, also: tuple[str, ...]
         elif any(part in name for part in also):
             tensors, meant[name] = _coded(name, weight, kind)
             written |= tensors
+            if "q_proj" in name:  # with a cache in few bits
+                base = name.removesuffix("q_proj.weight")
+                written |= {f"{base}{each}_scale": torch.ones(1) for each in "kv"}
         else:
             written[name] = meant[name] = weight
     save_file(written, folder / "model.safetensors", {"format": "pt"})
@@ -108,7 +111,10 @@ def _coded(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Ten
     codes, scales = codes.flatten(-2).contiguous(), scales[..., 0]
     if bits is None:
         scales = scales[:1, 0] if "q_proj" in name else scales
-        return {name: codes, f"{name}_scale": scales.contiguous()}, meant
+        stem = name.removesuffix("weight")
+        tensors = {name: codes, f"{name}_scale": scales.contiguous()}
+        tensors |= {f"{stem}input_scale": torch.ones(1), f"{stem}input_zero_point": torch.ones(1)}
+        return tensors, meant
     tensors = {
         f"{name}_packed": _packed(codes.long() + 2 ** (bits - 1), bits),
         f"{name}_scale": scales.contiguous(),

@@ -28,7 +28,10 @@ _PACKED = "pack-quantized"
 _NVFP4 = "nvfp4-pack-quantized"
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", _PACKED, _NVFP4)
 _GROUP = 16  # of NVFP4
-_UNUSED = (".input_scale", ".output_scale", ".input_global_scale", ".weight_shape")
+_UNUSED = (  # of activations, which q, k and v of the attention are, too
+    *(".weight_shape", ".input_global_scale"),
+    *(f".{of}_{end}" for of in ("input", "output", *"qkv") for end in ("scale", "zero_point")),
+)
 
 
 @dataclass(frozen=True)
