@@ -40,7 +40,6 @@ class _CaptumModel(nn.Module):
     def __init__(self, model: Llama4):
         super().__init__()
         self.model = model
-        self.device = model.device
 
     def forward(
         self,
