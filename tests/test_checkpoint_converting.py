@@ -119,6 +119,13 @@ def test_what_was_converted_plain_can_be_packed(folder, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [None, "int4"])
+def test_mapped_numbers_are_aligned(folder, kind, tmp_path):
+    convert(folder, tmp_path / "own", quantize=kind)
+    for name, tensor in l4.load(tmp_path / "own").state_dict().items():
+        assert tensor.data_ptr() % tensor.element_size() == 0, name
+
+
+@pytest.mark.parametrize("kind", [None, "int4"])
 def test_a_meta_folder_is_converted(tmp_path, kind):
     l4.save(l4.random(config_from_params(PARAMS)), tmp_path / "hf")
     write_meta(tmp_path / "meta", load_file(tmp_path / "hf" / "model.safetensors"), PARAMS, 2)

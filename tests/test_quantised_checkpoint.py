@@ -21,6 +21,8 @@ from tiny import CONFIG, tiny
 
 import llama4_lab as l4
 from llama4_lab.checkpoint import convert, mlx, parts
+from llama4_lab.checkpoint.compressed import Nvfp4
+from llama4_lab.checkpoint.files import Stored
 from llama4_lab.checkpoint.params import config_from_params
 from llama4_lab.checkpoint.parts import unpack
 from llama4_lab.checkpoint.quantised import packable
@@ -532,6 +534,12 @@ def test_codes_that_cannot_be_read_are_refused_in_one_sentence(folder, change, s
     l4.save(tiny(), tmp_path / "plain")
     write_compressed(tmp_path / "plain", tmp_path / "q", "int4")
     assert_refused(tmp_path / "q", change, sentence)
+
+
+def test_rows_that_groups_of_nvfp4_do_not_divide_are_refused():
+    codes, *scales = (Stored(Path("m"), name, (), "U8") for name in ("c", "s", "a"))
+    with pytest.raises(ValueError, match=r"^m: c has groups of 16 weights, .* rows of 24$"):
+        Nvfp4((codes, *scales)).layout(4, 24)
 
 
 # --- of MLX
