@@ -133,9 +133,11 @@ def test_a_change_of_a_picture_that_is_not_there_is_told(model, prompt, name):
             model(torch.arange(5, 17)[None])
 
 
-def test_an_exception_is_not_joined_by_a_warning(model):
+def test_where_no_pass_came_to_its_end_there_is_no_warning(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        with l4.intervene(model, {"embed": other}):
+            pass
         with pytest.raises(KeyboardInterrupt), l4.intervene(model, {"embed": other}):
             raise KeyboardInterrupt
 

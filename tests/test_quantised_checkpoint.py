@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
-from llama4_lab.checkpoint import convert, mlx, parts
-from llama4_lab.checkpoint.compressed import Nvfp4
+from llama4_lab.checkpoint import compressed, convert, mlx, modelopt, parts
 from llama4_lab.checkpoint.files import Stored
 from llama4_lab.checkpoint.params import config_from_params
 from llama4_lab.checkpoint.parts import unpack
@@ -536,10 +535,15 @@ def test_codes_that_cannot_be_read_are_refused_in_one_sentence(folder, change, s
     assert_refused(tmp_path / "q", change, sentence)
 
 
-def test_rows_that_groups_of_nvfp4_do_not_divide_are_refused():
-    codes, *scales = (Stored(Path("m"), name, (), "U8") for name in ("c", "s", "a"))
-    with pytest.raises(ValueError, match=r"^m: c has groups of 16 weights, .* rows of 24$"):
-        Nvfp4((codes, *scales)).layout(4, 24)
+@pytest.mark.parametrize(
+    "rows_of",
+    [compressed.Nvfp4, partial(modelopt.Scaled, algorithm="NVFP4", is_transposed=False)],
+    ids=["compressed-tensors", "ModelOpt"],
+)
+def test_rows_that_groups_of_nvfp4_do_not_divide_are_refused(rows_of):
+    held = tuple(Stored(Path("m"), name, (), "U8") for name in ("codes", "scales", "of_all"))
+    with pytest.raises(ValueError, match=r"^m: codes has groups of 16 weights, .* rows of 24$"):
+        rows_of(held).layout(4, 24)
 
 
 # --- of MLX

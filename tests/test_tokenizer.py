@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from small_tokenizer import NUM_RANKS, SPECIAL, engine, write_ranks
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, models, processors
 from tokenizers import Tokenizer as Engine
 
 from llama4_lab.prompt.chat import encode_chat
@@ -78,6 +78,17 @@ def test_a_special_name_that_the_file_does_not_mark_is_special_too(tmp_path):
     ids = tokenizer.encode("to Zürich")
     assert ids[-1] == tokenizer.vocab_size - 1  # a word that was added is still a word
     assert tokenizer.decode(ids) == "to Zürich"
+
+
+def test_a_file_that_puts_begin_of_text_in_front_does_so_for_no_text(tokenizer, tmp_path):
+    real = Engine.from_str(engine().to_str())  # as Llama 4's own file
+    begin = ("<|begin_of_text|>", tokenizer.bos_id)
+    real.post_processor = processors.TemplateProcessing(f"{begin[0]} $A", special_tokens=[begin])
+    assert real.encode("Hello").ids[0] == tokenizer.bos_id
+    real.save(str(tmp_path / "tokenizer.json"))
+    for special in (False, True):
+        found = Tokenizer.from_folder(tmp_path).encode("Hello<|eot|>", special)
+        assert found == tokenizer.encode("Hello<|eot|>", special)
 
 
 def test_truncation_and_padding_saved_in_the_file_are_off(tmp_path):
