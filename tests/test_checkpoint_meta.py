@@ -68,6 +68,38 @@ def test_params_can_lie_in_a_model_entry_and_leave_the_vocabulary_open():
     assert config_from_params(SCOUT_PARAMS | {"vocab_size": -1}).vocab_size == 202048
 
 
+def test_what_params_leave_out_has_metas_defaults():
+    params = {"dim": 96, "n_layers": 2, "n_heads": 3, "use_scaled_rope": True}
+    left_out = {
+        "n_kv_heads": 3,
+        "head_dim": 32,
+        "vocab_size": 202048,
+        "ffn_dim_multiplier": 1.0,
+        "ffn_exp": 4.0,
+        "multiple_of": 256,
+        "norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling_factor": 16,
+        "rope_high_freq_factor": 1,
+        "nope_layer_interval": None,
+        "attention_chunk_size": None,
+        "use_qk_norm": False,
+        "attn_temperature_tuning": False,
+        "floor_scale": 8192.0,
+        "attn_scale": 0.1,
+        "vision_args": None,
+        "quantization_args": {"scheme": None},
+        "lora_args": None,
+    }
+    moe = {"capacity_factor": 1.0, "auto_scale_F": True, "top_k": 1, "interleave_moe_layer_step": 1}
+    for experts in ({}, {"num_experts": 5}):
+        found = config_from_params(params | {"moe_args": experts})
+        said = params | left_out | {"moe_args": experts and experts | moe}
+        assert config_from_params(said) == found
+        none = dict.fromkeys(("n_kv_heads", "head_dim", "ffn_dim_multiplier", "ffn_exp"))
+        assert config_from_params(params | {"moe_args": experts} | none) == found
+
+
 def test_params_without_experts_or_nope_layers_mean_dense_layers_with_rope():
     params = PARAMS | {"moe_args": None, "nope_layer_interval": None}
     config = config_from_params(params)
