@@ -17,7 +17,7 @@ from small_tokenizer import small_tokenizer
 from transformers import Llama4ForCausalLM
 
 from llama4_lab import SCOUT, Llama4Config, random, trace
-from llama4_lab.checkpoint import convert, load, save, shipped
+from llama4_lab.checkpoint import convert, huggingface, load, save, shipped
 from llama4_lab.generate import tokens
 
 # What a model has: text config, vision config, bytes in one file when saved.
@@ -162,6 +162,18 @@ def test_a_second_table_in_the_file_of_a_tied_model_is_left_out(tmp_path):
     table = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors | {"lm_head.weight": table}, tmp_path / "model.safetensors")
     assert torch.equal(load(tmp_path).lm_head.weight, model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("row", [0, 5, 335])
+def test_a_second_table_with_one_row_of_its_own_is_read(tmp_path, monkeypatch, row):
+    monkeypatch.setattr(huggingface, "PIECE", 6 * 32)  # some rows at a time
+    save(small(tie_word_embeddings=True), tmp_path)
+    tensors = stored(tmp_path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][row, -1] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="another one, which is read"):
+        assert torch.equal(load(tmp_path).lm_head.weight, tensors["lm_head.weight"])
 
 
 @torch.no_grad()
