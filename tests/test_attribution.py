@@ -12,7 +12,7 @@ import llama4_lab as l4
 from llama4_lab.analysis import attribution
 from llama4_lab.analysis.attribution import METHODS, attribute, conductance
 from llama4_lab.analysis.captum_models import for_captum
-from llama4_lab.analysis.expert_features import expert_features
+from llama4_lab.analysis.expert_features import decision_features, expert_features
 from llama4_lab.analysis.features import Features, Target, patch_features, token_features
 from llama4_lab.edits import (
     AblateExpert,
@@ -298,6 +298,31 @@ def test_pixels_integrate_as_captum_does(tokenizer, picture):
     )
     per_pixel = captum.sum(dim=2).flatten()
     np.testing.assert_allclose(found.values, per_pixel, atol=0.02 * float(per_pixel.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "features", [token_features, patch_features, expert_features, decision_features]
+)
+@torch.no_grad()
+def test_gates_serve_a_model_in_bfloat16(tokenizer, picture, features):
+    model = opened(tokenizer).bfloat16()
+    clean = model(**picture)[0, -1].float().log_softmax(dim=-1)[7].item()
+    for fixed_routing in (False, True):
+        off, on = features(model, picture, Target(token=7)).ends(fixed_routing)
+        assert on == pytest.approx(clean, abs=0.01) != off
+
+
+@torch.no_grad()
+def test_a_gate_of_one_leaves_a_token_as_it_is_to_the_bit(tokenizer, prompt):
+    model = opened(tokenizer).bfloat16()
+    with l4.trace(model, "embed") as clean:
+        model(**prompt)
+    features = token_features(model, prompt)
+    with l4.trace(model, "embed") as seen:
+        features.ends(fixed_routing=False)
+    off, on = seen["embed"]
+    assert torch.equal(on, clean["embed"][0])
+    assert torch.equal(off, model.embed_tokens.weight[tokenizer.pad_id].expand_as(off))
 
 
 def test_captum_explains_text_through_the_adapter(model, prompt):

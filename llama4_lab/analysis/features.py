@@ -167,7 +167,7 @@ def token_features(
     index = at.to(x.device)
 
     def value(on: Tensor, fixed_routing: bool) -> Tensor:
-        shown = off + on.to(x.dtype)[..., None] * (x[:, index] - off)
+        shown = torch.lerp(off, x[:, index], on.to(x.dtype)[..., None])  # exact at both ends
         embedding = x.repeat(len(on), 1, 1).index_copy(1, index, shown)
         return question.answer(len(on), {"embed": lambda _: embedding}, fixed_routing)
 
@@ -229,7 +229,7 @@ def patch_features(
         rows = len(on)
         gates = rearrange(on.to(pixels.dtype), "rows (n y x) -> rows n y x", y=grid, x=grid)
         gates = repeat(gates, "rows n y x -> rows n 1 (y dy) (x dx)", dy=side, dx=side)
-        shown = blank + gates * (pixels - blank)
+        shown = torch.lerp(pixels.new_tensor(blank), pixels, gates)
         return question.answer(rows, {}, fixed_routing, shown.flatten(0, 1))
 
     places = np.indices((len(pixels), grid, grid)).reshape(3, -1).T
