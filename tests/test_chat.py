@@ -125,6 +125,7 @@ def test_neighbouring_text_parts_are_one_text(tokenizer):
             ValueError,
             r"message 1 has the unknown role 'bot'.*ipython",
         ),
+        ({"content": "x"}, TypeError, r"""message 1 is {'content': 'x'}: give {"role": \.\.\."""),
         ({"role": "user"}, TypeError, r"""message 1 is {'role': 'user'}: give {"role": \.\.\."""),
         ("Hi", TypeError, "message 1 is 'Hi': give"),
         ({"role": "user", "content": None}, ValueError, "message 1 has the unknown content None"),

@@ -15,8 +15,9 @@ from small_tokenizer import small_tokenizer
 from tiny import CONFIG, tiny
 
 import llama4_lab as l4
-from llama4_lab.checkpoint import convert
+from llama4_lab.checkpoint import convert, converting
 from llama4_lab.checkpoint.huggingface import HuggingFaceFolder
+from llama4_lab.checkpoint.meta import MetaFolder
 from llama4_lab.checkpoint.params import config_from_params
 from llama4_lab.cli import main
 from llama4_lab.packed import KINDS
@@ -220,6 +221,12 @@ def test_files_of_another_kind_are_not_taken_over(folder, tmp_path, monkeypatch)
     assert len(list(target.glob("*.safetensors"))) == len(contents_of_index(target))
 
 
+def test_a_source_is_the_same_in_whatever_order_its_files_are_named(folder):
+    files = [*folder.glob("*.safetensors")]
+    origins = {converting._origin(MetaFolder(CONFIG, by, [], [])) for by in (files, files[::-1])}
+    assert len(files) > 1 and len(origins) == 1
+
+
 @pytest.mark.parametrize("held", ["saved", "converted", "unfinished", "half moved"])
 def test_what_was_made_from_something_else_is_not_replaced(folder, tmp_path, monkeypatch, held):
     other, target = tmp_path / "other", tmp_path / "target"
@@ -339,7 +346,7 @@ def test_the_command_says_what_went_wrong(folder, tmp_path, capsys, monkeypatch)
 _PEAK = """
 import sys, torch
 from pathlib import Path
-from llama4_lab.checkpoint import convert
+from llama4_lab.checkpoint import convert, converting
 
 def kilobytes(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])
