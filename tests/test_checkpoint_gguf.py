@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter
@@ -322,6 +323,16 @@ def test_what_is_no_llama_4_is_refused(tmp_path, file):
     writer.close()
     with pytest.raises(ValueError, match="of the kind 'qwen3', and only llama4 is read"):
         l4.load(other)
+    wide = tmp_path / "wide.gguf"
+    writer = GGUFWriter(wide, "llama4")
+    writer.add_tensor("token_embd.weight", np.zeros((2, 32)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    sentence = r"wide\.gguf holds numbers of the kind F64 \(blocks of 1\), which the package gguf"
+    with pytest.raises(ValueError, match=f"{sentence} cannot turn back: give a file of another"):
+        l4.load(wide)
     short = tmp_path / "short.gguf"
     for size in (0, 3, 20, 2000, file.stat().st_size - 5000):
         short.write_bytes(file.read_bytes()[:size])
