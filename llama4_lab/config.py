@@ -423,7 +423,7 @@ def _check_values(config: Any, where: str = "") -> None:
 
 def _is_of_kind(value: Any, kind: Any) -> bool:
     if kind == tuple[int, ...]:
-        return isinstance(value, list | tuple) and all(isinstance(each, int) for each in value)
+        return isinstance(value, tuple) and all(isinstance(each, int) for each in value)
     if isinstance(value, bool):  # which Python counts among the whole numbers
         return kind is bool
     return isinstance(value, int | float if kind is float else kind)
