@@ -236,9 +236,10 @@ def test_fixed_routing_keeps_the_experts_of_the_clean_run(model, prompt):
 
 
 def test_a_baseline_may_be_an_embedding(model, prompt):
-    with torch.no_grad():
-        given = token_features(model, prompt, baseline=model.embed_tokens.weight[7]).ends(False)
-    assert given == token_features(model, prompt, baseline=7).ends(False)
+    embedding = model.embed_tokens.weight[7].detach()
+    for given in (embedding, embedding.double()):
+        found = token_features(model, prompt, baseline=given).ends(False)
+        assert found == token_features(model, prompt, baseline=7).ends(False)
 
 
 @pytest.mark.parametrize("layer", [0, 3])
@@ -415,6 +416,10 @@ def test_the_adapters_tokenizer_reads_names_and_refuses_words_of_several_tokens(
         (
             lambda m, p: token_features(m, p, baseline="mask"),
             "baseline 'mask' stands for no token: g",
+        ),
+        (
+            lambda m, p: token_features(m, p, baseline=torch.zeros(1)),
+            "a baseline of shape (1,) is no embedding of this model: give 48 numbers",
         ),
         (lambda m, p: patch_features(m, p), "this prompt has no image: use token_features for its"),
         (

@@ -178,9 +178,14 @@ def token_features(
 def _baseline_embedding(
     model: Llama4, baseline: str | int | Float[Tensor, " d"]
 ) -> Float[Tensor, " d"]:
-    if isinstance(baseline, Tensor):
-        return baseline
     config = model.config
+    if isinstance(baseline, Tensor):
+        if baseline.shape != (config.hidden_size,):
+            raise ValueError(
+                f"a baseline of shape {tuple(baseline.shape)} is no embedding of this model: give "
+                f"{config.hidden_size} numbers"
+            )
+        return baseline
     ids = {"pad": config.pad_token_id, "bos": config.bos_token_id}
     idx = ids.get(baseline) if isinstance(baseline, str) else baseline
     if idx is None or not 0 <= idx < config.vocab_size:
