@@ -247,7 +247,7 @@ def test_which_encoder_is_read_is_clear(with_vision):
     assert l4.load(path).config.vision_config == vision
 
 
-def test_the_tokenizer_is_that_of_the_file(file, folder):
+def test_the_tokenizer_is_that_of_the_file(file, folder, tmp_path):
     mine, original = l4.load(file).tokenizer, small_tokenizer(folder)
     assert mine.special == original.special
     for text in ("Hello! What's the colour of the circle?\n\n\n\n", "für 12345 µ 🦙", ""):
@@ -255,6 +255,8 @@ def test_the_tokenizer_is_that_of_the_file(file, folder):
         assert mine.decode(mine.encode(text)) == text
     again = pickle.loads(pickle.dumps(mine))
     assert again.encode("the circle") == mine.encode("the circle")
+    written(tmp_path / "m.gguf", "F16", tokenizer=folder / "tokenizer.json")  # other weights
+    assert l4.load(tmp_path / "m.gguf").tokenizer.content == mine.content
     config = l4.load(file).config
     assert config.eos_token_id == tuple(sorted(mine.stop_ids))
     assert (config.bos_token_id, config.pad_token_id) == (mine.bos_id, mine.pad_id)
