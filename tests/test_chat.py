@@ -281,9 +281,17 @@ def test_spans_say_what_each_token_belongs_to(tokenizer):
 @pytest.mark.parametrize(
     ("messages", "num_images", "text"),
     [
-        (HELLO, 1, r"the messages have 0 image part\(s\), but 1 image\(s\) given: write one"),
-        ([{"role": "user", "content": [PICTURE]}], 2, r"have 1 image part\(s\), but 2 image\(s\)"),
-        ([{"role": "user", "content": [PICTURE]}], 0, r"have 1 image part\(s\), but 0 image\(s\)"),
+        (HELLO, 1, r"the messages have 0 image part\(s\), but images has 1: give each picture"),
+        (
+            [{"role": "user", "content": [PICTURE]}],
+            2,
+            r"have 1 image part\(s\), but images has 2: ",
+        ),
+        (
+            [{"role": "user", "content": [PICTURE]}],
+            0,
+            r"have 1 image part\(s\), but images has 0: ",
+        ),
         (["Hello", "the"], 1, "a batch of texts takes no images: build one prompt for each text"),
     ],
 )

@@ -197,8 +197,8 @@ def _encode(
     chat = encode_chat(tokenizer, text_or_messages, add_bos=add_bos, open_assistant=open_assistant)
     if (num_parts := chat.ids.count(PICTURE)) != num_images:
         raise ValueError(
-            f"the messages have {num_parts} image part(s), but {num_images} image(s) given: "
-            'write one {"type": "image"} for each'
+            f"the messages have {num_parts} image part(s), but images has {num_images}: give each "
+            'picture there, and write one {"type": "image"} for it'
         )
     return [chat]
 
