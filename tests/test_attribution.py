@@ -380,6 +380,8 @@ def test_the_adapters_tokenizer_reads_names_and_refuses_words_of_several_tokens(
     bos, ids = model.tokenizer.bos_id, model.tokenizer.encode("Hello you")
     assert words.encode("Hello you", add_special_tokens=False) == ids
     assert words.encode("Hello you", return_tensors="pt").tolist() == [[bos, *ids]]
+    places = words("Hello you")["offset_mapping"]
+    assert ["Hello you"[i:j] for i, j in places] == [model.tokenizer.decode([idx]) for idx in ids]
     assert words.convert_tokens_to_ids(["<|begin_of_text|>"]) == [bos]
     assert words.convert_ids_to_tokens(bos) == "<|begin_of_text|>"
     with pytest.raises(ValueError, match="'xyz' is not one token: this tokenizer makes 3 of it"):

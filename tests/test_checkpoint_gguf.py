@@ -133,6 +133,8 @@ def test_other_scalings_are_refused(tmp_path):
     written(tmp_path / "m.gguf", "F32", factors=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     with pytest.raises(ValueError, match=r"m.gguf: rope_freqs.weight scales RoPE in another way"):
         l4.load(tmp_path / "m.gguf")
+    written(tmp_path / "plain.gguf", "F32", factors=[1.0] * 8)
+    assert l4.load(tmp_path / "plain.gguf").config.rope_scaling is None
 
 
 @torch.no_grad()
