@@ -147,6 +147,18 @@ KINDS = {
         ValueError,
         "{at}/model.safetensors.index.json has no weight_map: fetch the file again",
     ),
+    "an index of nothing": (
+        "shards",
+        lambda at: edit_json(at / INDEX, weight_map={}),
+        ValueError,
+        "{at}/model.safetensors.index.json has no weight_map: fetch the file again",
+    ),
+    "an index that is a list": (
+        "shards",
+        lambda at: edit_json(at / INDEX, weight_map=["model-00001-of-00002.safetensors"]),
+        ValueError,
+        "{at}/model.safetensors.index.json has no weight_map: fetch the file again",
+    ),
     "an index that points elsewhere": (
         "shards",
         lambda at: edit_json(at / INDEX, weight_map={NORM: "../other.safetensors"}),
@@ -475,6 +487,8 @@ def test_an_unknown_name_is_answered_with_the_closest_shipped_one(monkeypatch):
         "unknown model 'mimi': did you mean 'mini'? give a shipped model's name (maxi, mini) or a "
         "checkpoint folder"
     )
+    with pytest.raises(FileNotFoundError, match=r"^mimi does not exist: give a checkpoint folder"):
+        load(Path("mimi"))
 
 
 def test_a_file_is_no_folder(good):
