@@ -278,6 +278,29 @@ def test_what_cannot_be_done_is_explained(folder, folders, tmp_path):
         l4.load(tmp_path / "dense", experts="mmap")
 
 
+@torch.no_grad()
+def test_an_expert_is_whole_however_little_the_system_reads_at_once(folder, monkeypatch):
+    read, calls = files.Held._read, []
+
+    def some(self, room, start):  # Linux reads 2 GiB at most
+        calls.append(start)
+        return read(self, room[:5000], start)
+
+    monkeypatch.setattr(files.Held, "_read", some)
+    model = l4.load(folder, experts="mmap", memory_limit=0)
+    calls.clear()
+    expert = model.layers[1].feed_forward.experts.down_proj[3]
+    assert torch.equal(expert, resident(folder).layers[1].feed_forward.experts.down_proj[3])
+    assert len(calls) == -(-expert.nbytes // 5000) > 1
+
+
+def test_a_file_is_open_once_for_all_that_is_read_from_it(folder, tmp_path):
+    (tmp_path / "other").symlink_to(folder)  # many experts would be more files than may be open
+    file = next(folder.glob("*.safetensors"))
+    held = files.Held.of(file)
+    assert files.Held.of(file) is files.Held.of(tmp_path / "other" / file.name) is held
+
+
 @pytest.mark.parametrize("has_preadv", [True, False])
 @torch.no_grad()
 def test_a_file_that_was_cut_is_noticed(folder, tmp_path, monkeypatch, has_preadv):

@@ -78,6 +78,10 @@ def test_a_special_name_that_the_file_does_not_mark_is_special_too(tmp_path):
     ids = tokenizer.encode("to Zürich")
     assert ids[-1] == tokenizer.vocab_size - 1  # a word that was added is still a word
     assert tokenizer.decode(ids) == "to Zürich"
+    loose.add_special_tokens(["<|loose|>er"])
+    loose.save(str(tmp_path / "tokenizer.json"))
+    longer = Tokenizer.from_folder(tmp_path)
+    assert longer.encode("<|loose|>er", special=True) == [longer.special["<|loose|>er"]]
 
 
 def test_a_file_that_puts_begin_of_text_in_front_does_so_for_no_text(tokenizer, tmp_path):

@@ -469,6 +469,9 @@ def test_run_with_cache_carries_gradients_only_when_asked(prompt):
         assert not logits.requires_grad and not cache["embed"].requires_grad
         logits, cache = run_with_cache(model, prompt, "embed", detach=False)
     assert logits.requires_grad and cache["embed"].requires_grad
+    with torch.no_grad():
+        logits, cache = run_with_cache(model, prompt, "embed", detach=False)
+    assert not logits.requires_grad and not cache["embed"].requires_grad
 
 
 def test_a_filter_that_wants_nothing_is_refused(prompt):
