@@ -56,14 +56,14 @@ class Quantisation:
         return {"method": METHOD, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, raw: object, path: Path) -> "Quantisation | None":
+    def from_dict(cls, raw: Mapping[str, Any], path: Path) -> "Quantisation | None":
         """Read config.json's ``quantization_config``; None if nothing is packed.
 
         Raises:
             ValueError: another program's, or one that says what no file of ours does.
         """
-        method = raw.get("method", raw.get("quant_method")) if isinstance(raw, dict) else raw
-        if not isinstance(raw, dict) or method != METHOD:
+        method = raw.get("method", raw.get("quant_method"))
+        if method != METHOD:
             raise ValueError(
                 f"{path}: quant_method {method!r}: of quantised files those of {PROGRAMS} are "
                 "read; convert the bfloat16 checkpoint with `llama4-lab convert --quantize`"
