@@ -134,6 +134,13 @@ KINDS = {
         "{at}/config.json: quant_method 'gptq': of quantised files those of {programs} are read; "
         "convert the bfloat16 checkpoint with `llama4-lab convert --quantize`",
     ),
+    "a quantised checkpoint told in a word": (
+        "single",
+        lambda at: edit_json(at / "config.json", quantization_config="fp8"),
+        ValueError,
+        "{at}/config.json: quant_method 'fp8': of quantised files those of {programs} are read; "
+        "convert the bfloat16 checkpoint with `llama4-lab convert --quantize`",
+    ),
     "no weights": (
         "single",
         lambda at: (at / "model.safetensors").unlink(),
@@ -624,6 +631,10 @@ def test_a_full_disk_leaves_no_new_folder(model, tmp_path):
     with little_disk(), pytest.raises(OSError, match=sentence):
         save(model, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+    with little_disk(), pytest.raises(OSError, match="the files that were there are intact"):
+        (tmp_path / "empty").mkdir()
+        save(model, tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_an_interruption_leaves_the_earlier_checkpoint_intact(model, tmp_path, monkeypatch):

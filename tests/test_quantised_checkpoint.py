@@ -501,6 +501,12 @@ def test_fp8_codes_are_kept_by_our_own_format(theirs, tmp_path):
             "packed weights of [9] bits: only one size of 1 to 8 is read",
         ),
         (
+            lambda state, layout: layout["config_groups"].update(
+                group_1={"weights": {"num_bits": 4, "block_structure": [2, 4]}}
+            ),
+            "config.json: blocks of weights are [None, [2, 4]]: only one size is read",
+        ),
+        (
             lambda state, layout: layout.update(config_groups=[]),
             "config.json does not describe a Llama 4 (AttributeError",
         ),

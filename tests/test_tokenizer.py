@@ -282,8 +282,9 @@ def test_ranks_without_all_bytes_are_refused(tmp_path):
         Tokenizer.from_ranks(path, 100)
 
 
-def test_another_kind_of_tokenizer_is_refused(tmp_path):
-    Engine(models.WordPiece({"[UNK]": 0})).save(str(tmp_path / "tokenizer.json"))
+@pytest.mark.parametrize("model", [models.WordPiece({"[UNK]": 0}), models.BPE({"a": 0}, [])])
+def test_another_kind_of_tokenizer_is_refused(tmp_path, model):
+    Engine(model).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="it is no byte-level BPE with all 256 bytes"):
         Tokenizer.from_folder(tmp_path)
 
@@ -337,4 +338,5 @@ def test_a_tokenizer_can_be_sent_to_another_process(tokenizer, tmp_path):
         again = pickle.loads(pickle.dumps(sent))
         assert again.encode("Hello the circle") == sent.encode("Hello the circle")
         assert again.special == sent.special
+        assert again.content == sent.content == sent.file.read_bytes()
         assert copy.deepcopy(sent) is sent
