@@ -114,6 +114,8 @@ def test_neighbouring_text_parts_are_one_text(tokenizer):
     whole = [{"role": "user", "content": "Hello"}]
     parts = [{"role": "user", "content": [text_part("He"), text_part("llo")]}]
     assert encode_chat(tokenizer, parts) == encode_chat(tokenizer, whole)
+    parts[0]["content"] = tuple(parts[0]["content"])
+    assert encode_chat(tokenizer, parts) == encode_chat(tokenizer, whole)
     assert tokenizer.encode("He") + tokenizer.encode("llo") != tokenizer.encode("Hello")
 
 

@@ -105,6 +105,8 @@ def test_params_without_experts_or_nope_layers_mean_dense_layers_with_rope():
     config = config_from_params(params)
     assert not any(config.is_moe(i) for i in range(8))
     assert all(config.uses_rope(i) for i in range(8))
+    config = config_from_params(PARAMS | {"nope_layer_interval": 3})
+    assert [i for i in range(8) if not config.uses_rope(i)] == [2, 5]
 
 
 def test_params_can_change_scaling_and_temperature():
