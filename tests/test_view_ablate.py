@@ -4,10 +4,12 @@ import re
 import time
 
 import ipywidgets
+import numpy as np
 import pytest
 import torch
 import tqdm.notebook
 import traitlets
+from boards import panel, shown
 
 import llama4_lab as l4
 from llama4_lab import edits as E
@@ -108,6 +110,15 @@ def test_edits_that_change_nothing_say_so(model):
     assert view.board.summary == "These edits change nothing in this prompt."
     view._set([E.SkipLayer(nope)])
     assert view.board.summary.startswith("KL from the clean run")
+
+
+def test_rounding_is_no_change(model):
+    moment = Moment(model, model.prompt("two times two"))
+    for found in (moment.edited_run.effect.kl, moment.edited_run.effect.loss_change):
+        found[-1] = -2e-7  # as of the same computed anew
+    view = AblateView(moment)
+    assert panel(view, "kl")["note"].endswith("strongest: 0 nats")
+    assert not shown(view, "kl").any() and not np.nan_to_num(shown(view, "loss")).any()
 
 
 def test_bytes_of_a_character_are_shown_as_bytes(model):

@@ -316,6 +316,8 @@ class AblateView(EditingView):
         loss[-1:] = np.nan  # nothing follows
         kl[run.first :] = run.effect.kl.cpu().numpy()
         loss[run.first :] = run.effect.loss_change.cpu().numpy()
+        for values in (kl, loss):
+            values[abs(values) < ROUNDING] = 0
         content = Content(self.axes() | {"prompt": Axis("", 1, labels=["loss"])})
         content.add(
             "kl",
