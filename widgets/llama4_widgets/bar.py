@@ -116,9 +116,9 @@ class Bar(ipywidgets.VBox):
 
     def guard(self, work: Callable[[], Any]) -> None:
         """Do work, or say what is wrong with it."""
+        self.problem.value = ""  # of a wish before
         try:
             work()
-            self.problem.value = ""
         except (ValueError, TypeError, RuntimeError, OSError, traitlets.TraitError) as error:
             text = html.escape(str(error))
             self.problem.value = f'<span class="l4-app-problem">{text}</span>'
