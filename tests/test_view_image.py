@@ -157,6 +157,7 @@ def test_a_prompt_without_picture_says_how_to_give_one(model):
     )
     assert not view.board.content.panels
     view.work.begin.click()
+    assert view.board.problem == ""  # nor says it twice
     assert not view.work.begin.disabled
 
 
