@@ -648,8 +648,8 @@ def test_edits_that_contradict_themselves_are_refused():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("nonsense", "edits must be JSON"),
-        ('{"edit": "SkipLayer"}', "must be a JSON list of objects"),
+        ("nonsense", r'must be JSON, such as \[{"edit": "SkipLayer", "layer": 3}]: Expecting'),
+        ('{"edit": "SkipLayer"}', r'must be a JSON list of objects, such as \[{"edit'),
         ('[{"edit": "Fly"}]', "unknown edit 'Fly'; choose from SkipLayer"),
         ('[{"edit": ["SkipLayer"], "layer": 1}]', r"unknown edit \['SkipLayer'\]; choose from"),
         ('[{"edit": "SkipLayer"}]', "SkipLayer needs layer as well"),

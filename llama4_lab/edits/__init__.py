@@ -84,6 +84,8 @@ KINDS: dict[str, type[Edit]] = {
         Steer,
     )
 }
+_EXAMPLE = 'such as [{"edit": "SkipLayer", "layer": 3}]'
+
 __all__ = [
     "KINDS",
     "AblateAttention",
@@ -333,9 +335,9 @@ def loads(text: str) -> list[Edit]:
     try:
         found = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"edits must be JSON: {error}") from error
+        raise ValueError(f"edits must be JSON, {_EXAMPLE}: {error}") from error
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
-        raise ValueError('edits must be a JSON list of objects such as {"edit": "SkipLayer", …}')
+        raise ValueError(f"edits must be a JSON list of objects, {_EXAMPLE}")
     return [_from_dict(each) for each in found]
 
 
