@@ -176,6 +176,19 @@ def test_a_kept_page_links_views_without_a_kernel(browser: Browser, model, tmp_p
         photograph(browser, model, tmp_path)
 
 
+def test_tokens_that_are_bytes_stand_in_one_line_each(browser: Browser, model, tmp_path):
+    app = LabApp(model, 5 * "\N{WOMAN}\N{ZERO WIDTH JOINER}", shown=["router"])
+    app.to_html(tmp_path / "lab.html")
+    page = browser.new_page(viewport={"width": 500, "height": 800})
+    page.goto((tmp_path / "lab.html").as_uri())
+    lines = "nodes => nodes.map(node => node.getClientRects().length)"
+    spans = page.locator(".l4-words span")
+    assert spans.evaluate_all(lines) == [1] * len(app.moment.tokens)
+    top = page.locator(".l4-words").bounding_box()["y"]
+    assert spans.first.bounding_box()["y"] - top < 10  # and none is left empty
+    page.close()
+
+
 def test_a_longer_sentence_under_the_pointer_is_not_cut_off(browser: Browser, model, tmp_path):
     app = LabApp(model, "def add(a, b):\n    return a + b", shown=["router"])
     app.edits, app.selection.token = (E.SkipLayer(0),), 2

@@ -206,7 +206,7 @@ function render({ model, el, signal }) {
     const box = make("div", figure, { className: "l4-words", tabIndex: 0 }, { role: "listbox" });
     let [shown, numbers] = [null, []]; // the word last brought into sight, and arrays that are written at each
     const words = axis(name).labels.map((word, i) => {
-      if (/^(·|<\|)/.test(word)) make("wbr", box); // lines end between words, where that is possible
+      if (i && /^(·|<\||\\x)/.test(word)) make("wbr", box); // lines end between words, where that is possible
       const node = make("span", box, { textContent: word, onclick: () => choose([[name, i]]) }, { role: "option", "data-special": word.startsWith("<|") });
       if (word.includes("↵")) make("br", box);
       node.onpointerenter = () => look({ [axis(name).select]: place(name, i) });
