@@ -111,6 +111,10 @@ def test_a_picture_is_seen_by_the_token_that_is_selected(mini):
     app.bar.scene.click()
     assert app.selection.token == min(shown, len(app.moment.tokens) - 1)
     picture = np.zeros((48, 48, 3), np.uint8)
+    app.selection.token = len(app.moment.tokens) - 1
+    for question in ("How?", "What is left of the star?"):  # it stays the last
+        app.run(question, [picture])
+        assert app.selection.token == len(app.moment.tokens) - 1
     assert LabApp(mini, "What is this?", [picture], shown=()).selection.token > 36
 
 
@@ -124,6 +128,10 @@ def test_pictures_can_be_uploaded_and_what_is_none_is_explained(mini):
     upload(app, "<b>.png", b"no picture")
     assert "&lt;b&gt;.png is no PNG or JPEG picture that can be read" in app.bar.problem.value
     assert app.moment is before
+    said, run = [], app.bar._ask
+    app.bar._ask = lambda *asked: (said.append(app.bar.problem.value), run(*asked))
+    app.bar.text.value = "What shape is blue?"
+    assert said == [""]  # while it runs, nothing of a wish before
 
 
 def test_the_button_for_pictures_counts_them(mini):

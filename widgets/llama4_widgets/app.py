@@ -102,13 +102,15 @@ class LabApp(ipywidgets.VBox):
         A text with pictures is a question about them. `boxes` (left, top, right, bottom, name) are
         what the picture shows, in its pixels.
         """
-        self._show(prompt, self._moment_of(self.model, prompt, pictures, boxes))
-        self._see_pictures()
+        moment = self._moment_of(self.model, prompt, pictures, boxes)
+        was_last = bool(self.moment) and self.selection.token == len(self.moment.tokens) - 1
+        self._show(prompt, moment)
+        self._see_pictures(was_last)
 
-    def _see_pictures(self) -> None:
-        """Select the last token, which is to answer, if the selected one sees no picture yet."""
+    def _see_pictures(self, was_last: bool = False) -> None:
+        """Select the last token, which answers, if it was, or if what is selected sees nothing."""
         shows = (self.moment.prompt.spans.patch[0] >= 0).nonzero()
-        if len(shows) and self.selection.token < int(shows[0]):
+        if len(shows) and (was_last or self.selection.token < int(shows[0])):
             self.selection.token = len(self.moment.tokens) - 1
 
     def _show(self, asked: Any, moment: Moment) -> None:
