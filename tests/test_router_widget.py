@@ -76,7 +76,7 @@ def test_figure_draws_the_choices_the_probabilities_and_the_load(make_model, exp
     captions = [note.text for note in drawn.layout.annotations]
     for i in (0, 3):  # choices and scores
         assert (f"the strongest of {topk}" in captions[i]) == (topk > 1)
-    assert "sigmoid of the logit, each alone: no sum to 1" in captions[1]
+    assert "each a sigmoid: no sum to 1" in captions[1]
     assert f"dashed: all alike, {100 / experts:.3g} %" in captions[2]
     dashed = [shape.y0 for shape in drawn.layout.shapes if shape.line.dash == "dash"]
     assert dashed == [100 / experts]

@@ -242,7 +242,7 @@ class AttentionView(View):
     def _add_temperature(self, content: Content, count: int) -> None:
         config = self.moment.model.config
         places = np.unique(np.linspace(0, max(count, 4 * config.floor_scale), _CURVE).astype(int))
-        content.axes["position"] = Axis("position (tokens)", len(places), values=places.tolist())
+        content.axes["position"] = Axis("position in tokens", len(places), values=places.tolist())
         position = torch.from_numpy(np.append(places, count - 1))
         factor = temperature(config, position)
         lines: list[Any] = [("the model's", factor, "#1f77b4", None)]

@@ -56,16 +56,16 @@ class GenerateView(View):
             description="Play", tooltip="write until it is pressed again"
         )
         self._play.observe(lambda change: change["new"] and self._begin(), "value")
+        room = {"style": {"description_width": "84px"}, "layout": {"width": "260px"}}
         self._temperature = ipywidgets.FloatSlider(
             value=0.6,
             min=0.0,
             max=2.0,
             step=0.1,
             description="temperature",
-            style={"description_width": "initial"},
-            layout={"width": "260px"},
+            **room,
         )
-        self._at = ipywidgets.IntSlider(description="branch at", layout={"width": "260px"})
+        self._at = ipywidgets.IntSlider(description="branch at", **room)
         buttons = [
             button("Step", "write one token", self._write),
             button(

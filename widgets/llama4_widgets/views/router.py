@@ -83,7 +83,7 @@ class RouterView(View):
             "probability", "Probability of each expert", _sigmoid(here.logits), each,
             sequential(0, 1), kind="bars", wide=False, colours=scale["colours"], chosen=chosen,
             clean="clean probability" if is_edited else None, paged=True,
-            note="sigmoid of the logit, each alone: no sum to 1" + ("; marks: clean" * is_edited),
+            note="each a sigmoid: no sum to 1" + ("; marks: clean" * is_edited),
         )  # fmt: skip
         add_load(content, edited, clean if is_edited else None, chosen)
         content.add(
