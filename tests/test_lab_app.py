@@ -1,6 +1,7 @@
 """The lab's bar: pictures, scenes, and another run beside this one."""
 
 import asyncio
+import inspect
 import io
 import time
 from collections.abc import Callable
@@ -60,6 +61,11 @@ def png(pixels):
     return written.getvalue()
 
 
+def test_the_name_of_a_model_is_no_model():
+    with pytest.raises(TypeError, match=r"'mini' is no model: give one, such as llama4_lab\.load"):
+        inspect.unwrap(LabApp.__init__)(LabApp.__new__(LabApp), "mini")
+
+
 def test_a_model_whose_first_layers_are_dense_is_opened_at_its_first_router(model):
     dense_first = l4.random(model.config.replace(interleave_moe_layer_step=2))
     dense_first.tokenizer, dense_first.build_prompt = model.tokenizer, model.build_prompt
@@ -112,9 +118,10 @@ def test_a_picture_is_seen_by_the_token_that_is_selected(mini):
     assert app.selection.token == min(shown, len(app.moment.tokens) - 1)
     picture = np.zeros((48, 48, 3), np.uint8)
     app.selection.token = len(app.moment.tokens) - 1
-    for question in ("How?", "What is left of the star?"):  # it stays the last
-        app.run(question, [picture])
-        assert app.selection.token == len(app.moment.tokens) - 1
+    for question, given in (("How?", [picture]), ("What is left of the star?", picture)):
+        app.run(question, given)
+        assert len(app.moment.pictures) == 1  # also where it came alone
+        assert app.selection.token == len(app.moment.tokens) - 1  # it stays the last
     assert LabApp(mini, "What is this?", [picture], shown=()).selection.token > 36
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from llama4_lab.edits import Edit
 from llama4_lab.model import Llama4
 from llama4_lab.prompt.chat import question
+from llama4_lab.prompt.images import Picture
 from llama4_widgets.bar import Bar
 from llama4_widgets.keeping import model_facts, record
 from llama4_widgets.moment import MAX_TOKENS, Moment
@@ -64,10 +65,12 @@ class LabApp(ipywidgets.VBox):
         self,
         model: Llama4,
         prompt: Any = _TEXT,
-        pictures: Sequence[Any] = (),
+        pictures: Picture | Sequence[Picture] = (),
         *,
         shown: Sequence[str] = ("router", "ablate", "attention", "lens"),
     ):
+        if not isinstance(model, Llama4):
+            raise TypeError(f"{model!r:.60} is no model: give one, such as llama4_lab.load('mini')")
         self.model = model
         self.selection = Selection()
         self._mirror = Mirror(self.selection)  # of what stands beside
@@ -96,7 +99,9 @@ class LabApp(ipywidgets.VBox):
 
     # ---- running
 
-    def run(self, prompt: Any, pictures: Sequence[Any] = (), boxes: Sequence[Any] = ()) -> None:
+    def run(
+        self, prompt: Any, pictures: Picture | Sequence[Picture] = (), boxes: Sequence[Any] = ()
+    ) -> None:
         """Run a text or chat messages, clean and with the edits, and show it.
 
         A text with pictures is a question about them. `boxes` (left, top, right, bottom, name) are
@@ -124,9 +129,14 @@ class LabApp(ipywidgets.VBox):
             self.bar.show(asked, moment)
 
     def _moment_of(
-        self, model: Llama4, prompt: Any, pictures: Sequence[Any], boxes: Sequence[Any]
+        self,
+        model: Llama4,
+        prompt: Any,
+        pictures: Picture | Sequence[Picture],
+        boxes: Sequence[Any],
     ) -> Moment:
-        built = model.prompt(_asked(prompt, pictures), list(pictures))
+        pictures = [pictures] if isinstance(pictures, Picture) else list(pictures)
+        built = model.prompt(_asked(prompt, pictures), pictures)
         if (count := len(built.tokens)) > MAX_TOKENS:
             raise ValueError(
                 f"this prompt has {count} tokens, the lab shows at most {MAX_TOKENS}: shorten it"
