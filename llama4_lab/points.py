@@ -75,6 +75,10 @@ def points(config: Llama4Config) -> dict[str, str]:
         >>> points(SCOUT)["layers.3.router.logits"]
         'b t e'
     """
+    if not isinstance(config, Llama4Config):
+        raise TypeError(
+            f"points are those of a config, not of a {type(config).__name__}: give model.config"
+        )
     return {name: point.axes for name, point in described(config).items()}
 
 

@@ -192,6 +192,11 @@ def intervene(
     by_name: dict[str, list[Change]] = {}
     meant = {pattern: match(model.config, pattern) for pattern in changes}
     for pattern, change in changes.items():
+        if not callable(change):
+            raise TypeError(
+                f"the change of {pattern!r} is a {type(change).__name__}: give a function of the "
+                "value that returns the one to go on with"
+            )
         for name in meant[pattern]:
             by_name.setdefault(name, []).append(change)
     owner, name = _place(model, last)

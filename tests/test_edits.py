@@ -682,8 +682,14 @@ HANDED_IN = """
 import numpy as np, torch
 import llama4_lab as l4
 from llama4_lab import edits as E
+from llama4_lab.analysis.attention import keys_and_queries
 from llama4_lab.analysis.counterfactual import counterfactual
+from llama4_lab.analysis.decomposition import decompose_logit
+from llama4_lab.analysis.features import Target, token_features
 from llama4_lab.analysis.lens import logit_lens
+from llama4_lab.analysis.patching import logit_difference
+from llama4_lab.analysis.routing import routing_of
+from llama4_lab.analysis.vision import patches_of
 
 given = [
     E.Route(np.int64(3), torch.tensor(13), np.int32(4)),
@@ -703,6 +709,12 @@ assert E.loads(E.dumps(given)) == given == [
 model = l4.load("nano")
 replay = l4.Replay(model, "one two")
 run, ids = replay.edited, torch.ones(1, 3, dtype=torch.long)
+prompt = model.prompt("one two")
+
+def changed(change):
+    with l4.intervene(model, {"embed": change}):
+        model(ids)
+
 assert l4.generate(model, ids, 4, seed=np.int64(3)) == l4.generate(model, ids, 4, seed=3)
 assert counterfactual(replay, torch.tensor(-1)).token == len(replay) - 1
 lens = logit_lens(model, model.prompt("one two"), [np.int64(-1)], target=np.int64(5))
@@ -730,6 +742,19 @@ for wish in (
     lambda: l4.run_with_cache(model, ids, ["logits", 3]),
     lambda: model([1, 2]),
     lambda: model(ids.float()),
+    lambda: model(prompt),
+    lambda: l4.points(model),
+    lambda: changed(0),
+    lambda: logit_lens(model, "one two"),
+    lambda: decompose_logit(model, ids),
+    lambda: routing_of(model, "one two"),
+    lambda: keys_and_queries(model, "one two", 0),
+    lambda: token_features(model, "one two"),
+    lambda: patches_of("one two"),
+    lambda: logit_lens(model, prompt, target=" three"),
+    lambda: decompose_logit(model, prompt, versus=" three"),
+    lambda: logit_difference(" three", " four"),
+    lambda: token_features(model, prompt, Target(token=" three")),
     lambda: model.prompt(b"bytes"),
     lambda: model.prompt("text", images=torch.zeros(3, 8, 8)),
 ):
@@ -761,8 +786,21 @@ None is no model: give a name or a checkpoint folder
 'nano' is no config: give one, such as load('nano').config
 dtype='float16': give a dtype of torch, such as torch.float16
 3 names no point: give names or patterns as text
-input_ids=[1, 2]: give a tensor of whole numbers [b, t]
+input_ids=[1, 2]: give a tensor of whole numbers [b, t], or a prompt as model(**model.prompt(text))
 input_ids=tensor([[1., 1., 1.]]): give a tensor of whole numbers [b, t]
+input_ids=Prompt(
+points are those of a config, not of a Llama4: give model.config
+the change of 'embed' is a int: give a function of the value
+'one two' is no Prompt: give what model.prompt makes of it
+tensor([[1, 1, 1]]) is no Prompt: give what model.prompt makes of it
+'one two' is no Prompt
+'one two' is no Prompt
+'one two' is no Prompt
+'one two' is no Prompt
+' three' is a text: give a number (model.tokenizer.encode tells a token's)
+' three' is a text
+' three' is a text
+' three' is a text
 b'bytes' is no prompt: give a text, a list of texts
 a picture is a PIL image, a uint8 array, or a file's name or bytes, not Tensor
 """

@@ -21,7 +21,7 @@ from llama4_lab.model import Llama4
 from llama4_lab.model.attention import visible
 from llama4_lab.packed import linear
 from llama4_lab.precision import with_float64
-from llama4_lab.prompt import Prompt
+from llama4_lab.prompt import Prompt, tokens_of
 from llama4_lab.trace import trace
 
 _ROWS, _KEYS = 256, 1024  # of one block of scores: 1 MB, which stays in a core's cache
@@ -127,7 +127,7 @@ def head_summaries(
 
 @torch.no_grad()
 def _traced(model: Llama4, prompt: Prompt, layers: Sequence[int]) -> list[KeysAndQueries]:
-    count, padding = len(prompt.tokens), int((prompt.attention_mask == 0).sum())
+    count, padding = len(tokens_of(prompt)), int((prompt.attention_mask == 0).sum())
     if padding:
         raise ValueError(
             f"this prompt of {count} tokens has {padding} of padding: build it as one row without"

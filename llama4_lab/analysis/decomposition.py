@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llama4_lab.analysis.lens import position_in, run
+from llama4_lab.analysis.positions import refuse_words
 from llama4_lab.checkpoint.quantised import require_whole
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
@@ -221,6 +222,7 @@ def _choose(
     if target is None:
         target = int(chosen[0])
     for option in (target,) if versus in (None, "runner_up") else (target, versus):
+        refuse_words(option)
         if not 0 <= option < len(logits):
             raise ValueError(out_of_range.format(option))
     if versus == "runner_up":

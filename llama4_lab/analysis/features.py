@@ -14,9 +14,9 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama4_lab.analysis.positions import from_start
+from llama4_lab.analysis.positions import from_start, refuse_words
 from llama4_lab.model import Llama4
-from llama4_lab.prompt import Prompt
+from llama4_lab.prompt import Prompt, tokens_of
 from llama4_lab.trace import Change, intervene, trace
 
 QUANTITIES = ("log_probability", "logit")
@@ -55,13 +55,14 @@ class Question:
         Raises:
             ValueError: a prompt of several rows, or a target that is not there.
         """
-        count = len(prompt.tokens)
+        count = len(tokens_of(prompt))
         position = from_start(target.position, count, "position")
         if target.quantity not in QUANTITIES:
             raise ValueError(
                 f"unknown quantity {target.quantity!r}; choose {' or '.join(QUANTITIES)}"
             )
         size = model.config.vocab_size
+        refuse_words(target.token)
         if target.token is not None and not 0 <= target.token < size:
             raise ValueError(
                 f"token {target.token} is out of range: this vocabulary has ids 0 to {size - 1}"

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llama4_lab.analysis.positions import from_start
+from llama4_lab.analysis.positions import from_start, refuse_words
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
-from llama4_lab.prompt import Prompt
+from llama4_lab.prompt import Prompt, tokens_of
 from llama4_lab.replay import divergence
 from llama4_lab.trace import match, trace
 
@@ -75,7 +75,7 @@ def logit_lens(
         ValueError: a prompt of several rows; a position, token, point or `top` out of range.
     """
     config = model.config
-    length = len(prompt.tokens)
+    length = len(tokens_of(prompt))
     if positions is None:
         positions = range(length)
     places = torch.tensor([position_in(prompt, p) for p in positions], device=model.device).long()
@@ -131,7 +131,7 @@ def position_in(prompt: Prompt, position: int) -> int:
     Raises:
         ValueError: a position outside the prompt, or a prompt of several rows.
     """
-    return from_start(position, len(prompt.tokens), "position")
+    return from_start(position, len(tokens_of(prompt)), "position")
 
 
 def _stream_points(config: Llama4Config, names: str | Iterable[str] | None) -> list[str]:
@@ -152,6 +152,7 @@ def _targets(
 ) -> Int[Tensor, " t"] | None:
     if target is None:
         return None
+    refuse_words(target)
     given = getattr(target, "tolist", lambda: target)()  # of numpy and torch, too
     ids = [given] * count if isinstance(given, int) else list(given)
     if len(ids) != count:

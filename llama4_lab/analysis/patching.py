@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llama4_lab.analysis.positions import refuse_words
 from llama4_lab.edits import Edit, Patch
 from llama4_lab.model import Llama4
 from llama4_lab.replay import Replay
@@ -46,6 +47,7 @@ def logit_difference(right: int, wrong: int) -> Metric:
     >>> float(logit_difference(1, 0)(torch.tensor([0.5, 2.0])))
     1.5
     """
+    refuse_words(right, wrong)
     return lambda logits: logits[right] - logits[wrong]
 
 

@@ -18,3 +18,16 @@ def from_start(position: int, count: int, what: str = "token") -> int:
             f"{what} {position} is out of range: this prompt has {count} tokens (0 to {count - 1})"
         )
     return position % count
+
+
+def refuse_words(*options: object) -> None:
+    """Refuse texts where token ids or experts are asked for.
+
+    Raises:
+        TypeError: a text.
+    """
+    for option in options:
+        if isinstance(option, str):
+            raise TypeError(
+                f"{option!r} is a text: give a number (model.tokenizer.encode tells a token's)"
+            )

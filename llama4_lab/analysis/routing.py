@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama4_lab.analysis.positions import from_start
 from llama4_lab.model import Llama4
-from llama4_lab.prompt import Prompt
+from llama4_lab.prompt import Prompt, tokens_of
 from llama4_lab.replay import Edited
 from llama4_lab.trace import trace
 
@@ -67,7 +67,7 @@ def routing_of(model: Llama4, prompt: Prompt) -> Routing:
     Raises:
         ValueError: a model without MoE layers, or a prompt of several rows.
     """
-    tokens = prompt.tokens
+    tokens = tokens_of(prompt)
     layers = moe_layers(model)
     prompt = prompt.to(model.device)
     with trace(model, "layers.*.router.*") as cache:

@@ -22,7 +22,7 @@ from llama4_lab.analysis.routing import Routing
 from llama4_lab.edits import AblateEmbedding, Edit, Patch, edited
 from llama4_lab.edits.base import CLEAN
 from llama4_lab.model import Llama4
-from llama4_lab.prompt import Layout, Prompt, Tiling
+from llama4_lab.prompt import Layout, Prompt, Tiling, tokens_of
 from llama4_lab.replay import Replay
 
 Place = Sequence[int]
@@ -146,8 +146,9 @@ def patches_of(prompt: Prompt, image: int = 0) -> Patches:
     Raises:
         ValueError: a picture that the prompt does not have, or a prompt of several rows.
     """
+    tokens = tokens_of(prompt)
     spans, count = prompt.spans, len(prompt.spans.layouts)
-    assert len(prompt.tokens) == spans.patch.shape[1]
+    assert len(tokens) == spans.patch.shape[1]
     if not 0 <= image < count or spans.tiling is None:
         raise ValueError(f"picture {image} is not in this prompt: it has {count}, counted from 0")
     at = np.flatnonzero((spans.image[0] == image) & (spans.patch[0] >= 0))

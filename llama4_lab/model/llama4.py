@@ -226,7 +226,10 @@ def _copied(module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> nn.Mod
 def _rows_of_tokens(input_ids: Tensor) -> Int[Tensor, "b t"]:
     """Return ids in a dtype that can be looked up; refuse what is no rows of tokens."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in _WHOLE:
-        raise TypeError(f"input_ids={input_ids!r:.80}: give a tensor of whole numbers [b, t]")
+        raise TypeError(
+            f"input_ids={input_ids!r:.80}: give a tensor of whole numbers [b, t], or a prompt as "
+            "model(**model.prompt(text))"
+        )
     if input_ids.ndim != 2:
         shape = tuple(input_ids.shape)
         raise ValueError(f"input_ids have the shape {shape}: give [b, t], rows of tokens")

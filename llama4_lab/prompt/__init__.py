@@ -23,7 +23,7 @@ from llama4_lab.prompt.images import (
 )
 from llama4_lab.prompt.tokenizer import Tokenizer
 
-__all__ = ["Layout", "Prompt", "Spans", "Tiling", "Tokenizer", "build_prompt"]
+__all__ = ["Layout", "Prompt", "Spans", "Tiling", "Tokenizer", "build_prompt", "tokens_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +101,18 @@ class Prompt:
             key: tensor.to(device) for key in self.keys() if (tensor := self[key]) is not None
         }
         return replace(self, **tensors)
+
+
+def tokens_of(prompt: Prompt) -> list[str]:
+    """Return the tokens of a prompt of one row, for display.
+
+    Raises:
+        TypeError: a text, ids or messages in its place.
+        ValueError: a prompt of several rows.
+    """
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"{prompt!r:.60} is no Prompt: give what model.prompt makes of it")
+    return prompt.tokens
 
 
 def build_prompt(

@@ -22,7 +22,7 @@ from llama4_lab.analysis.routing import routing_in, routing_of
 from llama4_lab.edits import Edit, changes_of, check, edited
 from llama4_lab.experts import probe
 from llama4_lab.model import Llama4, attention
-from llama4_lab.prompt import Prompt
+from llama4_lab.prompt import Prompt, tokens_of
 from llama4_lab.replay import Edited, Replay
 from llama4_widgets.slices import running_loop, stoppable
 from llama4_widgets.words import visible, word_of
@@ -88,7 +88,7 @@ class Moment:
         self.prompt = prompt
         self.pictures = list(pictures)
         self.boxes = list(boxes)
-        self.tokens: list[str] = prompt.tokens  # of the one row
+        self.tokens: list[str] = tokens_of(prompt)  # of the one row
         self.words = [visible(token) for token in self.tokens]
         self.edits = tuple(edits)
         check(self.edits, model.config, len(self.tokens))
