@@ -1,6 +1,11 @@
 """Llama 4, opened up: exact, readable, and every value inside it named."""
 
-from llama4_lab.loading import importing
+from typing import TYPE_CHECKING
+
+from llama4_lab.loading import importing, on_demand
+
+if not TYPE_CHECKING:  # checkers would take any name
+    __getattr__ = on_demand(__name__)  # l4.analysis, l4.train, …
 
 with importing():
     from llama4_lab import edits, parallel

@@ -1,6 +1,9 @@
-"""Less waiting: imports without garbage collection, and compiled code that a thread loads."""
+"""Less waiting: imports without garbage collection or on demand, and compiled code that a thread
+loads."""
 
 import gc
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import ModuleType
 
 _PATIENCE = 2.0  # seconds; to load compiled code takes less
 
@@ -28,6 +32,18 @@ def importing() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def on_demand(package: str) -> Callable[[str], ModuleType]:
+    """Return a package's ``__getattr__``, which imports a module of it when it is first named."""
+
+    def find(name: str) -> ModuleType:
+        module = f"{package}.{name}"
+        if name.startswith("_") or importlib.util.find_spec(module) is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return importlib.import_module(module)
+
+    return find
 
 
 class Loading:

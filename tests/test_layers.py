@@ -134,6 +134,22 @@ def test_importing_llama4_lab_stays_light():
     assert run(code, *heavy.split()).split() == []
 
 
+def test_modules_are_imported_when_they_are_named():
+    code = (
+        "import sys, llama4_lab as l4; print('llama4_lab.analysis.lens' in sys.modules)\n"
+        "print(l4.analysis.lens.logit_lens.__name__, l4.train.scenes.sample.__name__)\n"
+        "for ask in (lambda: l4.analysis.lends, lambda: l4.analyses):\n"
+        "    try: ask()\n"
+        "    except AttributeError as error: print(error)"
+    )
+    assert run(code).splitlines() == [
+        "False",
+        "logit_lens sample",
+        "module 'llama4_lab.analysis' has no attribute 'lends'",
+        "module 'llama4_lab' has no attribute 'analyses'",
+    ]
+
+
 def test_drawing_modules_import_without_torch():
     drawing = sorted(name for name in MODULES if name.startswith("llama4_widgets"))
     drawing = [name for name in drawing if not name.startswith(COMPUTE)]
