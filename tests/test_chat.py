@@ -327,3 +327,9 @@ def test_a_prompt_is_a_value(tokenizer):
     assert isinstance(prompt, Prompt)
     with pytest.raises(AttributeError):
         prompt.input_ids = prompt.input_ids
+
+
+def test_a_prompt_is_shown_in_a_line(tokenizer):
+    prompt = build_prompt(tokenizer, ["one two", "one " * 40])
+    assert repr(prompt).startswith(f"Prompt(2 × {prompt.input_ids.shape[1]} tokens, 0 pictures: '")
+    assert len(repr(build_prompt(tokenizer, "one " * 40))) < 120

@@ -484,3 +484,8 @@ def test_a_bar_is_shown_for_many_runs_unless_it_is_refused(model, prompt, monkey
 def test_logits_of_a_slice_with_steps_are_refused(replay):
     with pytest.raises(ValueError, match=r"slice\(0, 10, 2\) has steps: give neighbours"):
         replay.edited([E.SkipLayer(1)]).logits_of(slice(0, 10, 2))
+
+
+def test_a_run_is_shown_in_a_line(replay):
+    run = replay.edited([E.SkipLayer(1)])
+    assert repr(run) == f"Edited([SkipLayer(layer=1, tokens=None)]): {run.effect}"

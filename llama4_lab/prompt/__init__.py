@@ -56,6 +56,12 @@ class Prompt:
     texts: list[list[str]]  # the tokens of each row, for display
     spans: Spans
 
+    def __repr__(self) -> str:
+        rows, count = self.input_ids.shape
+        text = "".join(self.texts[0])
+        begins = text if len(text) <= 60 else f"{text[:60]} …"
+        return f"Prompt({rows} × {count} tokens, {len(self.spans.layouts)} pictures: {begins!r})"
+
     def keys(self) -> tuple[str, ...]:
         """Name the model's arguments."""
         return ("input_ids", "pixel_values", "attention_mask")

@@ -334,6 +334,9 @@ class Edited:
     evidence: dict[str, Evidence]
     change_logits: Callable[[Tensor], Tensor]
 
+    def __repr__(self) -> str:
+        return f"Edited({list(self.edits)}): {self.effect}"
+
     @cached_property
     def logits(self) -> Float[Tensor, "t v"]:
         """The logits of the whole prompt."""
