@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import tqdm.std
 from PIL import Image
 from tiny import CONFIG
 
@@ -496,3 +497,20 @@ def test_a_change_of_almost_nothing_is_not_chased():
     found = attribute(parts, "integrated_gradients")
     assert sum(runs) < 100
     assert abs(found.values.sum() - (found.all_on - found.all_off)) < 1e-5
+
+
+def test_runs_that_take_long_are_counted(model, prompt, monkeypatch):
+    done = []
+
+    class Bar(tqdm.std.tqdm):
+        def update(self, n=1):
+            done.append((n, self.disable))
+            return super().update(n)
+
+    monkeypatch.setattr(attribution, "tqdm", Bar)
+    features = token_features(model, prompt)
+    attribute(features, "feature_ablation")
+    assert done and sum(count for count, _ in done) <= len(features.labels) + 1
+    assert not any(hidden for _, hidden in done)
+    attribute(features, "feature_ablation", progress=False)
+    assert done[-1][1]

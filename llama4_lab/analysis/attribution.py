@@ -77,7 +77,7 @@ def attribute(
     batch_size: int = 16,
     fixed_routing: bool | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Attribution:
     """Divide the target among features by a method of captum.
 
@@ -96,7 +96,7 @@ def attribute(
         fixed_routing: let each token keep the clean run's experts. When they may change, the
             target jumps where they do; gradients do not see jumps, and integrated gradients are
             not complete then. None fixes the routing for integrated gradients only.
-        progress: show a bar.
+        progress: show a bar where it takes long.
 
     Raises:
         ValueError: an unknown method, or more features than exact Shapley values take.
@@ -124,11 +124,17 @@ def attribute(
         spread = partial(rule.attribute, n_steps=_POINTS, internal_batch_size=batch_size)
         values = _along(spread, value, on, tolerance, max_pieces, progress)
         return _attribution(features, values, ends, method, fixed_routing)
-    options = {"perturbations_per_eval": batch_size, "show_progress": progress}
+    options = {"perturbations_per_eval": batch_size}
     if method == "shapley_sampling":
         options["n_samples"] = samples
-    rule = getattr(attr, METHODS[method])(_remembering(value))
-    with torch.random.fork_rng(devices=[]):
+    bar = tqdm(desc=method, unit="run", delay=2, disable=not progress)
+
+    def counted(on: Tensor) -> Tensor:
+        bar.update(len(on))
+        return value(on)
+
+    rule = getattr(attr, METHODS[method])(_remembering(counted))
+    with bar, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # of the CPU alone, where captum draws
         values = rule.attribute(on, baselines=0, **options)[0]
     return _attribution(features, values, ends, method, fixed_routing)
@@ -145,7 +151,7 @@ def conductance(
     max_pieces: int = 64,
     tolerance: float = 0.005,
     batch_size: int = 16,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Attribution:
     """Say how much of the tokens' effect passes the residual stream behind a layer, by position.
 

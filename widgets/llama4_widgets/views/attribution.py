@@ -74,7 +74,7 @@ class AttributionView(View):
                     with _running(moment, on):
                         return features.value(gates, fixed_routing)
 
-                return attribute(replace(features, value=value), method)
+                return attribute(replace(features, value=value), method, progress=False)
 
             moment.kept[(*question, is_edited)] = yield from sliced(work)
 
