@@ -101,6 +101,15 @@ def test_patches_lie_over_the_picture(model):
     assert panel["source"].startswith("data:image/") and len(panel["positions"]) == len(
         found.values
     )
+    assert panel["note"].startswith("red: for the answer; blue: against it; strongest: ")
+
+
+def test_pictures_of_an_attribution_are_of_one_size(model):
+    prompt = model.prompt("Which way?", [sample(np.random.default_rng(0)).images[0]] * 3)
+    view = AttributionView(Moment(model, prompt))
+    view.method, view.features = "feature_ablation", "image patches"
+    view.work.start()
+    assert [panel["share"] for panel in view.board.content.panels] == [1 / 3] * 3
 
 
 def test_patches_of_a_text_are_refused_in_words(moment):

@@ -143,6 +143,7 @@ def test_frames_lie_side_by_side(model):
     view = ImageView(moment)
     found = [name for name in panels(view) if name.startswith("bare")]
     assert found == [f"bare {i}" for i in range(len(example.images))]
+    assert view.board.summary.startswith("3 pictures: each 48 × 48 pixels in 1 × 1 tiles; token")
     second = patches_of(moment.prompt, 1)
     axis, panel = view.board.content.axes["patch"], panels(view)["bare 1"]
     chosen = np.array(axis.values)[panel["positions"]]

@@ -111,13 +111,13 @@ class AttributionView(View):
                 values[one.places[:, 0]] = one.values
                 content.add(name, title, values, ("token",), scale, kind="strip", note=note)
             elif self.features == "image patches":
-                self._add_pictures(content, one, name, title, scale)
+                self._add_pictures(content, one, name, title, scale, note)
             else:
-                self._add_experts(content, one, name, title, bound)
+                self._add_experts(content, one, name, title, bound, note)
         return content
 
     def _add_pictures(
-        self, content: Content, one: Attribution, name: str, title: str, scale: Any
+        self, content: Content, one: Attribution, name: str, title: str, scale: Any, note: str
     ) -> None:
         """Lay the values over the pictures; a global tile is drawn by itself."""
         prompt = self.moment.prompt
@@ -127,7 +127,9 @@ class AttributionView(View):
         values = np.full(len(tile), np.nan)
         values[patch >= 0] = one.values[tile[patch >= 0] * grid**2 + patch[patch >= 0]]
         content.array(name, values, ("token",))
-        for i, picture in enumerate(pictures_of(prompt)):
+        pictures = pictures_of(prompt)
+        share = 1 / min(len(pictures), 5) if len(pictures) > 1 else None
+        for i, picture in enumerate(pictures):
             local, whole = drawn_pictures(prompt, picture)
             parts = [("", picture.stitch(picture.position), local)]
             if picture.layout.num_tiles > 1:
@@ -135,11 +137,11 @@ class AttributionView(View):
             for part, place, drawn in parts:
                 add_picture(
                     content, f"{name} {i}{part}", f"{title}: picture {i}{part}", name, scale,
-                    place, drawn, 60_000, opacity=0.6,
+                    place, drawn, 60_000, note=note, share=share, opacity=0.6,
                 )  # fmt: skip
 
     def _add_experts(
-        self, content: Content, one: Attribution, name: str, title: str, bound: float
+        self, content: Content, one: Attribution, name: str, title: str, bound: float, note: str
     ) -> None:
         order = np.argsort(-abs(one.values), kind="stable")[:_MOST]
         rows = [[one.labels[i], float(one.values[i])] for i in order]
@@ -152,7 +154,7 @@ class AttributionView(View):
         content.axes["all"] = Axis("layer", len(layers), "layer", values=layers)
         content.add(
             f"{name} map", title, one.values.reshape(len(layers), -1), ("all", "expert"),
-            diverging(bound, "nats"), wide=False,
+            diverging(bound, "nats"), wide=False, note=note,
         )  # fmt: skip
 
     def fixed(self, content: Content) -> Collection[str]:

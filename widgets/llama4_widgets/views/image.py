@@ -93,12 +93,14 @@ class ImageView(View):
         moment, token = self.moment, self.selection.token
         if not (layouts := moment.prompt.spans.layouts):
             return _NONE
-        sizes = ", ".join(
+        sizes = [
             f"{at.width} × {at.height} pixels in {at.rows} × {at.cols} tiles"
             + " and a global one" * (at.num_tiles > 1)
             for at in layouts
-        )
-        said = f"{counted(len(layouts), 'picture')}: {sizes}"
+        ]
+        if len(sizes) > 1 and len({*sizes}) == 1:
+            sizes = [f"each {sizes[0]}"]
+        said = f"{counted(len(layouts), 'picture')}: {', '.join(sizes)}"
         if token in (names := _names(pictures_of(moment.prompt))):
             return f"{said}; token {token} shows {names[token]}"
         kind = "a special token" if moment.words[token].startswith("<|") else "text"
