@@ -164,6 +164,8 @@ def test_a_kept_page_links_views_without_a_kernel(browser: Browser, model, tmp_p
     page.goto((tmp_path / "lab.html").as_uri(), wait_until="commit")
     strips = page.locator(".l4-words")
     expect(strips.nth(1)).to_be_visible()
+    assert page.locator("[data-panel] canvas").count() > 3
+    expect(page.locator("figcaption", has_text="two fingers")).to_have_count(1)  # of three maps
     strips.first.locator("span").nth(5).click()
     for i in range(strips.count()):
         expect(strips.nth(i).locator("span").nth(5)).to_have_class("l4-selected")

@@ -703,13 +703,13 @@ function render({ model, el, signal }) {
     const again = kinds[panel.kind](figure, panel);
     const isFaded = panel.kind === "strip" && panel.scale.kind === "sequential"; // by how opaque its colour is
     const legend = (isFaded || ["map", "picture", "words"].includes(panel.kind)) && make("div", figure, { className: "l4-scale" });
-    const hint = panel.kind === "map" && panel.zoom ? "(wheel, two fingers, + or −: zoom; drag, Shift+arrows: move; 0: all)" : "";
+    const hint = () => panel.zoom && panel.name === content.panels.find((each) => each.zoom).name ? "(wheel, two fingers, + or −: zoom; drag, Shift+arrows: move; 0: all)" : "";
     let scaled;
     const tell = (change) => {
       Object.assign(panel, change);
       write(title, panel.title);
       figure.querySelector("[role=group]")?.setAttribute("aria-label", panel.title);
-      write(note, [panel.note, hint].map((text) => text && ` ${text}`).join(""));
+      write(note, [panel.note, hint()].map((text) => text && ` ${text}`).join(""));
       if (legend && scaled !== (scaled = JSON.stringify([panel.scale, isDark]))) fillScale(legend, isFaded ? { ...panel.scale, colours: ["#e08b0000", "#e08b00b2"] } : panel.scale);
     };
     watch.observe(figure);
