@@ -60,7 +60,14 @@ def test_bars_show_the_strongest_parts_and_keep_the_sum():
         assert sides[0] == sides[1]
 
 
+def test_one_part_more_is_shown_by_its_name():
+    drawn = parts.figure(["a", "b", "c"], np.array([1.0, -3.0, 2.0]), title="", unit="", most=2)
+    assert drawn.layout.yaxis.ticktext == ("b", "c", "a")
+
+
 def test_values_that_do_not_fit_their_names_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(2,\) do not fit 3 labels"):
+        parts.figure(["a", "b", "c"], np.zeros(2), title="", unit="")
     with pytest.raises(ValueError, match=r"shape \(2, 3\) do not fit 2 rows and 1 columns"):
         heatmap.figure(
             np.zeros((2, 3)), title="", unit="", rows=["a", "b"], columns=["a"], down="", across=""

@@ -21,8 +21,14 @@ def figure(
 
     Args:
         unit: what the values are, for the axis.
+
+    Raises:
+        ValueError: values that do not fit their labels.
     """
+    if np.shape(values) != (len(labels),):
+        raise ValueError(f"values of shape {np.shape(values)} do not fit {len(labels)} labels")
     order = np.argsort(-np.abs(values), kind="stable")
+    most += len(order) == most + 1  # one alone is no bar of others
     shown = order[:most]
     names = [labels[i] for i in shown]
     lengths = [float(values[i]) for i in shown]

@@ -216,7 +216,8 @@ class LensView(View):
         parts = list(dict.fromkeys(part for one in each for part in one))
         values = np.array([[one.get(part, 0.0) for part in parts] for one in each])
         order = np.argsort(-np.abs(values).max(axis=0), kind="stable")
-        shown, rest = order[:_MOST], order[_MOST:]
+        most = _MOST + (len(order) == _MOST + 1)  # one alone is no row of others
+        shown, rest = order[:most], order[most:]
         rows = [[parts[i][0], *map(float, values[:, i])] for i in shown]
         choices = [_choice(*parts[i]) for i in shown]
         bound = float(np.abs(values).max())
