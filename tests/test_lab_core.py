@@ -222,7 +222,7 @@ def test_the_router_view_shows_the_librarys_numbers(moment, model):
     assert np.array_equal(shown, routing.expert[..., 0])
     probability = unpack(view.board.content.arrays["probability"])
     np.testing.assert_allclose(probability, 1 / (1 + np.exp(-routing.logits)), atol=1e-6)
-    assert view.board.summary.startswith("layer 0, token 0 ‘<|begin_of_text|>’: expert")
+    assert view.board.summary.startswith("layer 0, token 1 ‘def’: expert")
 
 
 def test_an_edited_moment_is_the_edited_model_beside_the_clean_one(moment, model):

@@ -99,11 +99,11 @@ def test_a_word_can_be_followed(moment, model):
 def test_the_lead_over_the_runner_up_is_explained(moment, model):
     view = LensView(moment)
     view.against_runner_up = True
-    parts = decompose_logit(model, moment.prompt, 0, versus="runner_up")
+    parts = decompose_logit(model, moment.prompt, 1, versus="runner_up")
     assert tuple(panel(view, "parts")["rows"][0]) == parts.strongest(1)[0]
     assert "Its lead over ‘" in panel(view, "parts")["title"]
     assert "Its lead over expert" in panel(view, "router")["title"]
-    router = decompose_router(model, moment.prompt, 0, 0, versus="runner_up")
+    router = decompose_router(model, moment.prompt, 0, 1, versus="runner_up")
     assert parts.versus is not None
     word, other = (word_of(model.tokenizer, idx) for idx in (parts.target, parts.versus))
     assert f"parts of the lead of ‘{word}’ over ‘{other}’ add up to" in view.board.summary

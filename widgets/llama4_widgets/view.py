@@ -54,7 +54,8 @@ class View(ipywidgets.VBox):
                 f"a view shows a Moment(model, model.prompt(text)), not {type(moment).__name__}"
             )
         if selection is None:
-            selection = Selection(layer=moment.first_layer)
+            token = min(1, len(moment.tokens) - 1)  # the first begins every text
+            selection = Selection(layer=moment.first_layer, token=token)
         # Beside a view of less or more, it moves with the selection as far as it goes.
         is_apart = bool(selection.bounds) and selection.bounds != moment.bounds
         self.selection = Mirror(selection) if is_apart else selection
