@@ -327,6 +327,11 @@ def test_a_choice_hides_what_was_said_of_the_bar_or_cell_that_it_replaces(
         node.dispatch_event("click")
         expect(view.locator(".l4-tip")).to_be_hidden()
         expect(router.locator(".l4-dim")).to_have_count(0)
+    word = strip(router).locator("span").nth(2)
+    word.click()
+    expect(router.locator(".l4-tip")).to_contain_text("token 2")
+    strip(router).press("ArrowDown")  # to another layer, whose experts are others
+    expect(router.locator(".l4-tip")).to_be_hidden()
     page.close()
 
 

@@ -153,7 +153,7 @@ function render({ model, el, signal }) {
     node.onkeydown = (event) => {
       const step = STEPS[event.key];
       if (event.ctrlKey || event.metaKey || event.altKey) return; // the browser's own, such as its zoom
-      if (step ? (move(...step, event.shiftKey), true) : press(event.key)) event.preventDefault();
+      if (step ? (point(), move(...step, event.shiftKey), true) : press(event.key)) event.preventDefault(); // what was under the pointer is another now
     };
   }
 
