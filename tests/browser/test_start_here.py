@@ -80,6 +80,10 @@ def test_a_typed_text_shows_the_experts_that_the_library_computes(lab_page, mode
         page.keyboard.press(key)
     expect(said).to_have_text(describe(routing, 6, 4))
     assert page.evaluate(CELLS) == cells, "a key in the explorer also moved the notebook"
+    strip = explorer.get_by_role("listbox")
+    expect(strip).to_be_focused()  # with a ring of 3 pixels, which the view's box would clip
+    left = [each.bounding_box()["x"] for each in (explorer, strip)]
+    assert left[1] - left[0] >= 3
 
     row = routing.row(6)
     numbers = [int(word.get_attribute("data-value")) for word in words.all()]
