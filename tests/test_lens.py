@@ -151,6 +151,7 @@ def test_the_lens_reads_the_points_that_are_asked_for(model, prompt):
     usual = logit_lens(model, prompt, [4])
     assert lens.points == [f"layers.{i}.resid_pre" for i in range(6)]
     np.testing.assert_array_equal(lens.kl, usual.kl[:-1:2])
+    np.testing.assert_array_equal(logit_lens(model, prompt, 4).kl, usual.kl)
 
 
 def test_the_lens_keeps_the_whole_vocabulary_if_asked(model, prompt):

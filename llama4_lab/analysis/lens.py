@@ -47,7 +47,7 @@ class Lens:
 def logit_lens(
     model: Llama4,
     prompt: Prompt,
-    positions: Sequence[int] | None = None,
+    positions: int | Sequence[int] | None = None,
     *,
     target: int | Sequence[int] | None = None,
     points: str | Iterable[str] | None = None,
@@ -62,7 +62,7 @@ def logit_lens(
     divergence is the one that Belrose et al. 2023 measure lenses with.
 
     Args:
-        positions: where to read; -1 is the last token, None all of them.
+        positions: where to read, one or several; -1 is the last token, None all of them.
         target: a token id for all positions or one for each; None is what the model says there.
         points: names or patterns; None is the embedding and both halves of every layer (a layer's
             `resid_pre` is the `resid_post` before it).
@@ -78,6 +78,8 @@ def logit_lens(
     length = len(tokens_of(prompt))
     if positions is None:
         positions = range(length)
+    elif isinstance(positions, int):
+        positions = [positions]
     places = torch.tensor([position_in(prompt, p) for p in positions], device=model.device).long()
     names = _stream_points(config, points)
     if not 1 <= top <= config.vocab_size:
