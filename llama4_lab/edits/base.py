@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, get_args, get_origin
 import torch
 from torch import Tensor
 
+from llama4_lab.aliases import match
 from llama4_lab.config import Llama4Config
 from llama4_lab.model import Llama4
 from llama4_lab.points import PICTURE, described
@@ -225,7 +226,7 @@ class Edit:
     def _check_point(self, point: str, config: Llama4Config) -> None:
         known = described(config)
         if point not in known:
-            raise ValueError(f"{self}: unknown point {point!r}; points(config) lists all")
+            raise ValueError(f"{self}: {_meant(point, config)}")
         axes = known[point].axes.split()
         if point.endswith("indices"):
             raise ValueError(f"{self}: experts have numbers, not sizes; use Route or DropExpert")
@@ -298,3 +299,12 @@ def layer_of(config: Llama4Config, point: str) -> int:
     if parts[0] == "layers":
         return int(parts[1])
     return config.num_hidden_layers if point in ("final_norm", "logits") else -1
+
+
+def _meant(point: str, config: Llama4Config) -> str:
+    """Say what may have been meant by what is no point's own name."""
+    try:
+        first = match(config, point)[0]
+    except KeyError as error:
+        return error.args[0]
+    return f"{point!r} is an alias or a pattern: give the name of one point, such as {first!r}"
