@@ -132,6 +132,17 @@ def test_nothing_is_written_behind_a_stop_token(view, monkeypatch):
     assert len(view.written) == 2
 
 
+def test_it_is_told_why_play_stopped(view, monkeypatch):
+    monkeypatch.setattr(generate, "_MOST", 3)
+    view._play.value = True  # outside of a notebook it writes at once
+    assert len(view.written) == 3 and not view._play.value
+    assert view.board.summary.endswith(". Play stops here; Step goes on.")
+    last = view.written[-1].id
+    monkeypatch.setattr(type(view.moment.model.config), "stop_token_ids", (last,))
+    view.refresh()
+    assert view.board.summary.endswith(f". ‘{view.moment.word(last)}’ ends it.")
+
+
 def test_a_branch_keeps_what_stands_before_it(view):
     write(view, 5)
     before, text = list(view.written), view.text()

@@ -211,10 +211,12 @@ class GenerateView(View):
             return "Nothing was written yet: press Play or Step."
         last, cache = self.written[-1], self._cache
         held = f"; the cache holds {_live(cache):,.0f} kB of {cache.slots} tokens" if cache else ""
+        why = " Play stops here; Step goes on." if len(self.written) >= _MOST else ""
+        why = f" ‘{self.moment.word(last.id)}’ ends it." if self._has_ended() else why
         return (
             f"{counted(len(self.written), 'new token')}; the last had "
             f"probability {last.probability:.2f}; the model's distribution there has "
-            f"{last.entropy:.1f} bits{held}."
+            f"{last.entropy:.1f} bits{held}.{why}"
         )
 
 
