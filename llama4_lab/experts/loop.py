@@ -28,12 +28,10 @@ def apply(
     asked = [expert for expert, tokens in enumerate(load) if tokens]
     inverse = order.argsort()
 
-    def per_expert(
-        rows: Tensor, weights: Tensor | Packed | Mapped, following: Mapped | None = None
-    ) -> Tensor:
+    def per_expert(rows: Tensor, weights: Tensor | Packed | Mapped) -> Tensor:
         blocks = rows.flatten(0, 1)[order].split(load)
         if isinstance(weights, Mapped):
-            each = weights.in_turn(asked, following)
+            each = weights.in_turn(asked)
         else:
             # A tensor is cut at once, so that its gradient is put together once.
             cut = weights.unbind(0) if isinstance(weights, Tensor) else weights
@@ -43,8 +41,7 @@ def apply(
         return torch.cat(done)[inverse].unflatten(0, score.shape)
 
     inputs = record("experts.in", x[:, None] * score[..., None])
-    later = down if isinstance(down, Mapped) else None
-    gate, up = per_expert(inputs, gate_up, later).chunk(2, dim=-1)
+    gate, up = per_expert(inputs, gate_up).chunk(2, dim=-1)
     hidden = record("experts.hidden", F.silu(gate) * up)
     return record("experts.out", per_expert(hidden, down)).sum(1)
 

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, overload
 
 import torch
@@ -141,18 +142,12 @@ class Mapped:
             return replace(self, experts=self.experts[index])
         return self.memory.get(*self._request(index))
 
-    def in_turn(
-        self, indices: Sequence[int], following: "Mapped | None" = None
-    ) -> Iterator[Tensor | Packed]:
-        """Yield experts, each read while the one before is computed with.
-
-        While the last is, the first of the stack that follows is read.
-        """
-        later = [(self, i) for i in indices[1:]] + [(following, i) for i in indices[:1]]
-        for i, (stack, after) in zip(indices, later, strict=True):
+    def in_turn(self, indices: Sequence[int]) -> Iterator[Tensor | Packed]:
+        """Yield experts, each read while the one before is computed with."""
+        for i, after in zip_longest(indices, indices[1:]):
             weight = self[i]
-            if stack is not None and self.like.device.type == "cpu":  # others have streams
-                self.memory.read_ahead(*stack._request(after))
+            if after is not None and self.like.device.type == "cpu":  # others have streams
+                self.memory.read_ahead(*self._request(after))
             yield weight
             del weight  # before the next is read
 
