@@ -247,7 +247,8 @@ class View(ipywidgets.VBox):
             elif isinstance(trait, traitlets.Bool):
                 made = ipywidgets.Checkbox(description=text, indent=False)
             else:
-                asked = {"placeholder": "the model's answer", "continuous_update": False}
+                empty = trait.metadata.get("empty", "")  # what stands there while it is
+                asked = {"placeholder": empty, "continuous_update": False}
                 made = ipywidgets.Text(description=text, **asked)
             traitlets.link((self, name), (made, "value"))
             controls.append(made)

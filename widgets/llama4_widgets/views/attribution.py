@@ -44,7 +44,9 @@ class AttributionView(View):
     method = traitlets.Enum(METHODS, METHODS[0], help="of captum")
     features = traitlets.Enum(tuple(FEATURES), "tokens", help="the parts")
     after = traitlets.Enum(PLACES, PLACES[0], help="the position whose answer is explained")
-    word = traitlets.Unicode(help="the answer to explain; empty: the model's own")
+    word = traitlets.Unicode(help="the answer to explain; empty: the model's own").tag(
+        empty="the model's answer"
+    )
 
     def controls(self) -> list[ipywidgets.Widget]:
         self.work = Work(self, "Run", self._steps)

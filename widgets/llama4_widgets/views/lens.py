@@ -39,7 +39,9 @@ class LensView(View):
         "stream: the bars are its addends."
     )
     follows = ("token", "layer")
-    word = traitlets.Unicode(help="the next word to follow; empty: the clean run's answer")
+    word = traitlets.Unicode(help="the next word to follow; empty: the clean run's answer").tag(
+        empty="the model's answer"
+    )
     colour = traitlets.Enum(COLOURS, COLOURS[0], help="whose log-probability colours a word")
     against_runner_up = traitlets.Bool(help="explain the lead over the runner-up, not the logit")
 
